@@ -1,0 +1,23 @@
+"""LoRA-Pre: low-rank Adam and Muon momenta as optax gradient transformations."""
+
+from lorapre_jax._adam import lorapre_adamw, scale_by_lorapre_adam
+from lorapre_jax._ema import lorapre_ema
+from lorapre_jax._matrix_view import MatrixAxes
+from lorapre_jax._memory import describe
+from lorapre_jax._methods import Dense, OnlineRegression, RankOne
+from lorapre_jax._muon import lorapre_muon, scale_by_lorapre_muon
+from lorapre_jax._selection import select_matrices
+
+__all__ = [
+    "Dense",
+    "MatrixAxes",
+    "OnlineRegression",
+    "RankOne",
+    "describe",
+    "lorapre_adamw",
+    "lorapre_ema",
+    "lorapre_muon",
+    "scale_by_lorapre_adam",
+    "scale_by_lorapre_muon",
+    "select_matrices",
+]

@@ -1,0 +1,199 @@
+"""LoRA-Pre Adam."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorapre_jax import _checks
+from lorapre_jax._methods import Dense, OnlineRegression, RankOne
+from lorapre_jax._plan import init_moment, make_plan, map_leaves
+from lorapre_jax._selection import Matrices
+
+FirstMoment = OnlineRegression | Dense
+SecondMoment = OnlineRegression | RankOne | Dense
+
+
+class ScaleByLorapreAdamState(NamedTuple):
+    """State of `scale_by_lorapre_adam`.
+
+    Attributes:
+      count: Steps taken, `()`, int32.
+      mu, nu: First and second moments of the leaves that keep them densely, a tree like
+        the parameters with `optax.MaskedNode` elsewhere.
+      mu_factors, nu_factors: The others, by leaf path.
+      plan: The decision per leaf; static, without leaves.
+    """
+
+    count: jax.typing.ArrayLike
+    mu: optax.Updates
+    nu: optax.Updates
+    mu_factors: Any
+    nu_factors: Any
+    plan: Any
+
+
+def scale_by_lorapre_adam(
+    rank: int | Fraction,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    first_moment: FirstMoment = OnlineRegression(),  # noqa: B008 (frozen)
+    second_moment: SecondMoment = RankOne(),  # noqa: B008
+    matrices: Matrices = None,
+    min_dim_size_to_factor: int = 128,
+    update_scale: jax.typing.ArrayLike = 1.0,
+    batch: int | None = None,
+    factor_dtype: jax.typing.DTypeLike = "float32",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates as Adam does, with moments kept as thin factors.
+
+    For a matrix `g: (p, q)` at step t, with `m` and `v` the bias-corrected moments that
+    the methods keep (LoRA-Pre, arXiv 2602.24283, Algorithm 1):
+
+    .. math::
+      u_t = \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
+
+    Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
+    in the same state.
+
+    Args:
+      rank: Rank r of the factors; or a `fractions.Fraction` of the smaller side of each
+        matrix. Static.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the root of the second moment.
+      first_moment: How the first moment is kept, `OnlineRegression(...)` or `Dense()`.
+      second_moment: How the second is, `RankOne()`, `OnlineRegression(...)` or
+        `Dense()`. Both `OnlineRegression.paper()`: the paper's algorithm to the letter.
+      matrices: Which leaves are matrices: a `select_matrices(...)`, one `MatrixAxes`
+        for every leaf that has these axes, or a tree of `MatrixAxes` and None (a prefix
+        of the parameters will do). Taken at its word, except that a leaf for which
+        `r (p+q) >= p q` stays dense. None: leaves with exactly two axes, both at least
+        `min_dim_size_to_factor`, for which the rank pays. `describe` shows the outcome.
+      min_dim_size_to_factor: See `matrices`. Static.
+      update_scale: Multiplies the update of factored leaves; 0.25 in the published
+        recipe.
+      batch: How many slices along a leaf's first batch axis are in flight at once, for
+        bounded memory (the largest divisor of the axis up to it); None: all. Static.
+      factor_dtype: Dtype of the stored factors. Computation is in float32 at least.
+      seed: Of the random start and sketches, which depend on (seed, r, q) alone.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`. Updates have the dtype that optax's
+      Adam would return; the state's dtypes do not depend on the gradients'.
+
+    Raises:
+      TypeError, ValueError: An argument is out of range, or an array where a static
+        value is needed; at `init`, a leaf is not real floating point or lacks the axes
+        it is said to have. The message names the argument or the leaf's path.
+    """
+    _checks.check_storage(rank, batch, factor_dtype)
+    _checks.check_decay("b1", b1)
+    _checks.check_decay("b2", b2)
+    _checks.check_not_negative("eps", eps)
+    _checks.check_not_negative("update_scale", update_scale)
+    _checks.check_method("first_moment", first_moment, "first_moment")
+    _checks.check_method("second_moment", second_moment, "second_moment")
+
+    def init_fn(params):
+        plan = make_plan(
+            params,
+            (first_moment, second_moment),
+            rank=rank,
+            matrices=matrices,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+        )
+        mu, mu_factors = init_moment(plan, params, 0, factor_dtype, seed)
+        nu, nu_factors = init_moment(plan, params, 1, factor_dtype, seed)
+        count = jnp.zeros([], jnp.int32)
+        return ScaleByLorapreAdamState(count, mu, nu, mu_factors, nu_factors, plan)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+
+        def adam(leaf, g, mu, nu):
+            first, second = leaf.methods
+            m, mu = first.first_moment(mu, g, b1, count, seed)
+            root_v, nu = second.second_moment(nu, g, b2, count, seed)
+            update = m / (root_v + jnp.asarray(eps, g.dtype))
+            if leaf.is_factored:
+                update = update * jnp.asarray(update_scale, g.dtype)
+            return update, mu, nu
+
+        updates, (mu, mu_factors), (nu, nu_factors) = map_leaves(
+            adam,
+            state.plan,
+            updates,
+            [(state.mu, state.mu_factors), (state.nu, state.nu_factors)],
+            batch,
+        )
+        return updates, ScaleByLorapreAdamState(
+            count, mu, nu, mu_factors, nu_factors, state.plan
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def lorapre_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | Fraction,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    first_moment: FirstMoment = OnlineRegression(),  # noqa: B008
+    second_moment: SecondMoment = RankOne(),  # noqa: B008
+    matrices: Matrices = None,
+    min_dim_size_to_factor: int = 128,
+    update_scale: jax.typing.ArrayLike = 1.0,
+    batch: int | None = None,
+    factor_dtype: jax.typing.DTypeLike = "float32",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with low-rank moments: `optax.adamw`'s chain around our Adam.
+
+    Args:
+      learning_rate: A number or a schedule.
+      rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
+      weight_decay: Strength of the decoupled weight decay, multiplied by the learning
+        rate as in `optax.adamw`. Where it is not zero, `update` needs `params`.
+      mask: Which leaves decay: a tree of booleans, or a function of the parameters
+        that returns one.
+
+    Returns:
+      The `optax.GradientTransformationExtraArgs`.
+    """
+    return optax.chain(
+        scale_by_lorapre_adam(
+            rank,
+            b1,
+            b2,
+            eps,
+            first_moment=first_moment,
+            second_moment=second_moment,
+            matrices=matrices,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            update_scale=update_scale,
+            batch=batch,
+            factor_dtype=factor_dtype,
+            seed=seed,
+        ),
+        decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def decayed_weights(weight_decay, mask) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, which needs `params` even to add nothing."""
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask)

@@ -1,0 +1,98 @@
+"""Checks of arguments, made where a transform is built, before any compute."""
+
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_static(name: str, value: Any) -> None:
+    """Raises where `optax.inject_hyperparams` turned a static value into an array."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"`{name}` decides shapes or programs, so it cannot be an array. Under "
+            f"optax.inject_hyperparams, name it in `static_args=`: "
+            f"inject_hyperparams(..., static_args=('{name}', ...))."
+        )
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """A static int of at least `least`."""
+    check_static(name, value)
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def check_rank(rank: Any) -> None:
+    if not isinstance(rank, Fraction):
+        if isinstance(rank, float):
+            raise TypeError(
+                f"`rank` must be an int, or a fractions.Fraction of the smaller side "
+                f"of each matrix, got {rank!r}."
+            )
+        check_count("rank", rank)
+    elif not 0 < rank <= 1:
+        raise ValueError(f"A Fraction as `rank` must be in (0, 1], got {rank}.")
+
+
+def check_storage(rank: Any, batch: Any, factor_dtype: Any) -> None:
+    """The arguments that every transform shares."""
+    check_rank(rank)
+    if batch is not None:
+        check_count("batch", batch)
+    check_static("factor_dtype", factor_dtype)
+    if not jnp.issubdtype(jnp.dtype(factor_dtype), jnp.floating):
+        raise ValueError(f"`factor_dtype` must be a float, got {factor_dtype!r}.")
+
+
+def check_floating(path: str, dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"Leaf '{path}' has dtype {dtype}; only real floating-point leaves can be "
+            "optimized. Keep it from the optimizer, for example by optax.masked."
+        )
+
+
+def check_decay(name: str, value: Any) -> None:
+    """In [0, 1) where the value is known; a tracer is taken as it is."""
+    _check_number(name, value)
+    if isinstance(value, (int, float)) and not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    _check_number(name, value)
+    if isinstance(value, (int, float)) and not value >= 0:
+        raise ValueError(f"`{name}` must be at least 0, got {value}.")
+
+
+def check_method(name: str, method: Any, needed: str) -> None:
+    if isinstance(method, type):
+        raise TypeError(
+            f"`{name}` must be a value, such as {method.__name__}(), not the class."
+        )
+    if not hasattr(method, needed):
+        what = needed.replace("_", " ")
+        raise TypeError(f"`{name}`: {method!r} cannot keep a {what}.")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if callable(value):
+        raise TypeError(
+            f"`{name}` must be a number; to schedule it, wrap the transform in "
+            "optax.inject_hyperparams."
+        )
+
+
+def check_ns_coeffs(coefficients: Any, steps: int) -> None:
+    check_static("ns_coeffs", coefficients)
+    shape = np.shape(coefficients)
+    if not (shape == (3,) or (len(shape) == 2 and shape[1] == 3 and shape[0] >= steps)):
+        raise ValueError(
+            f"`ns_coeffs` must be (a, b, c), or at least ns_steps={steps} such "
+            f"triples; got shape {shape}."
+        )

@@ -1,0 +1,81 @@
+"""The low-rank moving average, from which any momentum method is built."""
+
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorapre_jax import _checks
+from lorapre_jax._adam import FirstMoment
+from lorapre_jax._methods import OnlineRegression, mass
+from lorapre_jax._plan import init_moment, make_plan, map_leaves
+from lorapre_jax._selection import Matrices
+
+
+class LorapreEmaState(NamedTuple):
+    """State of `lorapre_ema`; fields as in `ScaleByLorapreAdamState`."""
+
+    count: jax.typing.ArrayLike
+    ema: optax.Updates
+    ema_factors: Any
+    plan: Any
+
+
+def lorapre_ema(
+    decay: jax.typing.ArrayLike,
+    rank: int | Fraction,
+    debias: bool = True,
+    *,
+    moment: FirstMoment = OnlineRegression(),  # noqa: B008 (frozen)
+    matrices: Matrices = None,
+    min_dim_size_to_factor: int = 128,
+    batch: int | None = None,
+    factor_dtype: jax.typing.DTypeLike = "float32",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """A moving average of past updates, kept as thin factors: `optax.ema`, low-rank.
+
+    Heavy-ball SGD is `optax.chain(lorapre_ema(0.9, rank), optax.sgd(learning_rate))`.
+
+    Args:
+      decay: Decay rate, in [0, 1).
+      rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
+      debias: Whether to return the bias-corrected average; False returns it times
+        `1 - decay^t`, the average that started from zero. Static.
+      moment: How the average is kept, `OnlineRegression(...)` or `Dense()`.
+
+    Returns:
+      The `optax.GradientTransformationExtraArgs`.
+    """
+    _checks.check_decay("decay", decay)
+    _checks.check_storage(rank, batch, factor_dtype)
+    _checks.check_static("debias", debias)
+    _checks.check_method("moment", moment, "first_moment")
+
+    def init_fn(params):
+        plan = make_plan(
+            params,
+            (moment,),
+            rank=rank,
+            matrices=matrices,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+        )
+        ema, factors = init_moment(plan, params, 0, factor_dtype, seed)
+        return LorapreEmaState(jnp.zeros([], jnp.int32), ema, factors, plan)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+
+        def average(leaf, g, ema):
+            m, ema = leaf.methods[0].first_moment(ema, g, decay, count, seed)
+            return m if debias else m * mass(decay, count, g.dtype), ema
+
+        updates, (ema, factors) = map_leaves(
+            average, state.plan, updates, [(state.ema, state.ema_factors)], batch
+        )
+        return updates, LorapreEmaState(count, ema, factors, state.plan)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,134 @@
+"""A leaf of any shape seen as a batch of matrices, `(*batch, p, q)`.
+
+A view is made from a shape alone, so it works on arrays, tracers and
+`jax.ShapeDtypeStruct`s, and it is hashable, so it can live in a static pytree node.
+"""
+
+import dataclasses
+import math
+
+import jax
+import optax.contrib
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixAxes:
+    """Which axes of a leaf form its matrix, for `x @ W` with input rows.
+
+    Axes that are named in neither field are batch axes (stacked layers, experts):
+    every slice along them is a matrix of its own and nothing mixes across slices.
+    `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)` means the same
+    and is accepted wherever a `MatrixAxes` is.
+
+    Attributes:
+      rows: The reduction (input) axis or axes; several are fused in the given order.
+        Negative numbers count from the end.
+      columns: The output axis or axes, likewise.
+
+    Raises:
+      TypeError: An axis is not an int.
+      ValueError: A side names no axis.
+
+    For example, a stacked attention projection `(layers, embed, heads, head_dim)` is
+    `MatrixAxes(rows=1, columns=(2, 3))`.
+    """
+
+    rows: int | tuple[int, ...] = -2
+    columns: int | tuple[int, ...] = -1
+
+    def __post_init__(self):
+        for name in ("rows", "columns"):
+            axes = getattr(self, name)
+            axes = axes if isinstance(axes, int) else tuple(axes)
+            object.__setattr__(self, name, axes)
+            for axis in _as_tuple(axes):
+                if not isinstance(axis, int) or isinstance(axis, bool):
+                    raise TypeError(f"MatrixAxes.{name} takes ints, got {axis!r}.")
+            if axes == ():
+                raise ValueError(f"MatrixAxes.{name} must name at least one axis.")
+
+
+AxesLike = MatrixAxes | optax.contrib.MuonDimensionNumbers
+
+
+def as_matrix_axes(axes: AxesLike) -> MatrixAxes:
+    if isinstance(axes, optax.contrib.MuonDimensionNumbers):
+        rows, columns = axes
+        return MatrixAxes(
+            rows if isinstance(rows, int) else tuple(rows),
+            columns if isinstance(columns, int) else tuple(columns),
+        )
+    return axes
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """The two reshapes between a leaf and its matrices.
+
+    Attributes:
+      shape: The leaf's shape.
+      batch_axes, row_axes, column_axes: A partition of the leaf's axes.
+    """
+
+    shape: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    row_axes: tuple[int, ...]
+    column_axes: tuple[int, ...]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self._sizes(self.batch_axes)
+
+    @property
+    def p(self) -> int:
+        return math.prod(self._sizes(self.row_axes))
+
+    @property
+    def q(self) -> int:
+        return math.prod(self._sizes(self.column_axes))
+
+    def to_matrix(self, leaf: jax.Array) -> jax.Array:
+        """`shape` -> `(*batch, p, q)`."""
+        return leaf.transpose(self._order).reshape(*self.batch, self.p, self.q)
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """`(*batch, p, q)` -> `shape`."""
+        order = self._order
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return matrix.reshape(self._sizes(order)).transpose(inverse)
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.batch_axes + self.row_axes + self.column_axes
+
+    def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in axes)
+
+
+def matrix_view(shape: tuple[int, ...], axes: MatrixAxes, path: str) -> MatrixView:
+    """The view of a leaf of that shape, with errors that name the leaf's path."""
+    rows = _normalized(axes.rows, shape, path)
+    columns = _normalized(axes.columns, shape, path)
+    named = rows + columns
+    if len(set(named)) != len(named):
+        raise ValueError(
+            f"Leaf '{path}' of shape {shape}: {axes} names an axis twice. Rows and "
+            "columns must be different axes."
+        )
+    batch = tuple(axis for axis in range(len(shape)) if axis not in named)
+    return MatrixView(shape, batch, rows, columns)
+
+
+def _normalized(axes, shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    ndim = len(shape)
+    for axis in _as_tuple(axes):
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"Leaf '{path}' of shape {shape} has no axis {axis}. Name axes that it "
+                "has in `MatrixAxes`, or exclude the leaf from `matrices=`."
+            )
+    return tuple(axis % ndim for axis in _as_tuple(axes))
+
+
+def _as_tuple(axes: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else axes

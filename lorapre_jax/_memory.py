@@ -1,0 +1,176 @@
+"""What an optimizer's state holds, leaf by leaf, from abstract values."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorapre_jax._methods import Dense
+from lorapre_jax._plan import LeafPlan, Plan
+from lorapre_jax._selection import named_leaves, path_str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReport:
+    """One parameter's share of the optimizer state.
+
+    Attributes:
+      path, shape, dtype: The parameter's.
+      batch, p, q, rank: Its matrices and their factors' rank; None where it is dense.
+      dense: Why it is dense; empty where it is factored.
+      methods: How each moment is kept.
+      nbytes: Bytes of state that belong to it.
+      adamw_nbytes: The same for `optax.adamw`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    batch: tuple[int, ...] | None
+    p: int | None
+    q: int | None
+    rank: int | None
+    dense: str
+    methods: tuple[Any, ...]
+    nbytes: int
+    adamw_nbytes: int
+
+    @property
+    def is_factored(self) -> bool:
+        return self.rank is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `describe` returns; `str()` of it is a table.
+
+    Attributes:
+      leaves: One `LeafReport` per parameter, in tree order.
+      other_bytes: State that belongs to no parameter, such as counters.
+      total_bytes: The whole state, in bytes.
+      adamw_bytes: The state of `optax.adamw` for the same parameters, in bytes.
+    """
+
+    leaves: tuple[LeafReport, ...]
+    other_bytes: int
+    total_bytes: int
+    adamw_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """`total_bytes / adamw_bytes`."""
+        return self.total_bytes / self.adamw_bytes
+
+    def __str__(self) -> str:
+        rows = [("leaf", "shape", "state", "bytes", "of AdamW's")]
+        for leaf in self.leaves:
+            share = leaf.nbytes / leaf.adamw_nbytes if leaf.adamw_nbytes else 1.0
+            rows.append(
+                (leaf.path, _times(leaf.shape), _kept(leaf), f"{leaf.nbytes:,}",
+                 f"{share:.3f}")
+            )  # fmt: skip
+        rows.append(("other", "", "", f"{self.other_bytes:,}", ""))
+        rows.append(("total", "", "", f"{self.total_bytes:,}", f"{self.ratio:.3f}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = [
+                cell.rjust(width) if i >= 3 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
+
+
+def describe(tx: optax.GradientTransformation, params: optax.Params) -> Report:
+    """Reports the optimizer state that `tx` keeps for `params`, before any compute.
+
+    Finds the decisions of this library's transforms wherever they stand in `tx` (chain,
+    masked, partition, MultiSteps, ...), and every byte of the state of any transform.
+
+    Args:
+      tx: Any optax transform.
+      params: Parameters: arrays or `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Returns:
+      A `Report`: `.leaves` with a row per parameter, `.total_bytes`, `.adamw_bytes` and
+      `.ratio`; `str()` gives a table.
+
+    Raises:
+      What `tx.init` raises.
+    """
+    state = jax.eval_shape(tx.init, params)
+    leaves = named_leaves(params)
+    plans = {
+        leaf.path: leaf
+        for plan in jax.tree.leaves(state, is_leaf=_is_plan)
+        if _is_plan(plan)
+        for leaf in plan.leaves
+    }
+    nbytes = _bytes_by_leaf(state, leaves)
+    adamw_state = jax.eval_shape(optax.adamw(1.0).init, params)
+    adamw = _bytes_by_leaf(adamw_state, leaves)
+    reports = tuple(
+        _leaf_report(path, leaf, plans.get(path), nbytes[path], adamw[path])
+        for path, leaf in leaves
+    )
+    return Report(reports, nbytes[None], sum(nbytes.values()), sum(adamw.values()))
+
+
+def _leaf_report(path, leaf, plan: LeafPlan | None, nbytes, adamw_nbytes) -> LeafReport:
+    shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype).name
+    if plan is None:
+        return LeafReport(
+            path, shape, dtype, None, None, None, None, "another transform", (),
+            nbytes, adamw_nbytes,
+        )  # fmt: skip
+    view = plan.view
+    return LeafReport(
+        path,
+        shape,
+        dtype,
+        view.batch if view else None,
+        view.p if view else None,
+        view.q if view else None,
+        plan.rank,
+        plan.dense,
+        plan.methods,
+        nbytes,
+        adamw_nbytes,
+    )
+
+
+def _bytes_by_leaf(state, leaves) -> dict[str | None, int]:
+    """Bytes of the state's arrays by the parameter they belong to; None: to none.
+
+    An array belongs to a parameter where its path ends with the parameter's (a tree
+    shaped like the parameters) or has it as a key (factors kept by path).
+    """
+    paths = {path for path, _ in leaves}
+    nbytes: dict[str | None, int] = dict.fromkeys([*paths, None], 0)
+    for keys, array in jax.tree_util.tree_flatten_with_path(state)[0]:
+        suffixes = (path_str(keys[i:]) for i in range(len(keys)))
+        by_key = (path_str((key,)) for key in keys)
+        owner = next((name for name in (*suffixes, *by_key) if name in paths), None)
+        nbytes[owner] += math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+    return nbytes
+
+
+def _kept(leaf: LeafReport) -> str:
+    if not leaf.is_factored:
+        return f"dense: {leaf.dense}"
+    kinds = [type(m).__name__ for m in leaf.methods if not isinstance(m, Dense)]
+    size = _times((*(leaf.batch or ()), leaf.p, leaf.q))
+    return f"{size} at rank {leaf.rank}: {', '.join(kinds)}"
+
+
+def _times(shape) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _is_plan(node) -> bool:
+    return isinstance(node, Plan)

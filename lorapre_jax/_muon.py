@@ -1,0 +1,223 @@
+"""LoRA-Pre Muon."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorapre_jax import _checks
+from lorapre_jax._adam import FirstMoment, decayed_weights
+from lorapre_jax._methods import OnlineRegression, mass
+from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients, orthogonalize
+from lorapre_jax._plan import Plan, init_moment, make_plan, map_leaves
+from lorapre_jax._selection import Matrices, path_str, resolve_axes
+
+
+class ScaleByLorapreMuonState(NamedTuple):
+    """State of `scale_by_lorapre_muon`; fields as in `ScaleByLorapreAdamState`."""
+
+    count: jax.typing.ArrayLike
+    mu: optax.Updates
+    mu_factors: Any
+    plan: Any
+
+
+def scale_by_lorapre_muon(
+    rank: int | Fraction,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    *,
+    ns_coeffs: Coefficients = NS_COEFFS,
+    eps: jax.typing.ArrayLike = 1e-8,
+    consistent_rms: jax.typing.ArrayLike | None = None,
+    moment: FirstMoment = OnlineRegression(),  # noqa: B008 (frozen)
+    matrices: Matrices = None,
+    min_dim_size_to_factor: int = 128,
+    update_scale: jax.typing.ArrayLike = 1.0,
+    batch: int | None = None,
+    factor_dtype: jax.typing.DTypeLike = "float32",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales updates as Muon does, with a momentum kept as thin factors.
+
+    The momentum is reconstructed from its factors, orthogonalised by Newton-Schulz and
+    scaled by the matrix's shape (LoRA-Pre, arXiv 2602.24283, for Muon). Every leaf must
+    be a matrix, or a batch of them; one whose rank does not pay keeps a dense momentum
+    and is orthogonalised all the same.
+
+    Args:
+      rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
+      beta: Decay rate of the momentum, in [0, 1).
+      nesterov: Whether to look one step ahead, as `optax.contrib.muon` does. Static.
+      ns_steps: Number of Newton-Schulz iterations. Static.
+      ns_coeffs: Their coefficients `(a, b, c)`, or at least `ns_steps` such triples.
+      eps: Added to the Frobenius norm that the iteration starts by dividing by.
+      consistent_rms: None scales the update by `sqrt(max(1, q/p))` (Jordan et al.,
+        2024); a number, 0.2 say, by `sqrt(max(p, q))` times it, so that the update's
+        root mean square does not depend on the shape (Liu et al., 2025).
+      moment: How the momentum is kept, `OnlineRegression(...)` or `Dense()`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError, ValueError: As `scale_by_lorapre_adam`; and at `init`, for a leaf that
+        is not a matrix.
+    """
+    _checks.check_storage(rank, batch, factor_dtype)
+    _checks.check_decay("beta", beta)
+    _checks.check_not_negative("eps", eps)
+    _checks.check_not_negative("update_scale", update_scale)
+    _checks.check_method("moment", moment, "first_moment")
+    _checks.check_static("nesterov", nesterov)
+    _checks.check_count("ns_steps", ns_steps)
+    _checks.check_ns_coeffs(ns_coeffs, ns_steps)
+
+    def init_fn(params):
+        plan = make_plan(
+            params,
+            (moment,),
+            rank=rank,
+            matrices=matrices,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+        )
+        if isinstance(plan, Plan):
+            _refuse_other_than_matrices(plan)
+        mu, factors = init_moment(plan, params, 0, factor_dtype, seed)
+        return ScaleByLorapreMuonState(jnp.zeros([], jnp.int32), mu, factors, plan)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+
+        def muon(leaf, g, mu):
+            m, mu = leaf.methods[0].first_moment(mu, g, beta, count, seed)
+            if nesterov:
+                b = jnp.asarray(beta, g.dtype)
+                now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
+                m = b * (now / ahead) * m + ((1 - b) / now) * g
+            update = orthogonalize(m, ns_coeffs, ns_steps, eps)
+            scale = _shape_scale(g.shape, consistent_rms, g.dtype)
+            if leaf.is_factored:
+                scale = scale * jnp.asarray(update_scale, g.dtype)
+            return update * scale, mu
+
+        updates, (mu, factors) = map_leaves(
+            muon, state.plan, updates, [(state.mu, state.mu_factors)], batch
+        )
+        return updates, ScaleByLorapreMuonState(count, mu, factors, state.plan)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def lorapre_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | Fraction,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    ns_coeffs: Coefficients = NS_COEFFS,
+    eps: jax.typing.ArrayLike = 1e-8,
+    consistent_rms: jax.typing.ArrayLike | None = None,
+    moment: FirstMoment = OnlineRegression(),  # noqa: B008
+    matrices: Matrices = None,
+    min_dim_size_to_factor: int = 128,
+    update_scale: jax.typing.ArrayLike = 1.0,
+    batch: int | None = None,
+    factor_dtype: jax.typing.DTypeLike = "float32",
+    seed: jax.typing.ArrayLike = 0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps_root: jax.typing.ArrayLike = 0.0,
+    adam_weight_decay: float | jax.Array = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon with a low-rank momentum for the matrices, Adam for all other leaves.
+
+    Args:
+      learning_rate: A number or a schedule.
+      rank: See `scale_by_lorapre_muon`, as for all arguments that are not named here.
+      weight_decay: Of the matrices, multiplied by the learning rate.
+      weight_decay_mask: Which of them decay, as `mask` of `optax.adamw`.
+      matrices: Which leaves are orthogonalised; the others go to Adam. None: those with
+        exactly two axes, as in `optax.contrib.muon`.
+      adam_learning_rate: Learning rate of Adam; None: `learning_rate`.
+      adam_b1, adam_b2, adam_eps_root, adam_weight_decay: As in `optax.contrib.muon`,
+        whose Adam (with `nesterov` and `eps` shared) this is.
+
+    Returns:
+      The `optax.GradientTransformationExtraArgs`.
+    """
+    scale_by_muon = scale_by_lorapre_muon(
+        rank,
+        beta,
+        nesterov,
+        ns_steps,
+        ns_coeffs=ns_coeffs,
+        eps=eps,
+        consistent_rms=consistent_rms,
+        moment=moment,
+        matrices=matrices,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        update_scale=update_scale,
+        batch=batch,
+        factor_dtype=factor_dtype,
+        seed=seed,
+    )
+    if adam_learning_rate is None:
+        adam_learning_rate = learning_rate
+
+    def labels(params):
+        axes = resolve_axes(matrices, params)
+
+        def label(path, leaf):
+            _checks.check_floating(path_str(path), leaf.dtype)
+            # An empty leaf is passed through by ours; Adam would store empty arrays.
+            is_matrix = axes[path_str(path)][0] is not None or leaf.size == 0
+            return "muon" if is_matrix else "adam"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.partition(
+        {
+            "muon": optax.chain(
+                scale_by_muon,
+                decayed_weights(weight_decay, weight_decay_mask),
+                optax.scale_by_learning_rate(learning_rate),
+            ),
+            "adam": optax.adamw(
+                adam_learning_rate,
+                adam_b1,
+                adam_b2,
+                eps,
+                adam_eps_root,
+                weight_decay=adam_weight_decay,
+                nesterov=nesterov,
+            ),
+        },
+        labels,
+    )
+
+
+def _refuse_other_than_matrices(plan: Plan) -> None:
+    for leaf in plan.leaves:
+        if leaf.view is None and leaf.methods:
+            raise ValueError(
+                f"Leaf '{leaf.path}' of shape {leaf.shape} is not a matrix "
+                f"({leaf.dense}), and Muon orthogonalises matrices only. Name its axes "
+                "in `matrices=`, or use lorapre_muon, which gives such leaves to Adam."
+            )
+
+
+def _shape_scale(shape: tuple[int, ...], consistent_rms, dtype) -> jax.Array:
+    p, q = shape
+    if consistent_rms is None:
+        return jnp.sqrt(jnp.asarray(max(1.0, q / p), dtype))
+    return jnp.sqrt(jnp.asarray(max(p, q), dtype)) * jnp.asarray(consistent_rms, dtype)

@@ -1,0 +1,135 @@
+"""The low-rank moving average of ONE matrix: the heart of the library.
+
+An exponential moving average `M <- b M + (1-b) T` is a gradient step of size `1-b` on
+`|M - T|^2 / 2`: an online linear regression of the target `T` (LoRA-Pre, arXiv
+2602.24283, section 3). With `M = B A`, `B: (p, r)`, `A: (r, q)`, a step moves the two
+factors instead. A rule is one function
+
+    rule(B, A, T, decay, damping, noise) -> (B', A')
+
+    jacobi         B' = (1-y) B + y T A^+,  A' = (1-y) A + y B^+ T,  1-y = sqrt(b)
+                   (Theorem 3.1; A^+ = A^T (A A^T + d)^-1, B^+ = (B^T B + d)^-1 B^T)
+    gauss_seidel   the same, A' reading the new B'
+    subspace       one step of subspace iteration on X = b B A + (1-b) T:
+                   V = orth(A), B' = orth(X V^T), A' = B'^T X
+                   (the idea of PowerSGD and Dion). B' A' is the projection of X on
+                   the columns of X V^T, hence X itself where r = min(p, q).
+
+Every inverse and every basis goes through `(r, r)` Gram matrices: sums over p or q,
+which a sharded factor can reduce, followed by a small Cholesky factorisation.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Factors = tuple[jax.Array, jax.Array]
+Damping = Callable[[jax.Array], jax.Array]  # Gram matrix -> what its diagonal gains.
+
+# Share of random directions in the basis that `subspace` sketches with: enough to
+# bring back a direction that died out and to keep the basis well-conditioned in
+# float32, too little to disturb the living ones.
+_NOISE = 1e-3
+
+
+def subspace(b_, a_, target, decay, damping, noise) -> Factors:
+    del damping  # Orthonormal bases need none.
+    directions = _normalized(a_) + _NOISE * _normalized(noise)
+    v = orthonormal_columns(directions.T)
+    y = decay * (b_ @ _dot(a_, v)) + (1 - decay) * (target @ v)
+    left = orthonormal_columns(y)
+    overlap = _dot(left.T, b_)
+    return left, decay * _dot(overlap, a_) + (1 - decay) * (left.T @ target)
+
+
+def jacobi(b_, a_, target, decay, damping, noise) -> Factors:
+    del noise
+    y = 1 - jnp.sqrt(decay)
+    new_b = (1 - y) * b_ + y * _times_pinv(target, a_, damping)
+    new_a = (1 - y) * a_ + y * _times_pinv(target.T, b_.T, damping).T
+    # With y = 1 and B = 0 the equation gives A' = 0, from which nothing recovers.
+    return new_b, jnp.where(jnp.any(new_a != 0), new_a, a_)
+
+
+def gauss_seidel(b_, a_, target, decay, damping, noise) -> Factors:
+    del noise
+    y = 1 - jnp.sqrt(decay)
+    new_b = (1 - y) * b_ + y * _times_pinv(target, a_, damping)
+    return new_b, (1 - y) * a_ + y * _times_pinv(target.T, new_b.T, damping).T
+
+
+RULES = {"subspace": subspace, "jacobi": jacobi, "gauss_seidel": gauss_seidel}
+
+
+def start_from(target, decay, noise) -> Factors:
+    """Factors of `(1-decay) T` by one randomised range-finder pass.
+
+    Rows of A that the target does not fill are random and meet a zero column of B:
+    they add nothing to the product, and let a regression rule find new directions.
+    """
+    zeros = jnp.zeros((target.shape[0], noise.shape[0]), target.dtype)
+    left, right = subspace(zeros, jnp.zeros_like(noise), target, decay, None, noise)
+    unfilled = jnp.eye(left.shape[1], dtype=left.dtype) - _dot(left.T, left)
+    return left, right + root_mean_square(right) * _dot(unfilled, noise)
+
+
+def orthonormal_columns(x: jax.Array, passes: int = 3) -> jax.Array:
+    """An orthonormal basis `(n, r)` of the columns of `x: (n, r)`, n >= r.
+
+    Shifted Cholesky QR (Fukaya et al., 2020): each pass divides by the Cholesky factor
+    of the Gram matrix; the shift keeps it positive definite under rounding, and the
+    next pass removes the shift's trace. A direction that rounding cannot tell from
+    zero gives a zero column; zero input gives zero.
+    """
+    x = _normalized(x)
+    for _ in range(passes):
+        gram = _dot(x.T, x)
+        lower = jnp.linalg.cholesky(_shifted(gram, _rounding(gram)))
+        identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+        # Inverting the (r, r) factor leaves one matmul for the long, sharded side.
+        inverse = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+        x = _dot(x, inverse.T)
+    return x
+
+
+def _times_pinv(target, a_, damping) -> jax.Array:
+    """`T A^T (A A^T + d I)^-1`, shapes `(p, q), (r, q) -> (p, r)`."""
+    gram = _dot(a_, a_.T)
+    shifted = _shifted(gram, damping(gram) + _rounding(gram))
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(shifted), True), identity)
+    return _dot(target @ a_.T, inverse)
+
+
+def _shifted(gram, shift):
+    return gram + shift * jnp.eye(gram.shape[0], dtype=gram.dtype)
+
+
+def _rounding(gram):
+    """What rounding alone may take from a Gram matrix's eigenvalues; never zero."""
+    info = jnp.finfo(gram.dtype)
+    return 8 * info.eps * jnp.trace(gram) + info.tiny
+
+
+def _normalized(x):
+    """`x` at Frobenius norm one, free of inner under- and overflow; zero stays zero."""
+    x = x / _scale(x)
+    norm = jnp.linalg.norm(x)
+    return x / jnp.where(norm > 0, norm, 1)
+
+
+def root_mean_square(x, axis=None):
+    """`sqrt(mean(x^2))`, free of inner under- and overflow."""
+    scale = _scale(x)
+    return scale * jnp.sqrt(jnp.mean(jnp.square(x / scale), axis))
+
+
+def _scale(x):
+    largest = jnp.max(jnp.abs(x))
+    return jnp.where(largest > 0, largest, 1)
+
+
+def _dot(x, y):
+    """A product of factors, in full precision also where matmuls default to less."""
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

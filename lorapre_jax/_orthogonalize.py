@@ -1,0 +1,45 @@
+"""Newton-Schulz orthogonalisation of one matrix, Muon's preconditioner."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorapre_jax._online_regression import root_mean_square
+
+Coefficients = tuple[float, float, float] | tuple[tuple[float, float, float], ...]
+
+# Quintic with the steepest slope at zero that still keeps singular values near one
+# (Jordan et al., 2024).
+NS_COEFFS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(
+    x: jax.Array, coefficients: Coefficients, steps: int, eps: jax.typing.ArrayLike
+) -> jax.Array:
+    """The nearest (semi-)orthogonal matrix to `x: (p, q)`, approximately.
+
+    Iterates `X <- a X + (b G + c G^2) X`, `G = X X^T`, on the shorter side, from
+    `x / (|x|_F + eps)`; singular values end in about [0.7, 1.2].
+
+    Args:
+      x: The matrix.
+      coefficients: `(a, b, c)`, or one triple per step, of which the last `steps` run.
+      steps: Number of iterations.
+      eps: Added to the Frobenius norm.
+    """
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.T, coefficients, steps, eps).T
+    norm = root_mean_square(x) * jnp.sqrt(jnp.asarray(x.size, x.dtype))
+    norm = norm + jnp.asarray(eps, x.dtype)
+    x = x / jnp.where(norm > 0, norm, 1)
+    for a, b, c in _per_step(coefficients, steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x
+
+
+def _per_step(coefficients: Any, steps: int) -> tuple[tuple[float, float, float], ...]:
+    if isinstance(coefficients[0], (int, float)):
+        return (coefficients,) * steps
+    return coefficients[len(coefficients) - steps :]

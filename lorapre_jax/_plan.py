@@ -1,0 +1,281 @@
+"""One decision per leaf, made at `init`, carried in the state, read ever after.
+
+`make_plan` decides; `init_moment` allocates what was decided; `map_leaves` runs an
+optimizer's function over the leaves, matrix by matrix.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorapre_jax import _checks
+from lorapre_jax._matrix_view import MatrixView, matrix_view
+from lorapre_jax._methods import Dense, OnlineRegression
+from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What was decided for one leaf.
+
+    Attributes:
+      path: Keys joined by slashes.
+      shape, dtype: The parameter's.
+      view: Its matrices; None where it is not seen as any.
+      rank: The factors' rank; None where the leaf is dense.
+      dense: Why it is dense; empty where it is not.
+      methods: How each of the transform's moments is kept; none for an empty leaf.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    view: MatrixView | None
+    rank: int | None
+    dense: str
+    methods: tuple[Any, ...]
+
+    @property
+    def is_factored(self) -> bool:
+        return self.rank is not None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The decisions for a tree, as a pytree node without leaves."""
+
+    leaves: tuple[LeafPlan, ...]
+    version: int = FORMAT_VERSION
+
+    def __hash__(self):
+        # jit hashes the node at every call; the paths tell almost all plans apart.
+        return hash(tuple((leaf.path, leaf.rank) for leaf in self.leaves))
+
+    def by_path(self, leaves: list[tuple[str, Any]]) -> dict[str, LeafPlan]:
+        """The decisions, after a check that `leaves` are those decided on."""
+        plans = {leaf.path: leaf for leaf in self.leaves}
+        shapes = {path: leaf.shape for path, leaf in leaves}
+        for path in plans.keys() ^ shapes.keys():
+            raise ValueError(
+                f"Leaf '{path}' is in the {'state' if path in plans else 'updates'} "
+                "only. Initialise the optimizer state with the same tree."
+            )
+        for path, leaf in plans.items():
+            if leaf.shape != shapes[path]:
+                raise ValueError(
+                    f"Leaf '{path}': the update has shape {shapes[path]}, but the "
+                    f"optimizer state was initialised for {leaf.shape}."
+                )
+        return plans
+
+
+def make_plan(
+    params: optax.Params,
+    methods: tuple[Any, ...],
+    *,
+    rank: int | Fraction,
+    matrices: Matrices,
+    min_dim_size_to_factor: Any,
+) -> Plan | optax.Params:
+    """Decides for every leaf of `params`, which may be abstract.
+
+    Returns `params` where they have no leaves, so that optax's placeholder for
+    parameters (`optax.tree_utils.tree_map_params`) comes back as itself.
+    """
+    leaves = named_leaves(params)
+    if not leaves:
+        return params
+    axes = resolve_axes(matrices, params)
+
+    def decide(path, leaf) -> LeafPlan:
+        shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
+        _checks.check_floating(path, dtype)
+        dense = lambda why, view=None, kept=methods: LeafPlan(  # noqa: E731
+            path, shape, dtype.name, view, None, why, tuple(Dense() for _ in kept)
+        )
+        if 0 in shape:
+            return dense("no elements", kept=())
+        leaf_axes, why = axes[path]
+        if leaf_axes is None:
+            return dense(why)
+        view = matrix_view(shape, leaf_axes, path)
+        if all(isinstance(method, Dense) for method in methods):
+            return dense("Dense() moments", view)
+        r, (p, q) = rank_of(rank, view), (view.p, view.q)
+        if OnlineRegression in map(type, methods) and r * (p + q) >= p * q:
+            return dense(f"rank {r} does not pay: r(p+q) >= pq", view)
+        if matrices is None:
+            _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)
+            if min(p, q) < min_dim_size_to_factor:
+                return dense(f"a side is below {min_dim_size_to_factor}", view)
+        return LeafPlan(path, shape, dtype.name, view, r, "", methods)
+
+    return Plan(tuple(decide(path, leaf) for path, leaf in leaves))
+
+
+def rank_of(rank: int | Fraction, view: MatrixView) -> int:
+    if isinstance(rank, Fraction):
+        return max(1, int(min(view.p, view.q) * rank))
+    return int(rank)
+
+
+def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]:
+    """Zero state of moment number `index`: its dense tree, its factors by leaf path.
+
+    The tree is shaped like `params`, with `optax.MaskedNode` where the moment is not
+    kept densely. Dense moments are float32 at least.
+    """
+    if not isinstance(plan, Plan):
+        return params, params
+    decided = {leaf.path: leaf for leaf in plan.leaves}
+    factors = {}
+    for leaf in plan.leaves:
+        if leaf.is_factored and not isinstance(leaf.methods[index], Dense):
+            view: Any = leaf.view
+            factors[leaf.path] = leaf.methods[index].init(
+                view.batch, view.p, view.q, leaf.rank, jnp.dtype(factor_dtype), seed
+            )
+    paths = iter(decided)
+
+    def dense(param):
+        leaf = decided[next(paths)]
+        if leaf.path in factors or not leaf.methods:
+            return optax.MaskedNode()
+        return jnp.zeros_like(param, jnp.promote_types(param.dtype, jnp.float32))
+
+    return jax.tree.map(dense, params), factors
+
+
+Moments = tuple[Any, Any]  # What init_moment returns.
+
+
+def map_leaves(
+    fn: Callable[..., tuple[jax.Array, ...]],
+    plan: Plan,
+    updates: optax.Updates,
+    moments: Sequence[Moments],
+    batch: int | None,
+) -> tuple[Any, ...]:
+    """Runs `fn(leaf, g, *states) -> (update, *states)` on every matrix of every leaf.
+
+    A dense leaf is passed whole. Computation is in float32 at least; updates come back
+    in the dtype optax would return, states in their own.
+
+    Args:
+      fn: The optimizer on one matrix.
+      plan: The decisions.
+      updates: Gradients, of the tree that the plan was made for.
+      moments: One `(dense tree, factors)` pair per moment.
+      batch: Slices along the first batch axis that are in flight at once; None: all.
+
+    Returns:
+      The updates, and the new `(dense tree, factors)` pairs.
+    """
+    leaves = named_leaves(updates)
+    if not leaves:
+        return updates, *moments
+    plans = plan.by_path(leaves)
+    dense = [dict(named_leaves(tree)) for tree, _ in moments]
+    factors = [dict(by_path) for _, by_path in moments]
+    results = []
+    for path, g in leaves:
+        leaf = plans[path]
+        if not leaf.methods:
+            results.append(g)
+            continue
+        kept = [f if path in f else d for d, f in zip(dense, factors, strict=True)]
+        update, *states = _run_leaf(fn, leaf, g, [k[path] for k in kept], batch)
+        results.append(update)
+        for where, state in zip(kept, states, strict=True):
+            where[path] = state
+    trees = (
+        jax.tree.unflatten(jax.tree.structure(tree), new.values())
+        for (tree, _), new in zip(moments, dense, strict=True)
+    )
+    return (
+        jax.tree.unflatten(jax.tree.structure(updates), results),
+        *zip(trees, factors, strict=True),
+    )
+
+
+def _run_leaf(fn, leaf: LeafPlan, g, states, batch):
+    """`fn` on one leaf: viewed as matrices, in its compute dtype, and back again."""
+    returned = jnp.promote_types(g.dtype, leaf.dtype)
+    compute = jnp.promote_types(g.dtype, jnp.float32)
+    view = leaf.view
+    is_dense = [isinstance(method, Dense) for method in leaf.methods]
+
+    def run(g, *states):
+        cast = jax.tree.map(lambda x: x.astype(compute), (g, *states))
+        update, *new = fn(leaf, *cast)
+        same = jax.tree.map(lambda x, old: x.astype(old.dtype), new, list(states))
+        return update.astype(returned), *same
+
+    if view is None:
+        return run(g, *states)
+    matrices = [
+        view.to_matrix(state) if dense else state
+        for state, dense in zip(states, is_dense, strict=True)
+    ]
+    mapped = over_batch(run, len(view.batch), batch)
+    update, *new = mapped(view.to_matrix(g), *matrices)
+    return view.from_matrix(update), *(
+        view.from_matrix(state) if dense else state
+        for state, dense in zip(new, is_dense, strict=True)
+    )
+
+
+def over_batch(fn, ndim: int, batch: int | None):
+    """Maps `fn(g, *states) -> (update, *states)` over `ndim` leading axes."""
+    for _ in range(max(ndim - 1, 0)):
+        fn = jax.vmap(fn)
+    if ndim == 0:
+        return fn
+    vmapped = jax.vmap(fn)
+    return vmapped if batch is None else _sliced(vmapped, batch)
+
+
+def _sliced(fn, most: int):
+    """Runs `fn` on at most `most` entries of the leading axis at a time.
+
+    A slice takes every n-th entry, so that a leading axis sharded over up to that many
+    devices is walked where it lies: each device works on its own entries.
+    """
+
+    def run(*args):
+        length = args[0].shape[0]
+        size = max(d for d in range(1, min(most, length) + 1) if length % d == 0)
+        count = length // size
+        if count == 1:
+            return fn(*args)
+        g, *states = jax.tree.map(lambda x: x.reshape(size, count, *x.shape[1:]), args)
+
+        def take(tree, i):
+            return jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), tree
+            )
+
+        def body(i, carry):
+            update, *states = carry
+            new = fn(take(g, i), *take(states, i))
+            return jax.tree.map(
+                lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 1),
+                [update, *states],
+                list(new),
+            )
+
+        shape = jax.eval_shape(fn, *args)[0]
+        update = jnp.zeros((size, count, *shape.shape[1:]), shape.dtype)
+        # The states are carried, so that donated ones are updated in place.
+        done = jax.lax.fori_loop(0, count, body, [update, *states])
+        return jax.tree.map(lambda x: x.reshape(length, *x.shape[2:]), done)
+
+    return run

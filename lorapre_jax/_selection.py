@@ -1,0 +1,229 @@
+"""Which leaves are matrices, and along which axes: the rules of `matrices=`."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+
+from lorapre_jax._matrix_view import AxesLike, MatrixAxes, as_matrix_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixSelection:
+    """What `select_matrices` returns; see there."""
+
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+    axes: MatrixAxes | tuple[tuple[str, MatrixAxes], ...]
+
+
+Matrices = MatrixSelection | AxesLike | None | Any  # Any: a tree of AxesLike and None.
+
+
+def select_matrices(
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    axes: AxesLike | Mapping[str, AxesLike] | None = None,
+) -> MatrixSelection:
+    """Selects the leaves to factor by regular expressions on their paths.
+
+    A path is a leaf's keys joined by slashes, `layers/0/attention/q/kernel`, whatever
+    the tree is made of (nnx state, linen or haiku parameters, plain containers). A
+    pattern matches anywhere in the path (`re.search`): anchor it with `^` and `$`
+    where that is too much.
+
+    Args:
+      include: Patterns of leaves to select. None selects every leaf with two axes and
+        every leaf that a pattern of `axes` matches.
+      exclude: Patterns of leaves to leave out, whatever else matches them.
+      axes: The matrix axes of the selected leaves, or a mapping from patterns to axes.
+        A selected leaf that no pattern matches must have exactly two axes.
+
+    Returns:
+      A frozen, hashable, non-callable value for the `matrices=` of a transform.
+
+    Raises:
+      ValueError: A pattern is not a regular expression. At `init`: a pattern matches no
+        leaf, two patterns of `axes` give one leaf different axes, or a selected leaf
+        does not have the axes. The message names the pattern and the leaf.
+    """
+    rules = MatrixAxes() if axes is None else axes
+    if isinstance(rules, Mapping):
+        rules = tuple((key, as_matrix_axes(value)) for key, value in rules.items())
+    else:
+        rules = as_matrix_axes(rules)
+    selection = MatrixSelection(
+        None if include is None else _as_patterns(include), _as_patterns(exclude), rules
+    )
+    for _, pattern in _patterns(selection):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"select_matrices: {pattern!r} is not a regular expression: {error}."
+            ) from error
+    return selection
+
+
+def path_str(path: tuple[Any, ...]) -> str:
+    """A key path as text; the `value` attribute of a boxed parameter is left out."""
+    if path and getattr(path[-1], "name", None) == "value":
+        path = path[:-1]
+    return "/".join(
+        str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)))
+        for k in path
+    )
+
+
+def named_leaves(tree: Any, is_leaf=None) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [(path_str(path), leaf) for path, leaf in flat]
+
+
+Resolved = tuple[MatrixAxes | None, str]
+
+
+def resolve_axes(matrices: Matrices, params: optax.Params) -> dict[str, Resolved]:
+    """Leaf path -> (its axes, ""), or (None, why it is not a matrix)."""
+    leaves = named_leaves(params, is_leaf=_is_masked)
+    # Masked leaves have no shape, but a rule that is about them is not a mistake.
+    paths = [path for path, _ in leaves]
+    shapes = {path: leaf.shape for path, leaf in leaves if not _is_masked(leaf)}
+    if not shapes:
+        return {}
+    if matrices is None:
+        return {
+            path: (MatrixAxes(), "") if len(shape) == 2 else (None, "not two axes")
+            for path, shape in shapes.items()
+        }
+    if isinstance(matrices, (MatrixAxes, optax.contrib.MuonDimensionNumbers)):
+        return _resolve_one(as_matrix_axes(matrices), shapes)
+    if isinstance(matrices, MatrixSelection):
+        return _resolve_selection(matrices, shapes, paths)
+    if callable(matrices):
+        raise TypeError(
+            "matrices: callables are not accepted, since optax.inject_hyperparams "
+            "takes them for schedules; use select_matrices(...) or a tree of "
+            "MatrixAxes."
+        )
+    return _resolve_tree(matrices, shapes, paths)
+
+
+def _resolve_one(axes: MatrixAxes, shapes) -> dict[str, Resolved]:
+    named = [axes.rows, axes.columns]
+    flat = [a for side in named for a in ((side,) if isinstance(side, int) else side)]
+    needed = max(a + 1 if a >= 0 else -a for a in flat)
+    return {
+        path: (axes, "") if len(shape) >= needed else (None, "lacks the matrix axes")
+        for path, shape in shapes.items()
+    }
+
+
+def _resolve_selection(
+    selection: MatrixSelection, shapes, paths
+) -> dict[str, Resolved]:
+    for role, pattern in _patterns(selection):
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(
+                f"select_matrices: {role} pattern {pattern!r} matches no leaf. The "
+                f"leaves are {_listed(paths)}."
+            )
+    return {path: _resolve_leaf(selection, path, shapes[path]) for path in shapes}
+
+
+def _resolve_leaf(
+    selection: MatrixSelection, path: str, shape: tuple[int, ...]
+) -> Resolved:
+    if any(re.search(pattern, path) for pattern in selection.exclude):
+        return None, "excluded"
+    include, rules = selection.include, selection.axes
+    if isinstance(rules, MatrixAxes):
+        found = {rules}
+    else:
+        found = {axes for pattern, axes in rules if re.search(pattern, path)}
+    if include is None:
+        by_axes = found and not isinstance(rules, MatrixAxes)
+        if not (by_axes or len(shape) == 2):
+            return None, "not two axes"
+    elif not any(re.search(pattern, path) for pattern in include):
+        return None, "not included"
+    if len(found) > 1:
+        raise ValueError(
+            f"select_matrices: leaf '{path}' is given different axes by two patterns: "
+            f"{_listed(found)}. Make the patterns exclude one another."
+        )
+    if not found and len(shape) != 2:
+        raise ValueError(
+            f"select_matrices: leaf '{path}' of shape {shape} is selected, but no "
+            "pattern of axes= says which of its axes are rows and columns."
+        )
+    return (found.pop() if found else MatrixAxes()), ""
+
+
+def _resolve_tree(tree: Any, shapes, paths) -> dict[str, Resolved]:
+    specs = dict(named_leaves(tree, is_leaf=_is_spec))
+    resolved: dict[str, Resolved] = {}
+    used: set[str] = set()
+    for path in paths:
+        # A spec at a subtree speaks for every leaf below it.
+        keys = path.split("/")
+        prefixes = ["/".join(keys[:n]) for n in range(len(keys), -1, -1)]
+        prefix = next((prefix for prefix in prefixes if prefix in specs), None)
+        if prefix is None:
+            raise ValueError(
+                f"matrices: the tree has no entry for leaf '{path}'. Give it a "
+                "MatrixAxes, or None to keep it dense."
+            )
+        used.add(prefix)
+        spec = specs[prefix]
+        if spec is not None and not isinstance(
+            spec, (MatrixAxes, optax.contrib.MuonDimensionNumbers, optax.MaskedNode)
+        ):
+            raise TypeError(
+                f"matrices: the entry at '{prefix}' is a {type(spec).__name__}; it "
+                "must be a MatrixAxes, an optax.contrib.MuonDimensionNumbers or None."
+            )
+        if path in shapes:
+            if isinstance(spec, (MatrixAxes, optax.contrib.MuonDimensionNumbers)):
+                resolved[path] = as_matrix_axes(spec), ""
+            else:
+                resolved[path] = None, "not selected"
+    unused = [path for path in specs if path not in used]
+    if unused:
+        raise ValueError(
+            f"matrices: the tree has entries for {_listed(unused)}, where the "
+            "parameters have no leaf."
+        )
+    return resolved
+
+
+def _patterns(selection: MatrixSelection) -> list[tuple[str, str]]:
+    rules = selection.axes if isinstance(selection.axes, tuple) else ()
+    return (
+        [("include", pattern) for pattern in selection.include or ()]
+        + [("exclude", pattern) for pattern in selection.exclude]
+        + [("axes", pattern) for pattern, _ in rules]
+    )
+
+
+def _as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _is_spec(x: Any) -> bool:
+    kinds = (MatrixAxes, optax.contrib.MuonDimensionNumbers, optax.MaskedNode)
+    return x is None or isinstance(x, kinds)
+
+
+def _listed(items: Iterable[Any], most: int = 8) -> str:
+    items = [str(item) for item in items]
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(f"'{item}'" for item in items[:most]) + rest
