@@ -71,7 +71,8 @@ def lorapre_ema(
 
         def average(leaf, g, ema):
             m, ema = leaf.methods[0].first_moment(ema, g, decay, count, seed)
-            return m if debias else m * mass(decay, count, g.dtype), ema
+            weight = 1 if debias else mass(jnp.asarray(decay, g.dtype), count)
+            return m * weight, ema
 
         updates, (ema, factors) = map_leaves(
             average, state.plan, updates, [(state.ema, state.ema_factors)], batch
