@@ -213,11 +213,15 @@ def _run_leaf(fn, leaf: LeafPlan, g, states, batch):
     view = leaf.view
     is_dense = [isinstance(method, Dense) for method in leaf.methods]
 
+    # No information is lost, and an update has the dtype of the buffer it came from.
+    g = g.astype(returned)
+
     def run(g, *states):
         cast = jax.tree.map(lambda x: x.astype(compute), (g, *states))
         update, *new = fn(leaf, *cast)
-        same = jax.tree.map(lambda x, old: x.astype(old.dtype), new, list(states))
-        return update.astype(returned), *same
+        return jax.tree.map(
+            lambda x, old: x.astype(old.dtype), (update, *new), (g, *states)
+        )
 
     if view is None:
         return run(g, *states)
@@ -256,26 +260,24 @@ def _sliced(fn, most: int):
         count = length // size
         if count == 1:
             return fn(*args)
-        g, *states = jax.tree.map(lambda x: x.reshape(size, count, *x.shape[1:]), args)
+        # One buffer holds the gradients of slices to come and the updates of those done,
+        # and the states are carried with it: donated arguments are updated in place.
+        carried = jax.tree.map(lambda x: x.reshape(size, count, *x.shape[1:]), args)
 
-        def take(tree, i):
+        def body(i, carried):
+            entries = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), carried
+            )
+            # A branch is not inlined: all of a slice is read before any of it is written.
+            # Otherwise XLA may copy the whole stacks at every iteration.
+            done = jax.lax.cond(i < count, fn, lambda *same: same, *entries)
             return jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), tree
+                lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1),
+                carried,
+                done,
             )
 
-        def body(i, carry):
-            update, *states = carry
-            new = fn(take(g, i), *take(states, i))
-            return jax.tree.map(
-                lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 1),
-                [update, *states],
-                list(new),
-            )
-
-        shape = jax.eval_shape(fn, *args)[0]
-        update = jnp.zeros((size, count, *shape.shape[1:]), shape.dtype)
-        # The states are carried, so that donated ones are updated in place.
-        done = jax.lax.fori_loop(0, count, body, [update, *states])
+        done = jax.lax.fori_loop(0, count, body, carried)
         return jax.tree.map(lambda x: x.reshape(length, *x.shape[2:]), done)
 
     return run

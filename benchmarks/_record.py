@@ -1,0 +1,48 @@
+"""Results as data: rows, the command that made them, and what it ran on."""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+Row = Mapping[str, Any]
+
+
+def save(name: str, rows: Sequence[Row]) -> Path:
+    """Writes `results/<name>.json`; returns its path."""
+    module = Path(sys.argv[0]).stem
+    record = {
+        "command": " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]]),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "versions": {p: version(p) for p in ("jax", "jaxlib", "optax", "lorapre-jax")},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "rows": list(rows),
+    }
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([_cell(r[k]) for k in head] for r in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

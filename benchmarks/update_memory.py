@@ -1,0 +1,60 @@
+"""Transient memory of one update of a stacked leaf, from the compiler's own analysis.
+
+The gradient and the state are arguments, donated as in training; what is reported is
+what the update needs besides: temporaries, against the size of the leaf and of one
+slice. Nothing is run, so any size can be asked for.
+
+    python -m benchmarks.update_memory
+"""
+
+import jax
+import optax
+
+import lorapre_jax as lp
+from benchmarks import _record
+
+LAYERS, P, Q, RANK = 24, 1024, 2736, 256  # The feed-forward stack of a 350M Llama.
+PAPER = lp.OnlineRegression.paper()
+
+
+def transforms(batch):
+    shared = {"rank": RANK, "matrices": lp.MatrixAxes(-2, -1), "batch": batch}
+    return {
+        "lorapre_adam, default": lp.scale_by_lorapre_adam(**shared),
+        "lorapre_adam, paper": lp.scale_by_lorapre_adam(
+            first_moment=PAPER, second_moment=PAPER, **shared
+        ),
+        "lorapre_muon": lp.scale_by_lorapre_muon(**shared),
+    }
+
+
+def measure(tx, dtype="float32") -> dict[str, float]:
+    """Bytes of the compiled update, in units of the leaf."""
+    leaf = jax.ShapeDtypeStruct((LAYERS, P, Q), dtype)
+    state = jax.eval_shape(tx.init, leaf)
+    update = jax.jit(tx.update, donate_argnums=(0, 1))
+    memory = update.lower(leaf, state).compile().memory_analysis()
+    nbytes = leaf.size * leaf.dtype.itemsize
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    # An output that could not take a donated buffer is transient memory as well.
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "state / leaf": state_bytes / nbytes,
+        "temporaries / leaf": memory.temp_size_in_bytes / nbytes,
+        "temporaries / slice": memory.temp_size_in_bytes / nbytes * LAYERS,
+        "fresh outputs / leaf": fresh / nbytes,
+    }
+
+
+def main() -> None:
+    rows = [{"transform": "optax adam", "batch": "-", **measure(optax.scale_by_adam())}]
+    for batch in (None, 8, 2, 1):
+        for name, tx in transforms(batch).items():
+            kind = "vmapped" if batch is None else f"slices of {batch}"
+            rows.append({"transform": name, "batch": kind, **measure(tx)})
+    print(f"Leaf: {LAYERS} x {P} x {Q} float32, rank {RANK}\n\n{_record.table(rows)}")
+    print(f"\nWritten to {_record.save('update_memory', rows).name}.")
+
+
+if __name__ == "__main__":
+    main()

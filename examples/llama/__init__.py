@@ -1,0 +1,1 @@
+"""Pretrain a small Llama with low-rank momentum: ``python -m examples.llama``."""

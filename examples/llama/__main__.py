@@ -1,0 +1,46 @@
+"""Command line: parse, train, print the outcome."""
+
+import sys
+
+import tyro
+from rich.console import Console
+
+from examples.llama.config import Config
+from examples.llama.train import Result, train
+
+
+def main() -> int:
+    config = tyro.cli(
+        Config,
+        prog="python -m examples.llama",
+        description="Pretrain a small Llama on text. Run the same command again to go "
+        "on with an interrupted run.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    console = Console()
+    try:
+        result = train(config, console)
+    except ValueError as error:  # bad settings or data: the message is enough
+        console.stderr = True
+        console.print(f"error: {error}", markup=False, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted. Run the same command again to go on.")
+        return 130
+    console.print(summary(result), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def summary(result: Result) -> str:
+    return (
+        f"held-out loss    {result.held_out_loss:.4f} nats per token\n"
+        f"perplexity       {result.held_out_perplexity:.3f}\n"
+        f"optimizer state  {result.state_bytes:,} bytes, "
+        f"{result.state_ratio:.2f} of AdamW's\n"
+        f"loss curve       {result.plot}\n"
+        f"checkpoint       {result.checkpoint}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Llama in Flax NNX: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+Parameters are float32, kernels are (in, out), and nothing has a bias. Shapes use
+
+    b batch   s sequence   d width   f ffn_width   h query heads   k kv heads
+    e head_dim = d / h     v vocabulary            l layers
+
+and the parameter tree is
+
+    embed/embedding                       (v, d)
+    layers/attention/{q,o}/kernel         (l, d, d)
+    layers/attention/{k,v}/kernel         (l, d, k e)
+    layers/mlp/{gate,up}/kernel           (l, d, f)
+    layers/mlp/down/kernel                (l, f, d)
+    layers/{attention_norm,mlp_norm}/scale  (l, d)
+    norm/scale                            (d,)
+    head/kernel                           (d, v)
+
+With ``scan_layers=False`` the leading axis becomes ``layers/<i>/``.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from examples.llama.config import ModelConfig
+
+Params = dict[str, Any]
+
+NORM_EPS = 1e-6
+ROPE_BASE = 1e4
+_init = nnx.initializers.normal(stddev=0.02)
+
+
+def _linear(fan_in: int, fan_out: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        fan_in, fan_out, use_bias=False, dtype=dtype, kernel_init=_init, rngs=rngs
+    )
+
+
+class RMSNorm(nnx.Module):
+    """``x / rms(x) * scale``, computed in float32, returned in ``x``'s dtype."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(mean_square + NORM_EPS) * self.scale[...]
+        return y.astype(x.dtype)
+
+
+def rotary_tables(seq_len: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles, each (s, 1, e/2) float32."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    positions = jnp.arange(seq_len, dtype=jnp.float32)
+    angles = positions[:, None, None] * ROPE_BASE**-exponents
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn feature pairs (i, i + e/2) of ``x`` (b, s, h, e) by their position."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention; query head i reads kv head i // (h / k)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, dtype = config.width, config.compute_dtype
+        self.head_dim = config.head_dim
+        self.q = _linear(d, d, dtype, rngs)
+        self.k = _linear(d, config.kv_heads * config.head_dim, dtype, rngs)
+        self.v = _linear(d, config.kv_heads * config.head_dim, dtype, rngs)
+        self.o = _linear(d, d, dtype, rngs)
+
+    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+        q = rotate(heads(self.q(x)), tables)
+        k = rotate(heads(self.k(x)), tables)
+        mixed = jax.nn.dot_product_attention(q, k, heads(self.v(x)), is_causal=True)
+        return self.o(mixed.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, f, dtype = config.width, config.ffn_width, config.compute_dtype
+        self.gate = _linear(d, f, dtype, rngs)
+        self.up = _linear(d, f, dtype, rngs)
+        self.down = _linear(f, d, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream (b, s, d)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), tables)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """Token ids (b, s) int32 to logits (b, s, v) float32."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
+        d, dtype = config.width, config.compute_dtype
+        self.config = config
+        self.embed = nnx.Embed(
+            vocab_size, d, dtype=dtype, embedding_init=_init, rngs=rngs
+        )
+        self.layers: Any  # one stacked Block, or a list of them
+        if config.scan_layers:
+            make_stack = nnx.vmap(lambda rngs: Block(config, rngs=rngs))
+            self.layers = make_stack(rngs.split(config.num_layers))
+        else:
+            blocks = [Block(config, rngs=rngs) for _ in range(config.num_layers)]
+            self.layers = nnx.List(blocks)
+        self.norm = RMSNorm(d)
+        self.head = _linear(d, vocab_size, dtype, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        tables = rotary_tables(tokens.shape[-1], self.config.head_dim)
+        x = self._through_layers(self.embed(tokens), tables)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+    def _through_layers(
+        self, x: jax.Array, tables: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        if self.config.scan_layers:
+            scan = nnx.scan(
+                lambda x, block: block(x, tables),
+                in_axes=(nnx.Carry, 0),
+                out_axes=nnx.Carry,
+            )
+            return scan(x, self.layers)
+        for block in self.layers:
+            x = block(x, tables)
+        return x
+
+
+class PureLlama:
+    """The model as two pure functions over a plain nested dict of arrays."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        self._make = lambda rngs: Llama(config, vocab_size, rngs=rngs)
+        abstract = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
+        self._graph = nnx.graphdef(abstract)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters; ``jax.eval_shape`` of it gives shapes alone."""
+        return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=key))))
+
+    def apply(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Logits (b, s, v) float32 of ``tokens`` (b, s)."""
+        return nnx.merge(self._graph, params)(tokens)

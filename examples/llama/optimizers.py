@@ -1,0 +1,170 @@
+"""The optimizers to compare, made from one configuration.
+
+All share schedule, clipping and weight decay, and treat the embedding, the head and
+the norms alike: by Adam's moments. Only the rule for the matrices differs.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import lorapre_jax as lp
+from examples.llama.config import OptimizerConfig, OptimizerName
+
+MATRICES = r"^layers/(\d+/)?(attention|mlp)/\w+/kernel$"
+EMBEDDINGS = r"^(embed/embedding|head/kernel)$"
+
+MUON_BETA = 0.95
+MUON_RMS = 0.2  # root mean square of Muon's update, about that of Adam's
+GALORE_REFRESH = 100  # steps between two projections
+
+
+class Rates(NamedTuple):
+    """Peak learning rates; ``dense`` is for embedding, head and norms."""
+
+    matrices: float
+    dense: float
+
+
+# Reasonable for small models and short runs; tune before comparing for good.
+DEFAULT_RATES: dict[OptimizerName, Rates] = {
+    "adamw": Rates(2e-3, 2e-3),
+    "lorapre_adamw": Rates(2e-3, 2e-3),
+    "lorapre_muon": Rates(1e-2, 2e-3),
+    "muon": Rates(1e-2, 2e-3),
+    "galore": Rates(4e-3, 2e-3),
+}
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The named optimizer behind global-norm clipping, for a run of ``steps``."""
+    defaults = DEFAULT_RATES[config.name]
+    rate = schedule(config.learning_rate or defaults.matrices, config.warmup, steps)
+    dense_rate = schedule(
+        config.dense_learning_rate or defaults.dense, config.warmup, steps
+    )
+    rule = _RULES[config.name](config, rate, dense_rate)
+    if config.clip_norm is None:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
+    """Linear rise over ``warmup * steps`` steps, then a cosine to a tenth of it."""
+    rise = round(warmup * steps)
+    return optax.warmup_cosine_decay_schedule(
+        # The first update counts already: it takes the first stair, not zero.
+        init_value=peak / (rise + 1),
+        peak_value=peak,
+        warmup_steps=rise,
+        decay_steps=max(steps, rise + 1),
+        end_value=peak / 10,
+    )
+
+
+def _patterns(config: OptimizerConfig) -> list[str]:
+    return [MATRICES, EMBEDDINGS] if config.factor_embeddings else [MATRICES]
+
+
+def _selection(config: OptimizerConfig) -> Any:
+    """The last two axes of each chosen leaf; a leading layer axis is a batch."""
+    axes = lp.MatrixAxes(rows=-2, columns=-1)
+    return lp.select_matrices(include=_patterns(config), axes=axes)
+
+
+def _is_matrix(config: OptimizerConfig, params: Any) -> Any:
+    """Tree of bools: which leaves of ``params`` the matrix rule takes."""
+    patterns = _patterns(config)
+
+    def chosen(path: Any, _: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    return jax.tree_util.tree_map_with_path(chosen, params)
+
+
+def _adamw(config: OptimizerConfig, rate: Any, _: Any) -> Any:
+    return optax.adamw(
+        rate,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=lambda params: _is_matrix(config, params),
+    )
+
+
+def _lorapre_adamw(config: OptimizerConfig, rate: Any, _: Any) -> Any:
+    return lp.lorapre_adamw(
+        rate,
+        config.rank,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=lambda params: _is_matrix(config, params),
+        matrices=_selection(config),
+    )
+
+
+def _lorapre_muon(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
+    matrix_rule = lp.lorapre_muon(
+        rate,
+        config.rank,
+        beta=MUON_BETA,
+        weight_decay=config.weight_decay,
+        consistent_rms=MUON_RMS,
+        matrices=_selection(config),
+    )
+    return _with_dense_adam(matrix_rule, config, dense_rate)
+
+
+def _muon(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    matrix_rule = optax.contrib.muon(
+        rate,
+        beta=MUON_BETA,
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda _: axes, params
+        ),
+        consistent_rms=MUON_RMS,
+    )
+    return _with_dense_adam(matrix_rule, config, dense_rate)
+
+
+def _galore(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
+    axes = optax.contrib.GaLoreDimensionNumbers(reduction_axis=0, output_axis=1)
+    matrix_rule = optax.contrib.galore(
+        rate,
+        rank=config.rank,
+        update_proj_gap=GALORE_REFRESH,
+        base_optimizer=optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        weight_decay=config.weight_decay,
+        weight_dimension_numbers=axes,
+    )
+    return _with_dense_adam(matrix_rule, config, dense_rate)
+
+
+def _with_dense_adam(matrix_rule: Any, config: OptimizerConfig, dense_rate: Any) -> Any:
+    """``matrix_rule`` for the matrices and plain Adam for everything else.
+
+    The rules' own fallbacks are not used: those of both muons are Nesterov Adam, and
+    galore's holds zero-size arrays, which Orbax does not save.
+    """
+
+    def labels(params: Any) -> Any:
+        chosen = _is_matrix(config, params)
+        return jax.tree.map(lambda yes: "matrix" if yes else "dense", chosen)
+
+    dense_rule = optax.adam(dense_rate, b1=config.b1, b2=config.b2)
+    return optax.partition({"matrix": matrix_rule, "dense": dense_rule}, labels)
+
+
+_RULES = {
+    "adamw": _adamw,
+    "lorapre_adamw": _lorapre_adamw,
+    "lorapre_muon": _lorapre_muon,
+    "muon": _muon,
+    "galore": _galore,
+}

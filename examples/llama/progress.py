@@ -1,0 +1,62 @@
+"""What the person at the terminal sees while a run goes on."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from examples.llama.metrics import Record
+
+
+class ProgressDisplay:
+    """A live bar on a terminal, a line every ``log_every`` steps elsewhere."""
+
+    def __init__(self, start: int, steps: int, log_every: int, console: Console):
+        self._start, self._steps, self._log_every = start, steps, log_every
+        self._console = console
+        self._began = time.perf_counter()
+        self._held_out: list[str] = []
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("compiling", total=steps, completed=start)
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, record: Record) -> None:
+        step = int(record["step"])
+        text = self._describe(record)
+        self._bar.update(self._task, completed=step, description=text)
+        due = step % self._log_every == 0 or step == self._steps
+        if due and not self._console.is_terminal:
+            line = f"step {step}/{self._steps}: {text}, {self._time_left(step)} left"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _describe(self, record: Record) -> str:
+        parts = []
+        if "train_loss" in record:
+            parts.append(f"loss {record['train_loss']:.3f}")
+        if "held_out_loss" in record:
+            self._held_out = [f"held-out {record['held_out_loss']:.3f}"]
+        parts += self._held_out
+        if "tokens_per_second" in record:
+            parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        return ", ".join(parts)
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._start
+        if done == 0:
+            return "unknown time"
+        elapsed = time.perf_counter() - self._began
+        seconds = round(elapsed / done * (self._steps - step))
+        return f"{seconds // 60}:{seconds % 60:02d}"

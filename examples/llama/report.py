@@ -1,0 +1,80 @@
+"""From a step's metrics to the log and the display, without making the device wait."""
+
+import time
+from collections import deque
+from typing import Any
+
+import jax
+
+from examples.llama.metrics import MetricsLog, Record, perplexity
+from examples.llama.progress import ProgressDisplay
+
+
+class Reporter:
+    """Writes each step's metrics once the next step has been handed to the device.
+
+    Reading a number waits for the device. A step later the device already has new
+    work, so it never stands idle while the numbers are fetched and written.
+    """
+
+    def __init__(self, log: MetricsLog, display: ProgressDisplay, tokens_per_step: int):
+        self._log, self._display = log, display
+        self._tokens_per_step = tokens_per_step
+        self._stopwatch = Stopwatch()
+        self._held_back: dict[str, Any] = {}
+
+    def trained(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take in the metrics of ``step``, write those of the step before."""
+        before, self._held_back = self._held_back, {"step": step} | metrics
+        self._write(before)
+
+    def evaluated(self, step: int, held_out_loss: float) -> None:
+        """Add the held-out loss (nats per token) to the record of ``step``."""
+        self._held_back |= {
+            "step": step,
+            "held_out_loss": held_out_loss,
+            "held_out_perplexity": perplexity(held_out_loss),
+        }
+        self._stopwatch.pause()
+
+    def flush(self) -> None:
+        """Write what is held back, as before a checkpoint or at the end."""
+        before, self._held_back = self._held_back, {}
+        self._write(before)
+        self._stopwatch.pause()
+
+    def _write(self, held_back: dict[str, Any]) -> None:
+        if not held_back:
+            return
+        record: Record = {
+            name: x.item() if isinstance(x, jax.Array) else x
+            for name, x in held_back.items()
+        }
+        self._stopwatch.step_done()
+        if rate := self._stopwatch.steps_per_second:
+            record["tokens_per_second"] = round(rate * self._tokens_per_step, 1)
+        self._log.write(record)
+        self._display.update(record)
+
+
+class Stopwatch:
+    """Steps per second over the last steps, without the pauses between them."""
+
+    def __init__(self, window: int = 20) -> None:
+        self._durations: deque[float] = deque(maxlen=window)
+        self._last: float | None = None
+
+    def step_done(self) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self._durations.append(now - self._last)
+        self._last = now
+
+    def pause(self) -> None:
+        """Leave out what lies before the next step: evaluating, saving, compiling."""
+        self._last = None
+
+    @property
+    def steps_per_second(self) -> float | None:
+        total = sum(self._durations)
+        return len(self._durations) / total if total else None

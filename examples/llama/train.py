@@ -1,0 +1,134 @@
+"""A whole run: new, or gone on with from its last checkpoint."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+import lorapre_jax as lp
+from examples.llama.checkpoint import Checkpoints, check_same_run, record_run
+from examples.llama.config import Config
+from examples.llama.data import TextData, held_out_batches, load_text, train_batches
+from examples.llama.metrics import MetricsLog, perplexity, plot_losses
+from examples.llama.model import PureLlama
+from examples.llama.optimizers import make_optimizer
+from examples.llama.progress import ProgressDisplay
+from examples.llama.report import Reporter
+from examples.llama.steps import init_state, make_evaluation, make_train_step
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run has to say."""
+
+    held_out_loss: float  # nats per token
+    held_out_perplexity: float
+    state_bytes: int  # optimizer state of one replica
+    state_ratio: float  # that, over AdamW's
+    plot: Path
+    checkpoint: Path
+    already_finished: bool
+
+
+def train(config: Config, console: Console | None = None) -> Result:
+    """Train until ``config.steps``; what ``config.workdir`` has done is not redone."""
+    console = console or Console()
+    replicated, by_row = make_shardings(config.data.batch_size)
+
+    with Checkpoints(config.workdir) as checkpoints:
+        start = checkpoints.latest_step or 0
+        data = load_data_of_run(config, resumed=start > 0)
+        model = PureLlama(config.model, data.vocab_size)
+        tx = make_optimizer(config.optimizer, config.steps)
+
+        init = partial(init_state, model, tx, jax.random.key(config.seed))
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+            jax.eval_shape(init),
+        )
+        memory = lp.describe(tx, abstract.params)
+        console.print(str(memory), markup=False, highlight=False, soft_wrap=True)
+        if start:
+            state = checkpoints.restore(abstract)
+        else:
+            state = jax.jit(init, out_shardings=replicated)()
+
+        size = config.data.seq_len, config.data.batch_size
+        batches = train_batches(data.train, *size, config.seed)
+        held_out = held_out_batches(data.held_out, *size)
+        evaluate = make_evaluation(model, jax.device_put(list(held_out), by_row))
+        train_step = make_train_step(model, tx, replicated)
+        console.print(opening_line(config, data, start), soft_wrap=True)
+
+        with (
+            MetricsLog(config.workdir, start) as log,
+            ProgressDisplay(start, config.steps, config.log_every, console) as display,
+        ):
+            report = Reporter(log, display, tokens_per_step=math.prod(size))
+            if start == 0:
+                report.evaluated(0, evaluate(state.params))
+            for step in range(start + 1, config.steps + 1):
+                rows = jax.device_put(batches[step - 1], by_row)
+                state, metrics = train_step(state, rows)
+                report.trained(step, metrics)
+                if step % config.eval_every == 0 or step == config.steps:
+                    report.evaluated(step, evaluate(state.params))
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    report.flush()  # the log must never lag behind a checkpoint
+                    checkpoints.save(step, state)
+
+        plot = config.workdir / "loss.png"
+        plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
+        held_out_loss = log.last("held_out_loss")
+        return Result(
+            held_out_loss=held_out_loss,
+            held_out_perplexity=perplexity(held_out_loss),
+            state_bytes=memory.total_bytes,
+            state_ratio=memory.ratio,
+            plot=plot,
+            checkpoint=checkpoints.path(config.steps),
+            already_finished=start == config.steps,
+        )
+
+
+def make_shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
+    """A whole copy on every device, and the rows of a batch divided among them."""
+    devices = np.asarray(jax.devices())
+    if batch_size % devices.size:
+        raise ValueError(
+            f"batch_size ({batch_size}) must be a multiple of the number of devices "
+            f"({devices.size})"
+        )
+    mesh = Mesh(devices, ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    return replicated, by_row
+
+
+def load_data_of_run(config: Config, resumed: bool) -> TextData:
+    """The run's tokens, once settings and data are known to be those of the run."""
+    if resumed:
+        check_same_run(config)  # already before the data is read, which may take long
+    data = load_text(config.data, cache_folder=config.workdir)
+    if resumed:
+        check_same_run(config, data.fingerprint())
+    else:
+        record_run(config, data.fingerprint())
+    return data
+
+
+def opening_line(config: Config, data: TextData, start: int) -> str:
+    if start == config.steps:
+        return f"All {start} steps of {config.workdir} are done already."
+    text = (
+        f"{config.optimizer.name} on {len(data.train):,} tokens "
+        f"({data.vocab_size} in the vocabulary), {jax.device_count()} device(s)"
+    )
+    if start:
+        return f"{text}; going on after step {start} of {config.workdir}"
+    return f"{text}; new run in {config.workdir}"

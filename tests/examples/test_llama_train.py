@@ -1,0 +1,190 @@
+"""Whole runs: resuming, refusing, evaluating, eight devices."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from rich.console import Console
+
+from examples.llama.checkpoint import RunMismatch
+from examples.llama.config import ModelConfig, OptimizerConfig
+from examples.llama.data import held_out_batches
+from examples.llama.metrics import MetricsLog
+from examples.llama.model import PureLlama
+from examples.llama.steps import make_evaluation
+from examples.llama.train import train
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(config):
+    """The result, and what was printed."""
+    output = io.StringIO()
+    result = train(config, Console(file=output, width=200))
+    return result, output.getvalue()
+
+
+def losses(config):
+    """What the run logged, less the timings; half a line at the end is left out."""
+    lines = (config.workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: r[k] for k in r.keys() - {"tokens_per_second"}} for r in records]
+
+
+def checkpoint(path):
+    return ocp.StandardCheckpointer().restore(path / "default")
+
+
+def assert_same_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def interrupt_at(step, monkeypatch):
+    """Ctrl-C in the middle of logging ``step``, half a line already written."""
+    write = MetricsLog.write
+
+    def interrupted(self, record):
+        if record["step"] == step:
+            self._file.write('{"step": ')
+            self._file.flush()
+            raise KeyboardInterrupt
+        write(self, record)
+
+    monkeypatch.setattr(MetricsLog, "write", interrupted)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lorapre_adamw"])
+def test_an_interrupted_run_goes_on_bit_for_bit(name, tiny_config, monkeypatch):
+    config = tiny_config(name)
+    straight, _ = run(config)
+    parts = dataclasses.replace(config, workdir=config.workdir / "parts")
+    with monkeypatch.context() as context:
+        interrupt_at(9, context)
+        with pytest.raises(KeyboardInterrupt):
+            run(parts)
+    assert [record["step"] for record in losses(parts)] == list(range(9))
+    resumed, printed = run(parts)
+    assert "going on after step 6" in printed
+    assert [record["step"] for record in losses(parts)] == list(range(13))
+    assert losses(parts) == losses(config)
+    assert resumed.held_out_loss == straight.held_out_loss
+    assert_same_trees(checkpoint(resumed.checkpoint), checkpoint(straight.checkpoint))
+    assert resumed.plot.read_bytes().startswith(b"\x89PNG")
+    assert list((parts.workdir / "tensorboard").iterdir())
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_config):
+    config = tiny_config()
+    first, _ = run(config)
+    before = losses(config)
+    again, printed = run(config)
+    assert "done already" in printed
+    assert again == dataclasses.replace(first, already_finished=True)
+    assert losses(config) == before
+
+    run(dataclasses.replace(config, log_every=1, eval_every=1))  # these may change
+    other = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, ffn_width=48),
+        optimizer=OptimizerConfig("adamw", rank=4, b2=0.99),
+    )
+    with pytest.raises(
+        RunMismatch, match=r"(?s)ffn_width: 64.*48.*optimizer\.b2: 0.95"
+    ):
+        run(other)
+    data = dataclasses.replace(config.data, path=None)
+    with pytest.raises(RunMismatch, match=r"data\.fingerprint"):
+        run(dataclasses.replace(config, data=data))
+
+
+def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
+    """Two full batches and a part of a third, whose tokens weigh no more."""
+    config = ModelConfig(
+        width=32, ffn_width=48, num_layers=2, num_heads=2, scan_layers=False
+    )
+    model = PureLlama(config, 40)
+    params = jax.jit(model.init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, params)
+    tokens = np.random.default_rng(0).integers(0, 40, 1 + 2 * 24 + 11)
+    batches = list(held_out_batches(tokens, seq_len=8, batch_size=3))
+    assert len(batches) == 3
+
+    plain, expected = jax.tree.map(np.asarray, params), []
+    for start in range(0, len(tokens) - 1, 8):
+        row = tokens[start : start + 9]
+        logits = numpy_logits(plain, row[:-1], head_dim=16)
+        log_z = np.log(np.exp(logits).sum(-1))
+        expected += list(log_z - logits[np.arange(len(row) - 1), row[1:]])
+    assert len(expected) == 59
+    actual = make_evaluation(model, batches)(params)
+    np.testing.assert_allclose(actual, np.mean(expected), rtol=1e-5)
+
+
+def command_line(config, *more, devices):
+    """Runs tiny_config's run as one would by hand."""
+    options = {
+        "data": config.data.path,
+        "workdir": config.workdir,
+        "optimizer": config.optimizer.name,
+        "rank": config.optimizer.rank,
+        "steps": config.steps,
+        "eval-every": config.eval_every,
+        "checkpoint-every": config.checkpoint_every,
+        "seq-len": config.data.seq_len,
+        "batch-size": config.data.batch_size,
+        "eval-tokens": config.data.eval_tokens,
+        "width": config.model.width,
+        "ffn-width": config.model.ffn_width,
+        "num-layers": config.model.num_layers,
+        "num-heads": config.model.num_heads,
+    }
+    flags = [part for name, x in options.items() for part in (f"--{name}", str(x))]
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "examples.llama", *flags, *more],
+        cwd=REPOSITORY,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_eight_devices_from_the_command_line(tiny_config):
+    single = tiny_config()
+    run(single)
+    config = dataclasses.replace(single, workdir=single.workdir / "eight")
+    done = command_line(config, devices=8)
+    assert done.returncode == 0, done.stderr
+    assert "8 device(s)" in done.stdout
+    assert "perplexity" in done.stdout
+    assert done.stderr == ""
+    for one, eight in zip(losses(single), losses(config), strict=True):
+        assert one.keys() == eight.keys()
+        np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=1e-4)
+    # Eight devices can take up what one device left, and the other way round.
+    assert "done already" in run(config)[1]
+
+
+def test_an_indivisible_batch_is_refused_before_anything_is_done(tiny_config):
+    done = command_line(tiny_config(), "--batch-size=4", devices=8)
+    assert done.returncode == 1
+    assert "batch_size (4) must be a multiple of the number of devices (8)" in (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert not tiny_config().workdir.exists()

@@ -1,0 +1,158 @@
+"""The methods in float64 NumPy, one matrix at a time, written from the equations.
+
+Nothing here comes from the package. Equation numbers are those of the LoRA-Pre paper
+(arXiv 2602.24283) where it has them; the repairs are written as their definitions say.
+`noise` is the standard normal (r, q) matrix of the random starts and sketches.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+def basis(x):
+    """Orthonormal columns by QR, unique by a positive diagonal of R."""
+    q, r = np.linalg.qr(x)
+    return q * np.sign(np.diag(r))
+
+
+def times_pinv(t, a, damping, relative):
+    """T A^+ = T A^T (A A^T + d I)^-1 (Theorem 3.1, damped as in Appendix C.1)."""
+    if not a.any():
+        return np.zeros((len(t), len(a)))
+    gram = a @ a.T
+    d = damping * (np.trace(gram) if relative else 1.0)
+    return t @ a.T @ np.linalg.inv(gram + d * np.eye(len(gram)))
+
+
+def unbiased_decay(b, t):
+    """d_t with d_t m_{t-1} + (1-d_t) g the bias-corrected average at step t."""
+    return b * (1 - b ** (t - 1)) / (1 - b**t)
+
+
+@dataclass
+class Regression:
+    """B A as a moving average, by any of the rules."""
+
+    p: int
+    q: int
+    r: int
+    noise: np.ndarray
+    rule: str = "subspace"
+    damping: float = 1e-6
+    relative: bool = True
+    start: str = "gradient"
+    exact: bool = True
+    gain: float | None = 0.3
+    b: np.ndarray = field(init=False)
+    a: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.b = np.zeros((self.p, self.r))
+        random = self.start == "random"
+        self.a = 0.02 * self.noise if random else np.zeros((self.r, self.q))
+
+    def follow(self, target, d):
+        b, a, y = self.b, self.a, 1 - np.sqrt(d)
+        plus = lambda t, a: times_pinv(t, a, self.damping, self.relative)  # noqa: E731
+        starting = self.start == "gradient" and not a.any()
+        if self.rule == "subspace" or starting:
+            size = np.linalg.norm(a) or 1.0
+            v = basis((a / size + 1e-3 * self.noise / np.linalg.norm(self.noise)).T)
+            x = d * b @ a + (1 - d) * target
+            self.b = basis(x @ v)
+            self.a = self.b.T @ x
+        elif self.rule == "jacobi":
+            self.b = (1 - y) * b + y * plus(target, a)
+            new_a = (1 - y) * a + y * plus(target.T, b.T).T
+            self.a = new_a if new_a.any() else a
+        else:
+            self.b = (1 - y) * b + y * plus(target, a)
+            self.a = (1 - y) * a + y * plus(target.T, self.b.T).T
+
+    def first(self, g, b1, t):
+        d = unbiased_decay(b1, t) if self.exact else b1
+        weight = 1.0 if self.exact else 1 / (1 - b1**t)
+        x = d * self.b @ self.a + (1 - d) * g
+        self.follow(g, d)
+        if self.gain is None:
+            return weight * x
+        held = self.b @ self.a
+        return weight * held + self.gain / (1 - d) * (x - held)
+
+    def second(self, g, b2, t):
+        """sqrt(v): v = b2 (C D)^2 + (1-b2) g^2, |g| followed with decay sqrt(b2)."""
+        root = np.sqrt(b2)
+        if self.exact:
+            d, follow, weight = unbiased_decay(b2, t), unbiased_decay(root, t), 1.0
+        else:
+            d, follow, weight = b2, root, 1 / (1 - b2**t)
+        v = d * (self.b @ self.a) ** 2 + (1 - d) * g**2
+        self.follow(np.abs(g), follow)
+        return np.sqrt(weight * v)
+
+
+def paper(p, q, r, noise):
+    """Algorithm 1."""
+    return Regression(p, q, r, noise, "jacobi", 1e-6, False, "random", False, None)
+
+
+class RankOne:
+    """Adafactor's estimate (Shazeer and Stern, 2018, algorithm 2), bias-corrected."""
+
+    def __init__(self):
+        self.row = self.column = 0.0
+
+    def second(self, g, b2, t):
+        self.row = b2 * self.row + (1 - b2) * np.mean(g**2, 1)
+        self.column = b2 * self.column + (1 - b2) * np.mean(g**2, 0)
+        v = np.outer(self.row, self.column) / np.mean(self.row)
+        return np.sqrt(v / (1 - b2**t))
+
+
+class Dense:
+    def __init__(self):
+        self.m = self.v = 0.0
+
+    def first(self, g, b1, t):
+        self.m = b1 * self.m + (1 - b1) * g
+        return self.m / (1 - b1**t)
+
+    def second(self, g, b2, t):
+        self.v = b2 * self.v + (1 - b2) * g**2
+        return np.sqrt(self.v / (1 - b2**t))
+
+
+def adam(grads, first, second, b1=0.9, b2=0.95, eps=1e-8):
+    return [
+        first.first(g, b1, t) / (second.second(g, b2, t) + eps)
+        for t, g in enumerate(grads, 1)
+    ]
+
+
+def ema(grads, first, decay=0.9, debias=True):
+    return [
+        first.first(g, decay, t) * (1.0 if debias else 1 - decay**t)
+        for t, g in enumerate(grads, 1)
+    ]
+
+
+def muon(grads, first, beta=0.95, nesterov=True, steps=5, eps=1e-8, rms=None):
+    updates = []
+    for t, g in enumerate(grads, 1):
+        m = first.first(g, beta, t)
+        if nesterov:  # The average one step ahead, as optax.contrib.muon writes it.
+            average = (1 - beta**t) * m
+            m = beta * average / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+        p, q = m.shape
+        scale = np.sqrt(max(1, q / p)) if rms is None else np.sqrt(max(p, q)) * rms
+        updates.append(scale * newton_schulz(m, steps, eps))
+    return updates
+
+
+def newton_schulz(x, steps, eps):
+    x = x / (np.linalg.norm(x) + eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x

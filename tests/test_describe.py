@@ -1,0 +1,96 @@
+"""The report: every byte, every decision, through any optax wrapper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorapre_jax as lp
+
+PARAMS = {
+    "w": jnp.zeros((12, 8)),
+    "stack": jnp.zeros((3, 12, 8)),
+    "bias": jnp.zeros(8),
+}
+SMALL = {"rank": 2, "matrices": lp.select_matrices(["w", "stack"], axes=lp.MatrixAxes())}
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "masked": lambda tx: optax.masked(tx, {"w": True, "stack": True, "bias": False}),
+    "partition": lambda tx: optax.partition(
+        {"a": tx, "b": optax.sgd(0.1)}, {"w": "a", "stack": "a", "bias": "b"}
+    ),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 4).gradient_transformation(),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+
+
+def nbytes(tree):
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_decisions_are_found_and_every_byte_is_counted(wrapper):
+    tx = WRAPPERS[wrapper](lp.scale_by_lorapre_adam(**SMALL))
+    report = lp.describe(tx, PARAMS)
+    leaves = {leaf.path: leaf for leaf in report.leaves}
+    assert leaves["w"].is_factored
+    assert leaves["stack"].is_factored
+    assert not leaves["bias"].is_factored
+    assert report.total_bytes == nbytes(tx.init(PARAMS))
+    parts = sum(leaf.nbytes for leaf in report.leaves) + report.other_bytes
+    assert parts == report.total_bytes
+    assert report.adamw_bytes == nbytes(optax.adamw(1.0).init(PARAMS))
+
+
+def test_rows():
+    report = lp.describe(lp.scale_by_lorapre_adam(**SMALL), PARAMS)
+    bias, stack, w = report.leaves
+    assert (bias.dense, bias.nbytes) == ("not included", 2 * 8 * 4)
+    assert (stack.batch, stack.p, stack.q, stack.rank) == ((3,), 12, 8, 2)
+    assert w.nbytes == (2 * (12 + 8) + 12 + 8) * 4
+    assert stack.nbytes == 3 * w.nbytes
+    assert w.adamw_nbytes == 2 * 12 * 8 * 4
+    assert [type(method) for method in w.methods] == [lp.OnlineRegression, lp.RankOne]
+    assert report.ratio == report.total_bytes / report.adamw_bytes
+
+
+def test_table():
+    text = str(lp.describe(lp.scale_by_lorapre_adam(**SMALL), PARAMS))
+    assert "stack  3 x 12 x 8  3 x 12 x 8 at rank 2: OnlineRegression, RankOne" in text
+    assert "dense: not included" in text
+    assert text.splitlines()[-1].split()[0] == "total"
+
+
+def test_other_optimizers_are_reported_too():
+    report = lp.describe(optax.adamw(1e-3), PARAMS)
+    assert report.ratio == 1
+    assert {leaf.dense for leaf in report.leaves} == {"another transform"}
+    muon = lp.describe(lp.lorapre_muon(1e-3, 2, min_dim_size_to_factor=1), PARAMS)
+    kept = {leaf.path: leaf.dense for leaf in muon.leaves}
+    assert kept == {"w": "", "stack": "another transform", "bias": "another transform"}
+    assert muon.leaves[0].nbytes == 2 * 8 * 4
+
+
+def llama_7b(dtype="bfloat16"):
+    """Unstacked Llama-7B shapes: 32 x 9 + 3 leaves."""
+    width, ffn = 4096, 11008
+    shapes = {f"attention/{n}": (width, width) for n in "qkvo"}
+    shapes |= {"mlp/gate": (width, ffn), "mlp/up": (width, ffn)}
+    shapes |= {"mlp/down": (ffn, width), "norm_1": (width,), "norm_2": (width,)}
+    layers = {f"{i}/{name}": s for i in range(32) for name, s in shapes.items()}
+    layers |= {"embed": (32000, width), "head": (width, 32000), "norm": (width,)}
+    return {k: jax.ShapeDtypeStruct(s, dtype) for k, s in layers.items()}
+
+
+def test_an_abstract_7b_model_is_described_without_computing():
+    params, matrices = llama_7b(), lp.select_matrices(r"attention|mlp")
+    tx = lp.lorapre_adamw(1e-3, 256, matrices=matrices)
+    report = lp.describe(tx, params)
+    assert len(report.leaves) == 291
+    assert sum(leaf.is_factored for leaf in report.leaves) == 224
+    expected = 32 * 4 * (257 * (4 * 8192 + 3 * 15104)) + 2 * 4 * (
+        2 * 32000 * 4096 + 65 * 4096
+    )
+    assert report.total_bytes - report.other_bytes == expected

@@ -1,0 +1,153 @@
+"""Bad input: an error that names the argument or the leaf, and the mend."""
+
+import re
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorapre_jax as lp
+
+TREE = {"layer": {"w": jnp.zeros((12, 8)), "b": jnp.zeros(8)}}
+MATRIX = {"layer": {"w": jnp.zeros((12, 8))}}
+
+
+def adam(**kwargs):
+    return lp.scale_by_lorapre_adam(**{"rank": 2, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: adam(rank=0), ValueError, "`rank` must be at least 1, got 0"),
+        (lambda: adam(rank=True), TypeError, "`rank` must be an int"),
+        (lambda: adam(rank=0.25), TypeError, "fractions.Fraction"),
+        (lambda: adam(rank=Fraction(5, 4)), ValueError, "in (0, 1]"),
+        (lambda: adam(rank=jnp.asarray(2)), TypeError, "static_args=('rank', ...)"),
+        (lambda: adam(rank=np.asarray(2)), TypeError, "static_args=('rank', ...)"),
+        (lambda: adam(batch=jnp.asarray(1)), TypeError, "static_args=('batch', ...)"),
+        (lambda: adam(batch=0), ValueError, "`batch` must be at least 1"),
+        (lambda: adam(b1=1.0), ValueError, "`b1` must be in [0, 1), got 1.0"),
+        (lambda: adam(b2=-0.1), ValueError, "`b2` must be in [0, 1)"),
+        (lambda: adam(b1=float("nan")), ValueError, "`b1` must be in [0, 1)"),
+        (lambda: adam(b1=lambda _: 0.9), TypeError, "optax.inject_hyperparams"),
+        (lambda: adam(eps=-1e-8), ValueError, "`eps` must be at least 0"),
+        (lambda: adam(update_scale=-1), ValueError, "`update_scale`"),
+        (lambda: adam(factor_dtype="int32"), ValueError, "`factor_dtype`"),
+        (lambda: adam(first_moment=lp.RankOne()), TypeError, "keep a first moment"),
+        (lambda: adam(second_moment=lp.RankOne), TypeError, "such as RankOne()"),
+        (lambda: adam(second_moment=None), TypeError, "keep a second moment"),
+        (lambda: lp.lorapre_ema(1.5, 2), ValueError, "`decay` must be in [0, 1)"),
+        (lambda: lp.lorapre_ema(0.9, 0), ValueError, "`rank` must be at least 1"),
+        (lambda: lp.lorapre_muon(0.1, 2, beta=1.0), ValueError, "`beta`"),
+        (lambda: lp.lorapre_muon(0.1, 2, ns_steps=0), ValueError, "`ns_steps`"),
+        (
+            lambda: lp.lorapre_muon(0.1, 2, ns_steps=jnp.asarray(5)),
+            TypeError,
+            "static_args=('ns_steps', ...)",
+        ),
+        (
+            lambda: lp.lorapre_muon(0.1, 2, ns_coeffs=((1.0, 2.0, 3.0),)),
+            ValueError,
+            "at least ns_steps=5",
+        ),
+        (lambda: lp.OnlineRegression(rule="newton"), ValueError, "'gauss_seidel'"),
+        (lambda: lp.OnlineRegression(start="zero"), ValueError, "'gradient'"),
+        (lambda: lp.OnlineRegression(damping=1e-6), ValueError, "leave it None"),
+        (
+            lambda: lp.OnlineRegression(rule="jacobi", damping=0.0),
+            ValueError,
+            "damping must be positive, got 0.0",
+        ),
+        (lambda: lp.OnlineRegression(complement_gain=-1), ValueError, "at least 0"),
+        (lambda: lp.MatrixAxes(rows=()), ValueError, "at least one axis"),
+        (lambda: lp.MatrixAxes(rows="0"), TypeError, "takes ints"),
+        (lambda: lp.select_matrices(include="("), ValueError, "regular expression"),
+    ],
+)
+def test_arguments(build, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("matrices", "error", "message"),
+    [
+        (lp.select_matrices("w", axes=lp.MatrixAxes(0, 0)), ValueError, "axis twice"),
+        (lp.select_matrices("w", axes=lp.MatrixAxes(0, 2)), ValueError, "no axis 2"),
+        (
+            lp.select_matrices("layer/b", axes=lp.MatrixAxes()),
+            ValueError,
+            "'layer/b' of shape (8,) has no axis -2",
+        ),
+        (lp.select_matrices(["w", "q"]), ValueError, "include pattern 'q' matches no"),
+        (lp.select_matrices("w", "embed"), ValueError, "exclude pattern 'embed'"),
+        (
+            lp.select_matrices(axes={"w": lp.MatrixAxes(), "l": lp.MatrixAxes(1, 0)}),
+            ValueError,
+            "leaf 'layer/w' is given different axes by two patterns",
+        ),
+        (lp.select_matrices("layer/b"), ValueError, "'layer/b' of shape (8,)"),
+        ({"layer": {"w": lp.MatrixAxes()}}, ValueError, "no entry for leaf 'layer/b'"),
+        (
+            {"layer": lp.MatrixAxes(), "head": None},
+            ValueError,
+            "entries for 'head', where the parameters have no leaf",
+        ),
+        ({"layer": 3}, TypeError, "the entry at 'layer' is a int"),
+        (lambda params: params, TypeError, "select_matrices(...)"),
+    ],
+)
+@pytest.mark.parametrize("make", [adam, lambda **kw: lp.lorapre_muon(0.1, 2, **kw)])
+def test_matrices(make, matrices, error, message):
+    tx = make(matrices=matrices)
+    with pytest.raises(error, match=re.escape(message)):
+        tx.init(TREE)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+@pytest.mark.parametrize("make", [adam, lambda: lp.lorapre_muon(0.1, 2)])
+def test_leaves_that_are_not_real_floats(make, dtype):
+    params = {"layer": {"steps": jnp.zeros(3, dtype)}}
+    with pytest.raises(TypeError, match=f"Leaf 'layer/steps' has dtype {dtype}"):
+        make().init(params)
+
+
+def test_muon_refuses_what_is_not_a_matrix():
+    with pytest.raises(ValueError, match=r"Leaf 'layer/b' .* use lorapre_muon"):
+        lp.scale_by_lorapre_muon(2).init(TREE)
+
+
+def test_updates_of_another_tree():
+    tx = adam(min_dim_size_to_factor=1)
+    state = tx.init(MATRIX)
+    with pytest.raises(ValueError, match="Leaf 'layer/b' is in the updates only"):
+        tx.update(TREE, state)
+    with pytest.raises(ValueError, match=r"shape \(8, 12\), but .* \(12, 8\)"):
+        tx.update(jax.tree.map(jnp.transpose, MATRIX), state)
+
+
+@pytest.mark.parametrize("name", ["rank", "min_dim_size_to_factor"])
+def test_static_arguments_under_inject_hyperparams(name):
+    static = {"rank", "min_dim_size_to_factor"} - {name}
+    factory = optax.inject_hyperparams(lp.lorapre_adamw, static_args=static)
+    with pytest.raises(TypeError, match=rf"static_args=\('{name}', ...\)"):
+        factory(1e-3, 2).init(MATRIX)
+
+
+def test_nothing_is_raised_where_there_is_nothing_to_see():
+    selection = lp.select_matrices(["nothing like it"])
+    masked = {"w": optax.MaskedNode()}
+    for params in ({}, masked, {"w": None}):
+        adam(matrices=selection).init(params)
+
+
+def test_rules_about_masked_leaves_are_no_mistake():
+    tx = optax.masked(
+        adam(matrices=lp.select_matrices("w", exclude="b")),
+        {"layer": {"w": True, "b": False}},
+    )
+    tx.init(TREE)

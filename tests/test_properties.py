@@ -1,0 +1,246 @@
+"""What must hold for every gradient, drawn by hypothesis over a few fixed shapes."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorapre_jax as lp
+from lorapre_jax import _online_regression as regression
+
+hypothesis.settings.register_profile(
+    "lorapre_jax", max_examples=20, deadline=None, derandomize=True
+)
+hypothesis.settings.load_profile("lorapre_jax")
+
+SHAPES = [(3, 12, 8), (3, 8, 12)]
+RANK = 3
+PAPER = lp.OnlineRegression.paper()
+BARE = {"min_dim_size_to_factor": 1, "matrices": lp.MatrixAxes()}
+TRANSFORMS = {
+    "adam": lp.scale_by_lorapre_adam(RANK, **BARE),
+    "adam_both_factored": lp.scale_by_lorapre_adam(
+        RANK, second_moment=lp.OnlineRegression(), **BARE
+    ),
+    "adam_paper": lp.scale_by_lorapre_adam(
+        RANK, first_moment=PAPER, second_moment=PAPER, **BARE
+    ),
+    "adam_jacobi": lp.scale_by_lorapre_adam(
+        RANK, first_moment=lp.OnlineRegression(rule="jacobi"), **BARE
+    ),
+    "muon": lp.scale_by_lorapre_muon(RANK, **BARE),
+    "ema": lp.lorapre_ema(0.9, RANK, **BARE),
+}
+
+seeds = st.integers(0, 2**31 - 1)
+shapes = st.sampled_from(SHAPES)
+names = st.sampled_from(sorted(TRANSFORMS))
+
+
+@functools.cache
+def updater(name):
+    """One compiled step per transform: hypothesis draws values, not programs."""
+    return jax.jit(TRANSFORMS[name].update)
+
+
+@functools.cache
+def compiled(method, moment, shape, rank, dtype="float32"):
+    """The zero state and the compiled step of a method on one matrix."""
+    state = method.init((), *shape, rank, jnp.dtype(dtype), 0)
+    step = jax.jit(getattr(method, moment))
+    return state, lambda state, g, decay, t: step(
+        state, jnp.asarray(g, dtype), jnp.asarray(decay, dtype), jnp.asarray(t), 0
+    )
+
+
+def normal(seed, shape, steps=4):
+    return np.random.default_rng(seed).normal(size=(steps, *shape)).astype(np.float32)
+
+
+def run(name, grads):
+    grads = jnp.asarray(grads)
+    state = TRANSFORMS[name].init(grads[0])
+    assert all(leaf.is_factored for leaf in state.plan.leaves)
+    updates = []
+    for g in grads:
+        update, state = updater(name)(g, state)
+        updates.append(np.asarray(update))
+    return np.stack(updates), state
+
+
+@hypothesis.given(names, shapes, seeds, st.integers(0, 2))
+def test_slices_are_independent(name, shape, seed, which):
+    grads, other = normal(seed, shape), normal(seed + 1, shape)
+    mixed = grads.copy()
+    mixed[:, which] = other[:, which]
+    base, changed = run(name, grads)[0], run(name, mixed)[0]
+    kept = [i for i in range(3) if i != which]
+    np.testing.assert_array_equal(changed[:, kept], base[:, kept])
+    assert (changed[:, which] != base[:, which]).any()
+
+
+def special(kind, seed, shape):
+    grads = normal(seed, shape)
+    if kind == "zero":
+        return np.zeros_like(grads)
+    if kind == "zero_first":
+        return np.concatenate([np.zeros_like(grads[:2]), grads])
+    if kind == "rank_one":
+        return grads[..., :1] * grads[..., :1, :]
+    if kind == "duplicate_rows":
+        return np.repeat(grads[..., :1, :], shape[-2], axis=-2)
+    if kind == "one_entry":
+        return grads * (np.arange(shape[-1]) == 1) * (np.arange(shape[-2]) == 1)[:, None]
+    return grads * np.float32(kind)
+
+
+KINDS = ["zero", "zero_first", "rank_one", "duplicate_rows", "one_entry", 1e-12, 1e12]
+
+
+@hypothesis.given(names, shapes, seeds, st.sampled_from(KINDS))
+@hypothesis.settings(max_examples=80)
+def test_degenerate_gradients_stay_finite(name, shape, seed, kind):
+    updates, state = run(name, special(kind, seed, shape))
+    assert np.isfinite(updates).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@functools.cache
+def default_without_eps(name):
+    tx = {
+        "adam": lp.scale_by_lorapre_adam(RANK, eps=0.0, **BARE),
+        "adam_both_factored": lp.scale_by_lorapre_adam(
+            RANK, eps=0.0, second_moment=lp.OnlineRegression(), **BARE
+        ),
+        "muon": lp.scale_by_lorapre_muon(RANK, eps=0.0, **BARE),
+    }[name]
+    return tx, jax.jit(tx.update)
+
+
+@hypothesis.given(
+    st.sampled_from(["adam", "adam_both_factored", "muon"]),
+    shapes,
+    seeds,
+    st.floats(-12, 12),
+)
+def test_the_scale_of_the_gradients_does_not_matter(name, shape, seed, exponent):
+    tx, update = default_without_eps(name)
+    grads = jnp.asarray(normal(seed, shape))
+    scaled = grads * np.float32(10.0**exponent)
+    state, state_scaled = tx.init(grads[0]), tx.init(grads[0])
+    for g, g_scaled in zip(grads, scaled, strict=True):
+        u, state = update(g, state)
+        u_scaled, state_scaled = update(g_scaled, state_scaled)
+        error = np.linalg.norm(u_scaled - u) / np.linalg.norm(u)
+        assert error < 1e-4
+
+
+@hypothesis.given(names, shapes, seeds, st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_a_non_finite_gradient_shows_in_its_own_slice_alone(name, shape, seed, bad):
+    grads = normal(seed, shape)
+    spoilt = grads.copy()
+    spoilt[2, 1, 2, 3] = bad
+    base, broken = run(name, grads)[0], run(name, spoilt)[0]
+    np.testing.assert_array_equal(broken[:, [0, 2]], base[:, [0, 2]])
+    np.testing.assert_array_equal(broken[:2, 1], base[:2, 1])
+    assert not np.isfinite(broken[2, 1]).all()
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_apply_if_finite_keeps_the_state_and_other_leaves(name):
+    tx = optax.apply_if_finite(TRANSFORMS[name], 3)
+    grads = {"a": jnp.asarray(normal(0, SHAPES[0])[0]), "b": jnp.ones((6, 9))}
+    update = jax.jit(tx.update)
+    _, state = update(grads, tx.init(grads))
+    spoilt = {**grads, "a": grads["a"].at[0, 0, 0].set(jnp.nan)}
+    updates, after = update(spoilt, state)
+    assert all((u == 0).all() for u in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+    inner_updates, _ = updater(name)(spoilt, state.inner_state)
+    assert np.isfinite(inner_updates["b"]).all()
+    assert not np.isfinite(inner_updates["a"][0]).all()
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])
+@hypothesis.given(seed=seeds, decay=st.floats(0.0, 0.99))
+@hypothesis.settings(max_examples=10)
+def test_full_rank_regression_is_the_dense_average(shape, seed, decay):
+    """The default's first moment, with r = min(p, q) and factors of full rank."""
+    rng = np.random.default_rng(seed)
+    with jax.enable_x64(True):
+        state, step = compiled(
+            lp.OnlineRegression(), "first_moment", shape, min(shape), "float64"
+        )
+        mu = np.zeros(shape)
+        for t in range(1, 7):
+            g = rng.normal(size=shape)
+            m, state = step(state, g, decay, t)
+            mu = decay * mu + (1 - decay) * g
+            np.testing.assert_allclose(m, mu / (1 - decay**t), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"), [(lp.OnlineRegression(), 3), (lp.RankOne(), 1)]
+)
+@hypothesis.given(seed=seeds, decay=st.sampled_from([0.9, 0.95, 0.999]))
+@hypothesis.settings(max_examples=10)
+def test_constant_magnitude_gives_its_square_at_every_step(method, rank, seed, decay):
+    rng = np.random.default_rng(seed)
+    magnitude = rng.uniform(0.1, 1, (12, rank)) @ rng.uniform(0.1, 1, (rank, 8))
+    state, step = compiled(method, "second_moment", (12, 8), 3)
+    for t in range(1, 40):
+        g = magnitude * rng.choice([-1, 1], magnitude.shape)
+        root, state = step(state, g, decay, t)
+        np.testing.assert_allclose(root, magnitude, rtol=2e-3)
+
+
+@pytest.mark.parametrize("rule", sorted(regression.RULES))
+def test_directions_that_died_come_back(rule):
+    """After zero and rank-one gradients the factors still find a full-rank target."""
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(12, 1)) @ rng.normal(size=(1, 8))
+    target = rng.normal(size=(12, 3)) @ rng.normal(size=(3, 8))
+    state, step = compiled(lp.OnlineRegression(rule=rule), "first_moment", (12, 8), 3)
+    stream = [np.zeros((12, 8))] * 2 + [first] * 5 + [target] * 150
+    for t, g in enumerate(stream, 1):
+        _, state = step(state, g, 0.9, t)
+    held = np.asarray(state.left @ state.right)
+    assert np.linalg.norm(held - target) < 1e-2 * np.linalg.norm(target)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.3, 1.0])
+def test_the_complement_passes_with_its_gain(gain):
+    """One gradient outside a settled subspace: the weights it gets, summed over time.
+
+    Steady `base` fills the factors; one small `impulse` is orthogonal to both its
+    spaces. What passes of the impulse is `gain`, all of it at once.
+    """
+    left, right = np.eye(12)[:, :2], np.eye(8)[:2]
+    base = 10 * np.outer(left[:, 0], right[0])
+    impulse = 1e-2 * np.outer(left[:, 1], right[1])
+    method = lp.OnlineRegression(complement_gain=gain)
+    state, step = compiled(method, "first_moment", (12, 8), 1)
+    passed = 0.0
+    for t in range(1, 200):
+        m, state = step(state, base + impulse * (t == 100), 0.9, t)
+        passed += float(left[:, 1] @ np.asarray(m) @ right[1])
+    assert passed == pytest.approx(gain * 1e-2, abs=1e-4)
+
+
+@hypothesis.given(seeds, st.floats(0, 6), st.sampled_from([1, 4, 8]))
+def test_bases_are_orthonormal_or_empty(seed, decades, rank):
+    """Columns spread over six decades, some of them repeated."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(40, 8)) * np.logspace(0, -decades, 8)
+    x[:, rank:] = x[:, :1]  # Rank-deficient below 8.
+    basis = np.asarray(regression.orthonormal_columns(jnp.asarray(x, "float32")))
+    values = np.linalg.svd(basis, compute_uv=False)
+    assert values.max() < 1 + 1e-3
+    assert (values[:1] > 1 - 1e-3).all()
+    if rank == 8 and decades <= 2:
+        np.testing.assert_allclose(values, 1, atol=1e-3)

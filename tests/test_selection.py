@@ -1,0 +1,155 @@
+"""Which leaves are factored, along which axes, at which rank."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorapre_jax as lp
+
+
+def struct(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+PARAMS = {
+    "embed": {"embedding": struct(256, 128)},
+    "layers": {
+        "attention": {"q": struct(4, 128, 2, 64), "o": struct(4, 2, 64, 128)},
+        "mlp": struct(4, 128, 384),
+        "norm": struct(4, 128),
+    },
+    "head": struct(128, 256),
+    "bias": struct(256),
+}
+
+
+def factored(params=PARAMS, rank=8, **kwargs):
+    """Path -> (batch, p, q, r) of the factored leaves."""
+    report = lp.describe(lp.scale_by_lorapre_adam(rank, **kwargs), params)
+    return {
+        leaf.path: (leaf.batch, leaf.p, leaf.q, leaf.rank)
+        for leaf in report.leaves
+        if leaf.is_factored
+    }
+
+
+def why_dense(path, params=PARAMS, rank=8, **kwargs):
+    report = lp.describe(lp.scale_by_lorapre_adam(rank, **kwargs), params)
+    return next(leaf.dense for leaf in report.leaves if leaf.path == path)
+
+
+def test_default_takes_large_matrices_with_two_axes():
+    assert factored() == {
+        "embed/embedding": ((), 256, 128, 8),
+        "head": ((), 128, 256, 8),
+    }
+    assert why_dense("layers/mlp") == "not two axes"
+    assert why_dense("layers/norm", rank=2) == "a side is below 128"
+
+
+def test_a_rank_that_does_not_pay_leaves_the_leaf_dense():
+    assert factored({"w": struct(128, 128)}, rank=63) == {"w": ((), 128, 128, 63)}
+    assert factored({"w": struct(128, 128)}, rank=64) == {}
+    reason = why_dense("w", {"w": struct(128, 128)}, 64, matrices=lp.MatrixAxes())
+    assert reason == "rank 64 does not pay: r(p+q) >= pq"
+
+
+def test_one_spec_speaks_for_every_leaf_that_has_its_axes():
+    assert factored(matrices=lp.MatrixAxes(-2, -1), rank=2)["layers/norm"] == (
+        (),
+        4,
+        128,
+        2,
+    )
+    assert why_dense("bias", matrices=lp.MatrixAxes()) == "lacks the matrix axes"
+
+
+AXES = {
+    "attention/q": lp.MatrixAxes(rows=1, columns=(2, 3)),
+    "attention/o": lp.MatrixAxes(rows=(1, 2), columns=3),
+    "mlp": lp.MatrixAxes(-2, -1),
+}
+LAYERS = {
+    "layers/attention/q": ((4,), 128, 128, 8),
+    "layers/attention/o": ((4,), 128, 128, 8),
+    "layers/mlp": ((4,), 128, 384, 8),
+}
+
+
+def test_selection_by_path():
+    selection = lp.select_matrices("layers/(attention|mlp)", axes=AXES)
+    assert factored(matrices=selection) == LAYERS
+    assert why_dense("head", matrices=selection) == "not included"
+    without_mlp = lp.select_matrices(exclude=["mlp", "^head$", "embed"], axes=AXES)
+    small = {"min_dim_size_to_factor": 1, "rank": 2}
+    assert set(factored(matrices=without_mlp, **small)) == {
+        "layers/attention/q",
+        "layers/attention/o",
+        "layers/norm",
+    }
+    assert why_dense("layers/mlp", matrices=without_mlp) == "excluded"
+
+
+def test_tree_of_axes_and_prefixes():
+    muon_axes = optax.contrib.MuonDimensionNumbers([1], [2, 3])
+    tree = {
+        "embed": None,
+        "layers": {
+            "attention": {"q": muon_axes, "o": AXES["attention/o"]},
+            "mlp": AXES["mlp"],
+            "norm": None,
+        },
+        "head": None,
+        "bias": None,
+    }
+    assert factored(matrices=tree) == LAYERS
+    assert why_dense("head", matrices=tree) == "not selected"
+    prefix = {"layers": None, "embed": lp.MatrixAxes(), "head": None, "bias": None}
+    assert set(factored(matrices=prefix)) == {"embed/embedding"}
+
+
+def test_selections_are_frozen_values():
+    selection = lp.select_matrices("w", axes={"w": lp.MatrixAxes(0, 1)})
+    same = lp.select_matrices(["w"], axes={"w": lp.MatrixAxes(0, 1)})
+    assert selection == same
+    assert hash(selection) == hash(same)
+    assert not callable(selection)
+    with pytest.raises(AttributeError):
+        setattr(selection, "include", ())  # noqa: B010 (pyright knows it is frozen)
+
+
+def test_rank_as_a_fraction_of_the_smaller_side():
+    ranks = factored(rank=Fraction(1, 8), matrices=lp.MatrixAxes(1, 2), params={
+        "a": struct(4, 128, 384), "b": struct(2, 64, 32)
+    })  # fmt: skip
+    assert {path: r for path, (*_, r) in ranks.items()} == {"a": 16, "b": 4}
+    tiny = {"w": struct(5, 40)}
+    assert factored(tiny, Fraction(1, 100), matrices=lp.MatrixAxes()) == {
+        "w": ((), 5, 40, 1)
+    }
+
+
+def test_moment_without_factors_needs_no_rank_that_pays():
+    dense_and_rank_one = {"first_moment": lp.Dense(), "second_moment": lp.RankOne()}
+    small = {"w": struct(8, 8)}
+    assert factored(small, 8, matrices=lp.MatrixAxes(), **dense_and_rank_one)
+    both = {"first_moment": lp.Dense(), "second_moment": lp.Dense()}
+    assert why_dense("head", **both) == "Dense() moments"
+
+
+def test_views_are_the_documented_reshape():
+    """Fused axes in the given order; the transform sees (batch, p, q) slices."""
+    leaf = np.random.default_rng(0).normal(size=(3, 4, 2, 5)).astype("float32")
+    fused = lp.lorapre_ema(0.5, 2, matrices=lp.MatrixAxes(rows=(3, 1), columns=0))
+    plain = lp.lorapre_ema(0.5, 2, matrices=lp.MatrixAxes(rows=1, columns=2))
+    matrix = leaf.transpose(2, 3, 1, 0).reshape(2, 20, 3)
+    u, state = fused.update(jnp.asarray(leaf), fused.init(jnp.asarray(leaf)))
+    v, _ = plain.update(jnp.asarray(matrix), plain.init(jnp.asarray(matrix)))
+    assert state.plan.leaves[0].is_factored
+    np.testing.assert_array_equal(
+        np.asarray(u).transpose(2, 3, 1, 0).reshape(2, 20, 3), v
+    )

@@ -1,0 +1,290 @@
+"""Fifty-step trajectories of every method against the float64 oracle."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import lorapre_jax as lp
+
+STEPS, RANK, SEED = 50, 4, 3
+SHAPES = {"tall": (28, 12), "wide": (12, 28), "square": (20, 20)}
+
+
+def gradients(shape, seed=0, steps=STEPS):
+    """A persistent low-rank signal that drifts, in noise of full rank."""
+    rng = np.random.default_rng(seed)
+    p, q = shape
+    left, right = rng.normal(size=(p, 3)), rng.normal(size=(3, q))
+    for _ in range(steps):
+        left = left + 0.1 * rng.normal(size=left.shape)
+        yield 1e-2 * (left @ right + rng.normal(size=shape))
+
+
+def noise(q, rank=RANK, seed=SEED):
+    draw = jax.random.normal(jax.random.key(seed), (rank, q), jnp.float32)
+    return np.asarray(draw, np.float64)
+
+
+def run(tx, grads, dtype, to_leaf=lambda x: x, to_matrix=lambda x: x):
+    """Updates of one leaf, and proof that it was factored."""
+    grads = [jnp.asarray(to_leaf(g), dtype) for g in grads]
+    params = {"w": jnp.zeros_like(grads[0])}
+    (leaf,) = lp.describe(tx, params).leaves
+    assert leaf.is_factored
+    update, state, updates = jax.jit(tx.update), tx.init(params), []
+    for g in grads:
+        u, state = update({"w": g}, state)
+        updates.append(to_matrix(np.asarray(u["w"], np.float64)))
+    return updates
+
+
+def assert_close(updates, expected, bound):
+    """Every step's update, relative to that step's Frobenius norm."""
+    for step, (update, reference) in enumerate(zip(updates, expected, strict=True), 1):
+        error = np.linalg.norm(update - reference) / np.linalg.norm(reference)
+        assert error < bound, f"step {step}: relative error {error:.2e}"
+
+
+def ours(**fields):
+    return lp.OnlineRegression(**fields)
+
+
+def theirs(shape, **fields):
+    """The oracle's method from the package's field values."""
+    names = {"complement_gain": "gain"}
+    fields = {names.get(key, key): value for key, value in fields.items()}
+    if "damping_scale" in fields:
+        fields["relative"] = fields.pop("damping_scale") == "relative"
+    if "bias_correction" in fields:
+        fields["exact"] = fields.pop("bias_correction") == "exact"
+    return oracle.Regression(*shape, RANK, noise(shape[1]), **fields)
+
+
+REGRESSION_RULES = [
+    {
+        "rule": rule,
+        "damping": damping,
+        "damping_scale": scale,
+        "start": start,
+        "bias_correction": bias,
+        "complement_gain": gain,
+    }
+    for rule, (damping, scale), start, bias, gain in itertools.product(
+        ("jacobi", "gauss_seidel"),
+        ((1e-4, "relative"), (1e-6, "absolute")),
+        ("gradient", "random"),
+        ("exact", "adam"),
+        (None, 0.3),
+    )
+]
+SUBSPACE = [
+    {"rule": "subspace", "start": start, "bias_correction": bias, "complement_gain": c}
+    for start, bias, c in itertools.product(
+        ("gradient", "random"), ("exact", "adam"), (None, 0.0, 0.3)
+    )
+]
+
+
+def name(fields):
+    return "-".join(str(value) for value in fields.values())
+
+
+# Every third of the product still holds every pair of values.
+@pytest.mark.parametrize("fields", SUBSPACE + REGRESSION_RULES[::3], ids=name)
+def test_every_field_value_in_x64(fields):
+    shape = SHAPES["wide"]
+    method = ours(**fields)
+    with jax.enable_x64(True):
+        tx = lp.scale_by_lorapre_adam(
+            RANK,
+            first_moment=method,
+            second_moment=method,
+            min_dim_size_to_factor=1,
+            factor_dtype="float64",
+            seed=SEED,
+        )
+        updates = run(tx, gradients(shape), "float64")
+    expected = oracle.adam(
+        gradients(shape), theirs(shape, **fields), theirs(shape, **fields)
+    )
+    assert_close(updates, expected, 1e-6)
+
+
+METHODS = {
+    "default": (lp.OnlineRegression(), lp.RankOne()),
+    "paper": (lp.OnlineRegression.paper(), lp.OnlineRegression.paper()),
+    "both_factored": (lp.OnlineRegression(), lp.OnlineRegression()),
+    "dense_first": (lp.Dense(), lp.RankOne()),
+    "dense_second": (lp.OnlineRegression(), lp.Dense()),
+}
+
+
+def oracle_of(method, shape):
+    if method == lp.OnlineRegression.paper():
+        return oracle.paper(*shape, RANK, noise(shape[1]))
+    if isinstance(method, lp.OnlineRegression):
+        return oracle.Regression(*shape, RANK, noise(shape[1]))
+    return {lp.RankOne: oracle.RankOne, lp.Dense: oracle.Dense}[type(method)]()
+
+
+# The paper's rule inverts Gram matrices damped by as little as 1e-6.
+TOLERANCE = {
+    "float64": {"paper": 1e-6, "other": 1e-9},
+    "float32": {"paper": 5e-3, "other": 1e-3},
+}
+
+
+def tolerance(dtype, method="other"):
+    return TOLERANCE[dtype].get(method, TOLERANCE[dtype]["other"])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_adam(method, shape, dtype):
+    first, second = METHODS[method]
+    with jax.enable_x64(dtype == "float64"):
+        tx = lp.scale_by_lorapre_adam(
+            RANK,
+            first_moment=first,
+            second_moment=second,
+            min_dim_size_to_factor=1,
+            factor_dtype=dtype,
+            seed=SEED,
+        )
+        updates = run(tx, gradients(shape), dtype)
+    expected = oracle.adam(
+        gradients(shape), oracle_of(first, shape), oracle_of(second, shape)
+    )
+    assert_close(updates, expected, tolerance(dtype, method))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_ema(debias, shape, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        tx = lp.lorapre_ema(
+            0.8, RANK, debias, min_dim_size_to_factor=1, factor_dtype=dtype, seed=SEED
+        )
+        updates = run(tx, gradients(shape), dtype)
+    first = oracle.Regression(*shape, RANK, noise(shape[1]))
+    expected = oracle.ema(gradients(shape), first, 0.8, debias)
+    assert_close(updates, expected, tolerance(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("rms", [None, 0.2])
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_muon_in_x64(method, shape, nesterov, rms):
+    moment, _ = METHODS[method]
+    with jax.enable_x64(True):
+        tx = lp.scale_by_lorapre_muon(
+            RANK,
+            nesterov=nesterov,
+            consistent_rms=rms,
+            moment=moment,
+            min_dim_size_to_factor=1,
+            factor_dtype="float64",
+            seed=SEED,
+        )
+        updates = run(tx, gradients(shape), "float64")
+    first = oracle_of(moment, shape)
+    expected = oracle.muon(gradients(shape), first, 0.95, nesterov, rms=rms)
+    assert_close(updates, expected, tolerance("float64", method))
+
+
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_muon_in_float32(method):
+    shape, (moment, _) = SHAPES["tall"], METHODS[method]
+    tx = lp.scale_by_lorapre_muon(
+        RANK, moment=moment, min_dim_size_to_factor=1, seed=SEED
+    )
+    updates = run(tx, gradients(shape), "float32")
+    expected = oracle.muon(gradients(shape), oracle_of(moment, shape))
+    assert_close(updates, expected, 1e-2)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_batch_and_fused_axes(batch):
+    """(2 layers, 12 in, 3 batch, 7 x 4 out): six matrices of (12, 28)."""
+    shape, count = SHAPES["wide"], 6
+    streams = [list(gradients(shape, seed)) for seed in range(count)]
+    stacked = [np.stack(step) for step in zip(*streams, strict=True)]
+
+    def to_leaf(x):
+        return x.reshape(2, 3, 12, 7, 4).transpose(0, 2, 1, 3, 4)
+
+    def to_matrix(x):
+        return x.transpose(0, 2, 1, 3, 4).reshape(count, 12, 28)
+
+    with jax.enable_x64(True):
+        tx = lp.scale_by_lorapre_adam(
+            RANK,
+            matrices=lp.MatrixAxes(rows=1, columns=(3, 4)),
+            factor_dtype="float64",
+            batch=batch,
+            seed=SEED,
+        )
+        updates = run(tx, stacked, "float64", to_leaf, to_matrix)
+    for i, stream in enumerate(streams):
+        expected = oracle.adam(
+            stream, oracle.Regression(*shape, RANK, noise(28)), oracle.RankOne()
+        )
+        assert_close([u[i] for u in updates], expected, 1e-9)
+
+
+def test_bfloat16_gradients_and_parameters():
+    """Rounded inputs and outputs; the state in between is float32."""
+    shape = SHAPES["wide"]
+    rounded = [np.asarray(jnp.asarray(g, "bfloat16"), float) for g in gradients(shape)]
+    tx = lp.scale_by_lorapre_adam(RANK, min_dim_size_to_factor=1, seed=SEED)
+    updates = run(tx, rounded, "bfloat16")
+    first = oracle.Regression(*shape, RANK, noise(shape[1]))
+    expected = oracle.adam(rounded, first, oracle.RankOne())
+    assert_close(updates, expected, 5e-3)  # bfloat16 keeps 8 bits.
+
+
+def test_bfloat16_factors():
+    shape = SHAPES["wide"]
+    tx = lp.scale_by_lorapre_adam(
+        RANK, min_dim_size_to_factor=1, factor_dtype="bfloat16", seed=SEED
+    )
+    updates = run(tx, gradients(shape), "float32")
+    first = oracle.Regression(*shape, RANK, noise(shape[1]))
+    expected = oracle.adam(gradients(shape), first, oracle.RankOne())
+    assert_close(updates, expected, 5e-2)
+
+
+def test_adamw_adds_decay_and_learning_rate():
+    shape = SHAPES["wide"]
+    rng = np.random.default_rng(1)
+    start = rng.normal(size=shape)
+    with jax.enable_x64(True):
+        tx = lp.lorapre_adamw(
+            optax.linear_schedule(0.1, 0.0, 40),
+            RANK,
+            weight_decay=0.05,
+            update_scale=0.25,
+            min_dim_size_to_factor=1,
+            factor_dtype="float64",
+            seed=SEED,
+        )
+        params = {"w": jnp.asarray(start)}
+        state, update = tx.init(params), jax.jit(tx.update)
+        for g in gradients(shape):
+            updates, state = update({"w": jnp.asarray(g)}, state, params)
+            params = optax.apply_updates(params, updates)
+        result = np.asarray(params["w"])
+    first = oracle.Regression(*shape, RANK, noise(shape[1]))
+    theta = start
+    for t, u in enumerate(oracle.adam(gradients(shape), first, oracle.RankOne())):
+        rate = 0.1 * max(0.0, 1 - t / 40)
+        theta = theta - rate * (0.25 * u + 0.05 * theta)
+    assert_close([result], [theta], 1e-7)  # optax computes schedules in float32.
