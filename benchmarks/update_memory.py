@@ -7,6 +7,8 @@ slice. Nothing is run, so any size can be asked for.
     python -m benchmarks.update_memory
 """
 
+from typing import Any
+
 import jax
 import optax
 
@@ -33,7 +35,7 @@ def measure(tx, dtype="float32") -> dict[str, float]:
     leaf = jax.ShapeDtypeStruct((LAYERS, P, Q), dtype)
     state = jax.eval_shape(tx.init, leaf)
     update = jax.jit(tx.update, donate_argnums=(0, 1))
-    memory = update.lower(leaf, state).compile().memory_analysis()
+    memory: Any = update.lower(leaf, state).compile().memory_analysis()
     nbytes = leaf.size * leaf.dtype.itemsize
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     # An output that could not take a donated buffer is transient memory as well.

@@ -1,7 +1,7 @@
 """Time of one update, beside optax's: median of many, as ratios to optax's Adam.
 
-    python -m benchmarks.update_time                  # the 60M Llama's matrices
-    python -m benchmarks.update_time --size 350m
+python -m benchmarks.update_time                  # the 60M Llama's matrices
+python -m benchmarks.update_time --size 350m
 """
 
 import argparse
@@ -22,7 +22,7 @@ AXES = optax.contrib.MuonDimensionNumbers(-2, -1)
 
 
 def matrices(width, ffn, layers):
-    shapes = {name: (width, width) for name in ("q", "k", "v", "o")}
+    shapes = dict.fromkeys(("q", "k", "v", "o"), (width, width))
     shapes |= {"gate": (width, ffn), "up": (width, ffn), "down": (ffn, width)}
     return {name: jnp.zeros((layers, *shape)) for name, shape in shapes.items()}
 
@@ -79,7 +79,7 @@ def main() -> None:
                 "compile s": compiling,
                 "median ms": 1e3 * median,
                 "worst ms": 1e3 * worst,
-                "of adam": median / base,
+                "of Adam": median / base,
             }
         )
     device = jax.devices()[0]

@@ -117,18 +117,21 @@ def scale_by_lorapre_adam(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         count = optax.safe_increment(state.count)
+        hyper = {"b1": b1, "b2": b2, "eps": eps, "update_scale": update_scale}
 
-        def adam(leaf, g, mu, nu):
+        def adam(leaf, hyper, g, mu, nu):
             first, second = leaf.methods
-            m, mu = first.first_moment(mu, g, b1, count, seed)
-            root_v, nu = second.second_moment(nu, g, b2, count, seed)
-            update = m / (root_v + jnp.asarray(eps, g.dtype))
+            step = hyper["count"], hyper["seed"]
+            m, mu = first.first_moment(mu, g, hyper["b1"], *step)
+            root_v, nu = second.second_moment(nu, g, hyper["b2"], *step)
+            update = m / (root_v + jnp.asarray(hyper["eps"], g.dtype))
             if leaf.is_factored:
-                update = update * jnp.asarray(update_scale, g.dtype)
+                update = update * jnp.asarray(hyper["update_scale"], g.dtype)
             return update, mu, nu
 
         updates, (mu, mu_factors), (nu, nu_factors) = map_leaves(
             adam,
+            hyper | {"count": count, "seed": seed},
             state.plan,
             updates,
             [(state.mu, state.mu_factors), (state.nu, state.nu_factors)],

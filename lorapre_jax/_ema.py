@@ -69,13 +69,16 @@ def lorapre_ema(
         del params, extra_args
         count = optax.safe_increment(state.count)
 
-        def average(leaf, g, ema):
-            m, ema = leaf.methods[0].first_moment(ema, g, decay, count, seed)
-            weight = 1 if debias else mass(jnp.asarray(decay, g.dtype), count)
-            return m * weight, ema
+        hyper = {"decay": decay, "count": count, "seed": seed}
+
+        def average(leaf, hyper, g, ema):
+            decay = jnp.asarray(hyper["decay"], g.dtype)
+            step = hyper["count"], hyper["seed"]
+            m, ema = leaf.methods[0].first_moment(ema, g, decay, *step)
+            return m if debias else m * mass(decay, hyper["count"]), ema
 
         updates, (ema, factors) = map_leaves(
-            average, state.plan, updates, [(state.ema, state.ema_factors)], batch
+            average, hyper, state.plan, updates, [(state.ema, state.ema_factors)], batch
         )
         return updates, LorapreEmaState(count, ema, factors, state.plan)
 

@@ -86,7 +86,7 @@ class Report:
         return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
 
-def describe(tx: optax.GradientTransformation, params: optax.Params) -> Report:
+def describe(tx: optax.GradientTransformation, params: Any) -> Report:
     """Reports the optimizer state that `tx` keeps for `params`, before any compute.
 
     Finds the decisions of this library's transforms wherever they stand in `tx` (chain,

@@ -23,6 +23,7 @@ from lorapre_jax import _online_regression as regression
 class FactorPair(NamedTuple):
     """The factors of `left @ right`."""
 
+    axes = (("row", "rank"), ("rank", "column"))  # After the batch axes.
     left: jax.Array  # (*batch, p, r)
     right: jax.Array  # (*batch, r, q)
 
@@ -30,6 +31,7 @@ class FactorPair(NamedTuple):
 class RowColumn(NamedTuple):
     """Root mean squares of the rows and of the columns."""
 
+    axes = (("row",), ("column",))
     row: jax.Array  # (*batch, p)
     column: jax.Array  # (*batch, q)
 
@@ -63,7 +65,7 @@ class RankOne:
 
     def init(self, batch, p, q, rank, dtype, seed) -> RowColumn:
         del rank, seed
-        dtype = jnp.promote_types(dtype, jnp.float32)
+        dtype = at_least_float32(dtype)
         return RowColumn(jnp.zeros((*batch, p), dtype), jnp.zeros((*batch, q), dtype))
 
     def second_moment(self, state, g, decay, count, seed):
@@ -215,6 +217,12 @@ class OnlineRegression:
 def random_rows(seed, rank: int, q: int) -> jax.Array:
     """Standard normal `(rank, q)` float32, the same for every leaf and slice."""
     return jax.random.normal(jax.random.key(seed), (rank, q), jnp.float32)
+
+
+def at_least_float32(*dtypes) -> jnp.dtype:
+    """Their common dtype with float32, also where implicit promotion is forbidden."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes, jnp.float32)
 
 
 def mass(decay, count):

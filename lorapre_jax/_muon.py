@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax import _checks
-from lorapre_jax._adam import FirstMoment, decayed_weights
+from lorapre_jax._adam import FirstMoment, decayed_weights, lorapre_adamw
 from lorapre_jax._methods import OnlineRegression, mass
 from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients, orthogonalize
 from lorapre_jax._plan import Plan, init_moment, make_plan, map_leaves
@@ -17,11 +17,11 @@ from lorapre_jax._selection import Matrices, path_str, resolve_axes
 
 
 class ScaleByLorapreMuonState(NamedTuple):
-    """State of `scale_by_lorapre_muon`; fields as in `ScaleByLorapreAdamState`."""
+    """State of `scale_by_lorapre_muon`; `momentum` is kept as Adam's `mu` is."""
 
     count: jax.typing.ArrayLike
-    mu: optax.Updates
-    mu_factors: Any
+    momentum: optax.Updates
+    momentum_factors: Any
     plan: Any
 
 
@@ -94,20 +94,34 @@ def scale_by_lorapre_muon(
         del params, extra_args
         count = optax.safe_increment(state.count)
 
-        def muon(leaf, g, mu):
-            m, mu = leaf.methods[0].first_moment(mu, g, beta, count, seed)
+        hyper = {
+            "beta": beta,
+            "eps": eps,
+            "consistent_rms": consistent_rms,
+            "update_scale": update_scale,
+            "count": count,
+            "seed": seed,
+        }
+
+        def muon(leaf, hyper, g, mu):
+            b, count = jnp.asarray(hyper["beta"], g.dtype), hyper["count"]
+            m, mu = leaf.methods[0].first_moment(mu, g, b, count, hyper["seed"])
             if nesterov:
-                b = jnp.asarray(beta, g.dtype)
                 now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
                 m = b * (now / ahead) * m + ((1 - b) / now) * g
-            update = orthogonalize(m, ns_coeffs, ns_steps, eps)
-            scale = _shape_scale(g.shape, consistent_rms, g.dtype)
+            update = orthogonalize(m, ns_coeffs, ns_steps, hyper["eps"])
+            scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
             if leaf.is_factored:
-                scale = scale * jnp.asarray(update_scale, g.dtype)
+                scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)
             return update * scale, mu
 
         updates, (mu, factors) = map_leaves(
-            muon, state.plan, updates, [(state.mu, state.mu_factors)], batch
+            muon,
+            hyper,
+            state.plan,
+            updates,
+            [(state.momentum, state.momentum_factors)],
+            batch,
         )
         return updates, ScaleByLorapreMuonState(count, mu, factors, state.plan)
 
@@ -136,8 +150,7 @@ def lorapre_muon(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_b1: jax.typing.ArrayLike = 0.9,
     adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps_root: jax.typing.ArrayLike = 0.0,
-    adam_weight_decay: float | jax.Array = 0.0,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with a low-rank momentum for the matrices, Adam for all other leaves.
 
@@ -149,8 +162,8 @@ def lorapre_muon(
       matrices: Which leaves are orthogonalised; the others go to Adam. None: those with
         exactly two axes, as in `optax.contrib.muon`.
       adam_learning_rate: Learning rate of Adam; None: `learning_rate`.
-      adam_b1, adam_b2, adam_eps_root, adam_weight_decay: As in `optax.contrib.muon`,
-        whose Adam (with `nesterov` and `eps` shared) this is.
+      adam_b1, adam_b2, adam_weight_decay: Of Adam, as in `optax.contrib.muon`; it
+        shares `eps`, and unlike optax's it never looks a step ahead (no `nesterov`).
 
     Returns:
       The `optax.GradientTransformationExtraArgs`.
@@ -179,9 +192,7 @@ def lorapre_muon(
 
         def label(path, leaf):
             _checks.check_floating(path_str(path), leaf.dtype)
-            # An empty leaf is passed through by ours; Adam would store empty arrays.
-            is_matrix = axes[path_str(path)][0] is not None or leaf.size == 0
-            return "muon" if is_matrix else "adam"
+            return "adam" if axes[path_str(path)][0] is None else "muon"
 
         return jax.tree_util.tree_map_with_path(label, params)
 
@@ -192,14 +203,15 @@ def lorapre_muon(
                 decayed_weights(weight_decay, weight_decay_mask),
                 optax.scale_by_learning_rate(learning_rate),
             ),
-            "adam": optax.adamw(
+            # Of the leaves it gets, `matrices` selects none: it keeps all densely.
+            "adam": lorapre_adamw(
                 adam_learning_rate,
+                rank,
                 adam_b1,
                 adam_b2,
                 eps,
-                adam_eps_root,
-                weight_decay=adam_weight_decay,
-                nesterov=nesterov,
+                adam_weight_decay,
+                matrices=matrices,
             ),
         },
         labels,

@@ -85,21 +85,45 @@ def orthonormal_columns(x: jax.Array, passes: int = 3) -> jax.Array:
     x = _normalized(x)
     for _ in range(passes):
         gram = _dot(x.T, x)
-        lower = jnp.linalg.cholesky(_shifted(gram, _rounding(gram)))
-        identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-        # Inverting the (r, r) factor leaves one matmul for the long, sharded side.
-        inverse = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
-        x = _dot(x, inverse.T)
+        x = _dot(x, inverse_cholesky(_shifted(gram, _rounding(gram))).T)
     return x
 
 
 def _times_pinv(target, a_, damping) -> jax.Array:
     """`T A^T (A A^T + d I)^-1`, shapes `(p, q), (r, q) -> (p, r)`."""
     gram = _dot(a_, a_.T)
-    shifted = _shifted(gram, damping(gram) + _rounding(gram))
+    inverse = inverse_cholesky(_shifted(gram, damping(gram) + _rounding(gram)))
+    return _dot(_dot(target @ a_.T, inverse.T), inverse)
+
+
+@jax.jit  # So that op-by-op use compiles the loop once.
+def inverse_cholesky(gram: jax.Array) -> jax.Array:
+    """`L^-1` of `gram = L L^T`, `(r, r)`.
+
+    With this small inverse the long side, which may be sharded, sees a matmul and no
+    triangular solve. On CPUs it is plain JAX: batched LAPACK calls of jaxlib before
+    0.12 wait for the threads that they run on, and a program with several may hang.
+    """
+    return jax.lax.platform_dependent(gram, cpu=_by_elimination, default=_by_lapack)
+
+
+def _by_elimination(gram):
+    """Rows of `[gram | I]` are scaled and subtracted until it is `[L^T | L^-1]`."""
+    size = gram.shape[0]
+
+    def eliminate(j, rows):
+        pivot = rows[j] / jnp.sqrt(rows[j, j])
+        below = jnp.where(jnp.arange(size) > j, pivot[:size], 0)
+        return (rows - below[:, None] * pivot).at[j].set(pivot)
+
+    rows = jnp.concatenate([gram, jnp.eye(size, dtype=gram.dtype)], axis=1)
+    return jax.lax.fori_loop(0, size, eliminate, rows)[:, size:]
+
+
+def _by_lapack(gram):
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(shifted), True), identity)
-    return _dot(target @ a_.T, inverse)
+    lower = jnp.linalg.cholesky(gram)
+    return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
 
 
 def _shifted(gram, shift):

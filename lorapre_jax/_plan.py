@@ -5,6 +5,7 @@ optimizer's function over the leaves, matrix by matrix.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -15,8 +16,9 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._matrix_view import MatrixView, matrix_view
-from lorapre_jax._methods import Dense, OnlineRegression
+from lorapre_jax._methods import Dense, OnlineRegression, at_least_float32
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
+from lorapre_jax._sharding import like_parameter, named_sharding, with_auto_axes
 
 FORMAT_VERSION = 1
 
@@ -135,23 +137,24 @@ def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]
     """
     if not isinstance(plan, Plan):
         return params, params
-    decided = {leaf.path: leaf for leaf in plan.leaves}
-    factors = {}
-    for leaf in plan.leaves:
-        if leaf.is_factored and not isinstance(leaf.methods[index], Dense):
+    dense, factors = [], {}
+    for leaf, (_, param) in zip(plan.leaves, named_leaves(params), strict=True):
+        if not leaf.methods:
+            dense.append(optax.MaskedNode())
+        elif not leaf.is_factored or isinstance(leaf.methods[index], Dense):
+            dtype, sharding = at_least_float32(param.dtype), named_sharding(param)
+            dense.append(jnp.zeros(leaf.shape, dtype, device=sharding))
+        else:
+            dense.append(optax.MaskedNode())
             view: Any = leaf.view
-            factors[leaf.path] = leaf.methods[index].init(
-                view.batch, view.p, view.q, leaf.rank, jnp.dtype(factor_dtype), seed
+            init = functools.partial(
+                leaf.methods[index].init,
+                *(view.batch, view.p, view.q, leaf.rank),
+                jnp.dtype(factor_dtype),
+                seed,
             )
-    paths = iter(decided)
-
-    def dense(param):
-        leaf = decided[next(paths)]
-        if leaf.path in factors or not leaf.methods:
-            return optax.MaskedNode()
-        return jnp.zeros_like(param, jnp.promote_types(param.dtype, jnp.float32))
-
-    return jax.tree.map(dense, params), factors
+            factors[leaf.path] = like_parameter(init, param, view)
+    return jax.tree.unflatten(jax.tree.structure(params), dense), factors
 
 
 Moments = tuple[Any, Any]  # What init_moment returns.
@@ -159,18 +162,20 @@ Moments = tuple[Any, Any]  # What init_moment returns.
 
 def map_leaves(
     fn: Callable[..., tuple[jax.Array, ...]],
+    hyper: dict[str, Any],
     plan: Plan,
     updates: optax.Updates,
     moments: Sequence[Moments],
     batch: int | None,
 ) -> tuple[Any, ...]:
-    """Runs `fn(leaf, g, *states) -> (update, *states)` on every matrix of every leaf.
+    """`fn(leaf, hyper, g, *states) -> (update, *states)` on every matrix of every leaf.
 
     A dense leaf is passed whole. Computation is in float32 at least; updates come back
     in the dtype optax would return, states in their own.
 
     Args:
       fn: The optimizer on one matrix.
+      hyper: The numbers it needs, handed in so that `fn` closes over no array.
       plan: The decisions.
       updates: Gradients, of the tree that the plan was made for.
       moments: One `(dense tree, factors)` pair per moment.
@@ -192,7 +197,7 @@ def map_leaves(
             results.append(g)
             continue
         kept = [f if path in f else d for d, f in zip(dense, factors, strict=True)]
-        update, *states = _run_leaf(fn, leaf, g, [k[path] for k in kept], batch)
+        update, *states = _run_leaf(fn, leaf, hyper, g, [k[path] for k in kept], batch)
         results.append(update)
         for where, state in zip(kept, states, strict=True):
             where[path] = state
@@ -206,35 +211,37 @@ def map_leaves(
     )
 
 
-def _run_leaf(fn, leaf: LeafPlan, g, states, batch):
+def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, batch):
     """`fn` on one leaf: viewed as matrices, in its compute dtype, and back again."""
-    returned = jnp.promote_types(g.dtype, leaf.dtype)
-    compute = jnp.promote_types(g.dtype, jnp.float32)
-    view = leaf.view
-    is_dense = [isinstance(method, Dense) for method in leaf.methods]
+    compute = at_least_float32(g.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        # Nothing is lost by it, and the update can take the gradient's buffer.
+        g = g.astype(jnp.promote_types(g.dtype, leaf.dtype))
 
-    # No information is lost, and an update has the dtype of the buffer it came from.
-    g = g.astype(returned)
-
-    def run(g, *states):
+    def on_matrix(hyper, g, *states):
         cast = jax.tree.map(lambda x: x.astype(compute), (g, *states))
-        update, *new = fn(leaf, *cast)
         return jax.tree.map(
-            lambda x, old: x.astype(old.dtype), (update, *new), (g, *states)
+            lambda new, old: new.astype(old.dtype), fn(leaf, hyper, *cast), (g, *states)
         )
 
-    if view is None:
-        return run(g, *states)
-    matrices = [
-        view.to_matrix(state) if dense else state
-        for state, dense in zip(states, is_dense, strict=True)
-    ]
-    mapped = over_batch(run, len(view.batch), batch)
-    update, *new = mapped(view.to_matrix(g), *matrices)
-    return view.from_matrix(update), *(
-        view.from_matrix(state) if dense else state
-        for state, dense in zip(new, is_dense, strict=True)
-    )
+    def on_leaf(hyper, g, *states):
+        view = leaf.view
+        if view is None:
+            return on_matrix(hyper, g, *states)
+        # The gradient, and a moment kept densely, have the leaf's shape.
+        shaped = [True, *(isinstance(method, Dense) for method in leaf.methods)]
+        matrices = [
+            view.to_matrix(x) if like_leaf else x
+            for x, like_leaf in zip((g, *states), shaped, strict=True)
+        ]
+        one = functools.partial(on_matrix, hyper)
+        done = over_batch(one, len(view.batch), batch)(*matrices)
+        return tuple(
+            view.from_matrix(x) if like_leaf else x
+            for x, like_leaf in zip(done, shaped, strict=True)
+        )
+
+    return with_auto_axes(on_leaf, g, states)(hyper, g, *states)
 
 
 def over_batch(fn, ndim: int, batch: int | None):
@@ -260,15 +267,15 @@ def _sliced(fn, most: int):
         count = length // size
         if count == 1:
             return fn(*args)
-        # One buffer holds the gradients of slices to come and the updates of those done,
-        # and the states are carried with it: donated arguments are updated in place.
+        # One buffer holds the gradients to come and the updates that are done, and the
+        # states are carried with it: donated arguments are updated in place.
         carried = jax.tree.map(lambda x: x.reshape(size, count, *x.shape[1:]), args)
 
         def body(i, carried):
             entries = jax.tree.map(
                 lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), carried
             )
-            # A branch is not inlined: all of a slice is read before any of it is written.
+            # A branch is not inlined: a slice is read before any of it is written.
             # Otherwise XLA may copy the whole stacks at every iteration.
             done = jax.lax.cond(i < count, fn, lambda *same: same, *entries)
             return jax.tree.map(

@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,20 @@ import pytest
 import lorapre_jax as lp
 
 TREE = {"layer": {"w": jnp.zeros((12, 8)), "b": jnp.zeros(8)}}
+AS_TEXT: Any = {"rows": "0"}
 MATRIX = {"layer": {"w": jnp.zeros((12, 8))}}
 
 
-def adam(**kwargs):
+def adam(**kwargs: Any):
     return lp.scale_by_lorapre_adam(**{"rank": 2, **kwargs})
+
+
+def muon(**kwargs: Any):
+    return lp.lorapre_muon(0.1, 2, **kwargs)
+
+
+def regression(**kwargs: Any):
+    return lp.OnlineRegression(**kwargs)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +55,7 @@ def adam(**kwargs):
         (lambda: lp.lorapre_muon(0.1, 2, beta=1.0), ValueError, "`beta`"),
         (lambda: lp.lorapre_muon(0.1, 2, ns_steps=0), ValueError, "`ns_steps`"),
         (
-            lambda: lp.lorapre_muon(0.1, 2, ns_steps=jnp.asarray(5)),
+            lambda: muon(ns_steps=jnp.asarray(5)),
             TypeError,
             "static_args=('ns_steps', ...)",
         ),
@@ -54,8 +64,8 @@ def adam(**kwargs):
             ValueError,
             "at least ns_steps=5",
         ),
-        (lambda: lp.OnlineRegression(rule="newton"), ValueError, "'gauss_seidel'"),
-        (lambda: lp.OnlineRegression(start="zero"), ValueError, "'gradient'"),
+        (lambda: regression(rule="newton"), ValueError, "'gauss_seidel'"),
+        (lambda: regression(start="zero"), ValueError, "'gradient'"),
         (lambda: lp.OnlineRegression(damping=1e-6), ValueError, "leave it None"),
         (
             lambda: lp.OnlineRegression(rule="jacobi", damping=0.0),
@@ -64,7 +74,7 @@ def adam(**kwargs):
         ),
         (lambda: lp.OnlineRegression(complement_gain=-1), ValueError, "at least 0"),
         (lambda: lp.MatrixAxes(rows=()), ValueError, "at least one axis"),
-        (lambda: lp.MatrixAxes(rows="0"), TypeError, "takes ints"),
+        (lambda: lp.MatrixAxes(**AS_TEXT), TypeError, "takes ints"),
         (lambda: lp.select_matrices(include="("), ValueError, "regular expression"),
     ],
 )
@@ -141,6 +151,7 @@ def test_static_arguments_under_inject_hyperparams(name):
 def test_nothing_is_raised_where_there_is_nothing_to_see():
     selection = lp.select_matrices(["nothing like it"])
     masked = {"w": optax.MaskedNode()}
+    params: Any
     for params in ({}, masked, {"w": None}):
         adam(matrices=selection).init(params)
 

@@ -1,6 +1,7 @@
 """What must hold for every gradient, drawn by hypothesis over a few fixed shapes."""
 
 import functools
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -64,7 +65,7 @@ def normal(seed, shape, steps=4):
 
 def run(name, grads):
     grads = jnp.asarray(grads)
-    state = TRANSFORMS[name].init(grads[0])
+    state: Any = TRANSFORMS[name].init(grads[0])
     assert all(leaf.is_factored for leaf in state.plan.leaves)
     updates = []
     for g in grads:
@@ -95,7 +96,9 @@ def special(kind, seed, shape):
     if kind == "duplicate_rows":
         return np.repeat(grads[..., :1, :], shape[-2], axis=-2)
     if kind == "one_entry":
-        return grads * (np.arange(shape[-1]) == 1) * (np.arange(shape[-2]) == 1)[:, None]
+        return (
+            grads * (np.arange(shape[-1]) == 1) * (np.arange(shape[-2]) == 1)[:, None]
+        )
     return grads * np.float32(kind)
 
 

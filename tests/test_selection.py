@@ -1,6 +1,7 @@
 """Which leaves are factored, along which axes, at which rank."""
 
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ PARAMS = {
 }
 
 
-def factored(params=PARAMS, rank=8, **kwargs):
+def factored(params: Any = PARAMS, rank: Any = 8, **kwargs):
     """Path -> (batch, p, q, r) of the factored leaves."""
     report = lp.describe(lp.scale_by_lorapre_adam(rank, **kwargs), params)
     return {
@@ -37,7 +38,7 @@ def factored(params=PARAMS, rank=8, **kwargs):
     }
 
 
-def why_dense(path, params=PARAMS, rank=8, **kwargs):
+def why_dense(path, params: Any = PARAMS, rank: Any = 8, **kwargs: Any):
     report = lp.describe(lp.scale_by_lorapre_adam(rank, **kwargs), params)
     return next(leaf.dense for leaf in report.leaves if leaf.path == path)
 
@@ -147,6 +148,7 @@ def test_views_are_the_documented_reshape():
     fused = lp.lorapre_ema(0.5, 2, matrices=lp.MatrixAxes(rows=(3, 1), columns=0))
     plain = lp.lorapre_ema(0.5, 2, matrices=lp.MatrixAxes(rows=1, columns=2))
     matrix = leaf.transpose(2, 3, 1, 0).reshape(2, 20, 3)
+    state: Any
     u, state = fused.update(jnp.asarray(leaf), fused.init(jnp.asarray(leaf)))
     v, _ = plain.update(jnp.asarray(matrix), plain.init(jnp.asarray(matrix)))
     assert state.plan.leaves[0].is_factored

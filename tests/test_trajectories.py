@@ -1,6 +1,7 @@
 """Fifty-step trajectories of every method against the float64 oracle."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,9 @@ def assert_close(updates, expected, bound):
         assert error < bound, f"step {step}: relative error {error:.2e}"
 
 
-def ours(**fields):
-    return lp.OnlineRegression(**fields)
+def regression(shape, **fields):
+    p, q = shape
+    return oracle.Regression(p, q, RANK, noise(q), **fields)
 
 
 def theirs(shape, **fields):
@@ -62,7 +64,7 @@ def theirs(shape, **fields):
         fields["relative"] = fields.pop("damping_scale") == "relative"
     if "bias_correction" in fields:
         fields["exact"] = fields.pop("bias_correction") == "exact"
-    return oracle.Regression(*shape, RANK, noise(shape[1]), **fields)
+    return regression(shape, **fields)
 
 
 REGRESSION_RULES = [
@@ -98,7 +100,7 @@ def name(fields):
 @pytest.mark.parametrize("fields", SUBSPACE + REGRESSION_RULES[::3], ids=name)
 def test_every_field_value_in_x64(fields):
     shape = SHAPES["wide"]
-    method = ours(**fields)
+    method = lp.OnlineRegression(**fields)
     with jax.enable_x64(True):
         tx = lp.scale_by_lorapre_adam(
             RANK,
@@ -126,9 +128,9 @@ METHODS = {
 
 def oracle_of(method, shape):
     if method == lp.OnlineRegression.paper():
-        return oracle.paper(*shape, RANK, noise(shape[1]))
+        return oracle.paper(shape[0], shape[1], RANK, noise(shape[1]))
     if isinstance(method, lp.OnlineRegression):
-        return oracle.Regression(*shape, RANK, noise(shape[1]))
+        return regression(shape)
     return {lp.RankOne: oracle.RankOne, lp.Dense: oracle.Dense}[type(method)]()
 
 
@@ -173,7 +175,7 @@ def test_ema(debias, shape, dtype):
             0.8, RANK, debias, min_dim_size_to_factor=1, factor_dtype=dtype, seed=SEED
         )
         updates = run(tx, gradients(shape), dtype)
-    first = oracle.Regression(*shape, RANK, noise(shape[1]))
+    first = regression(shape)
     expected = oracle.ema(gradients(shape), first, 0.8, debias)
     assert_close(updates, expected, tolerance(dtype))
 
@@ -234,9 +236,7 @@ def test_batch_and_fused_axes(batch):
         )
         updates = run(tx, stacked, "float64", to_leaf, to_matrix)
     for i, stream in enumerate(streams):
-        expected = oracle.adam(
-            stream, oracle.Regression(*shape, RANK, noise(28)), oracle.RankOne()
-        )
+        expected = oracle.adam(stream, regression(shape), oracle.RankOne())
         assert_close([u[i] for u in updates], expected, 1e-9)
 
 
@@ -246,7 +246,7 @@ def test_bfloat16_gradients_and_parameters():
     rounded = [np.asarray(jnp.asarray(g, "bfloat16"), float) for g in gradients(shape)]
     tx = lp.scale_by_lorapre_adam(RANK, min_dim_size_to_factor=1, seed=SEED)
     updates = run(tx, rounded, "bfloat16")
-    first = oracle.Regression(*shape, RANK, noise(shape[1]))
+    first = regression(shape)
     expected = oracle.adam(rounded, first, oracle.RankOne())
     assert_close(updates, expected, 5e-3)  # bfloat16 keeps 8 bits.
 
@@ -257,7 +257,7 @@ def test_bfloat16_factors():
         RANK, min_dim_size_to_factor=1, factor_dtype="bfloat16", seed=SEED
     )
     updates = run(tx, gradients(shape), "float32")
-    first = oracle.Regression(*shape, RANK, noise(shape[1]))
+    first = regression(shape)
     expected = oracle.adam(gradients(shape), first, oracle.RankOne())
     assert_close(updates, expected, 5e-2)
 
@@ -276,13 +276,14 @@ def test_adamw_adds_decay_and_learning_rate():
             factor_dtype="float64",
             seed=SEED,
         )
-        params = {"w": jnp.asarray(start)}
+        params: Any = {"w": jnp.asarray(start)}
         state, update = tx.init(params), jax.jit(tx.update)
+        updates: Any
         for g in gradients(shape):
             updates, state = update({"w": jnp.asarray(g)}, state, params)
             params = optax.apply_updates(params, updates)
         result = np.asarray(params["w"])
-    first = oracle.Regression(*shape, RANK, noise(shape[1]))
+    first = regression(shape)
     theta = start
     for t, u in enumerate(oracle.adam(gradients(shape), first, oracle.RankOne())):
         rate = 0.1 * max(0.0, 1 - t / 40)

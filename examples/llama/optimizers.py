@@ -108,15 +108,17 @@ def _lorapre_adamw(config: OptimizerConfig, rate: Any, _: Any) -> Any:
 
 
 def _lorapre_muon(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
-    matrix_rule = lp.lorapre_muon(
+    return lp.lorapre_muon(
         rate,
         config.rank,
         beta=MUON_BETA,
         weight_decay=config.weight_decay,
         consistent_rms=MUON_RMS,
         matrices=_selection(config),
+        adam_learning_rate=dense_rate,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
     )
-    return _with_dense_adam(matrix_rule, config, dense_rate)
 
 
 def _muon(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
@@ -149,8 +151,8 @@ def _galore(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
 def _with_dense_adam(matrix_rule: Any, config: OptimizerConfig, dense_rate: Any) -> Any:
     """``matrix_rule`` for the matrices and plain Adam for everything else.
 
-    The rules' own fallbacks are not used: those of both muons are Nesterov Adam, and
-    galore's holds zero-size arrays, which Orbax does not save.
+    Their own fallbacks are not used: muon's is Nesterov Adam, and galore's holds
+    zero-size arrays, which Orbax does not save.
     """
 
     def labels(params: Any) -> Any:
