@@ -1,6 +1,6 @@
 """Optimizer state of the published Llamas, from abstract values: `lp.describe`.
 
-    python -m benchmarks.state_memory
+python -m benchmarks.state_memory
 """
 
 import jax

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorapre_jax._methods import Dense
+from lorapre_jax._methods import Dense, FactorPair, RowColumn
 from lorapre_jax._plan import LeafPlan, Plan
 from lorapre_jax._selection import named_leaves, path_str
 
@@ -148,16 +148,23 @@ def _bytes_by_leaf(state, leaves) -> dict[str | None, int]:
     """Bytes of the state's arrays by the parameter they belong to; None: to none.
 
     An array belongs to a parameter where its path ends with the parameter's (a tree
-    shaped like the parameters) or has it as a key (factors kept by path).
+    shaped like the parameters); factors, where it is their key.
     """
     paths = {path for path, _ in leaves}
     nbytes: dict[str | None, int] = dict.fromkeys([*paths, None], 0)
-    for keys, array in jax.tree_util.tree_flatten_with_path(state)[0]:
-        suffixes = (path_str(keys[i:]) for i in range(len(keys)))
-        by_key = (path_str((key,)) for key in keys)
-        owner = next((name for name in (*suffixes, *by_key) if name in paths), None)
-        nbytes[owner] += math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+    flat, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_factors)
+    for keys, node in flat:
+        # The longest suffix first; the empty one is the path of a tree of one array.
+        suffixes = (path_str(keys[i:]) for i in range(len(keys) + 1))
+        names = [path_str(keys[-1:])] if _is_factors(node) else suffixes
+        owner = next((name for name in names if name in paths), None)
+        for array in jax.tree.leaves(node):
+            nbytes[owner] += math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
     return nbytes
+
+
+def _is_factors(node) -> bool:
+    return isinstance(node, (FactorPair, RowColumn))
 
 
 def _kept(leaf: LeafReport) -> str:

@@ -114,7 +114,7 @@ class OnlineRegression:
         the rule that has none, or is not positive.
     """
 
-    rule: Literal["subspace", "jacobi", "gauss_seidel"] = "subspace"
+    rule: str = "subspace"
     damping: float | None = None
     damping_scale: Literal["relative", "absolute"] = "relative"
     start: Literal["gradient", "random"] = "gradient"

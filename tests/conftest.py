@@ -4,3 +4,14 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # For pmap and mesh tests.
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose programs are tiny: compiling them is most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -27,20 +27,14 @@ from contract_cases import (
 
 import lorapre_jax as lp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 tree_get = optax.tree_utils.tree_get
 
 HALF = [jnp.bfloat16, jnp.float16, jnp.float32]
 PAIRS = list(itertools.product(HALF, HALF))
 ALIASES = [name for name, case in CASES.items() if case.is_alias]
 TRANSFORMS = [name for name, case in CASES.items() if not case.is_alias]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What is compiled here is tiny, and compiling it is most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=CASES)

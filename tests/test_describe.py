@@ -59,6 +59,19 @@ def test_rows():
     assert report.ratio == report.total_bytes / report.adamw_bytes
 
 
+def test_names_that_look_like_fields_or_suffixes():
+    params = {"left": jnp.zeros((12, 8)), "w": {"left": jnp.zeros((12, 8))}}
+    tx = lp.scale_by_lorapre_adam(2, matrices=lp.select_matrices("^left$"))
+    report = lp.describe(tx, params)
+    assert [leaf.nbytes for leaf in report.leaves] == [4 * (3 * 20), 2 * 4 * 96]
+
+
+def test_a_single_array_is_a_tree_too():
+    report = lp.describe(lp.scale_by_lorapre_adam(8), jnp.zeros((256, 128)))
+    assert report.leaves[0].is_factored
+    assert report.leaves[0].nbytes == report.total_bytes
+
+
 def test_table():
     text = str(lp.describe(lp.scale_by_lorapre_adam(**SMALL), PARAMS))
     assert "stack  3 x 12 x 8  3 x 12 x 8 at rank 2: OnlineRegression, RankOne" in text

@@ -30,6 +30,8 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 tree_get = optax.tree_utils.tree_get
 
 KERNELS = lp.select_matrices(include="kernel$")
@@ -43,14 +45,6 @@ OPTIMIZERS = {
 KERNEL_PATHS = {"down/kernel", "up/kernel"}
 X = random_tree({"x": (32, 16)})["x"]
 Y = jnp.sin(X)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What is compiled here is tiny, and compiling it is most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=[name for name in CASES if not CASES[name].is_alias])

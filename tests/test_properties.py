@@ -14,6 +14,8 @@ import pytest
 import lorapre_jax as lp
 from lorapre_jax import _online_regression as regression
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 hypothesis.settings.register_profile(
     "lorapre_jax", max_examples=20, deadline=None, derandomize=True
 )
