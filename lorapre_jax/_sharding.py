@@ -36,6 +36,8 @@ def like_parameter(init: Callable[[], Any], param: Any, view: MatrixView) -> Any
             for axes in state.axes
         )
     )
+    if isinstance(param, jax.core.Tracer):
+        return jax.tree.map(jax.sharding.reshard, init(), shardings)
     # Compiled, no device ever holds more than its shard.
     return jax.jit(init, out_shardings=shardings)()
 
