@@ -19,8 +19,13 @@ lint: bootstrap
 bench-memory: bootstrap  ## Transient memory of the update, vmapped and in slices.
 	$(BIN)/python -m benchmarks.update_memory
 
-bench-device: bootstrap  ## The checks and figures that want a GPU or TPU.
-	$(BIN)/python -m benchmarks.device
+bench-device: bootstrap  ## Oracle checks and figures on an NVIDIA GPU.
+	$(BIN)/python -m pip install --quiet 'jax[cuda13]'
+	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest \
+	  $(BIN)/python -m pytest tests/test_trajectories.py tests/test_properties.py
+	$(BIN)/python -m benchmarks.update_time --size 60m --repeats 50
+	$(BIN)/python -m benchmarks.update_time --size 350m --repeats 20
+	$(BIN)/python -m benchmarks.update_memory
 
 bootstrap: $(VENV)/.installed
 

@@ -1,5 +1,6 @@
 """Checks of arguments, made where a transform is built, before any compute."""
 
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
@@ -47,6 +48,16 @@ def check_storage(rank: Any, batch: Any, factor_dtype: Any) -> None:
     check_static("factor_dtype", factor_dtype)
     if not jnp.issubdtype(jnp.dtype(factor_dtype), jnp.floating):
         raise ValueError(f"`factor_dtype` must be a float, got {factor_dtype!r}.")
+
+
+def check_distinct(paths: list[str]) -> None:
+    """State is kept by path."""
+    for path, times in Counter(paths).items():
+        if times > 1:
+            raise ValueError(
+                f"Two leaves have the path '{path}': keys that contain slashes, or an "
+                "int and its text, collide. Rename one of them."
+            )
 
 
 def check_floating(path: str, dtype: Any) -> None:

@@ -95,16 +95,19 @@ def make_plan(
     leaves = named_leaves(params)
     if not leaves:
         return params
+    _checks.check_distinct([path for path, _ in leaves])
     axes = resolve_axes(matrices, params)
 
     def decide(path, leaf) -> LeafPlan:
         shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
         _checks.check_floating(path, dtype)
-        dense = lambda why, view=None, kept=methods: LeafPlan(  # noqa: E731
-            path, shape, dtype.name, view, None, why, tuple(Dense() for _ in kept)
-        )
+
+        def dense(why: str, view: MatrixView | None = None) -> LeafPlan:
+            kept = () if 0 in shape else tuple(Dense() for _ in methods)
+            return LeafPlan(path, shape, dtype.name, view, None, why, kept)
+
         if 0 in shape:
-            return dense("no elements", kept=())
+            return dense("no elements")
         leaf_axes, why = axes[path]
         if leaf_axes is None:
             return dense(why)

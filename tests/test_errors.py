@@ -148,6 +148,12 @@ def test_static_arguments_under_inject_hyperparams(name):
         factory(1e-3, 2).init(MATRIX)
 
 
+def test_paths_that_collide():
+    params = {"a/b": jnp.zeros(3), "a": {"b": jnp.zeros(4)}}
+    with pytest.raises(ValueError, match="Two leaves have the path 'a/b'"):
+        adam().init(params)
+
+
 def test_nothing_is_raised_where_there_is_nothing_to_see():
     selection = lp.select_matrices(["nothing like it"])
     masked = {"w": optax.MaskedNode()}
