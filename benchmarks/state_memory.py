@@ -3,6 +3,8 @@
 python -m benchmarks.state_memory
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -33,7 +35,7 @@ def llama(width, ffn, layers, dtype=jnp.float32):
 
 
 def transforms(rank):
-    shared = {"matrices": MATRICES}
+    shared: dict[str, Any] = {"matrices": MATRICES}
     return {
         f"paper, r = {rank}": lp.scale_by_lorapre_adam(
             rank, first_moment=PAPER, second_moment=PAPER, **shared

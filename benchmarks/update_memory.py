@@ -20,7 +20,11 @@ PAPER = lp.OnlineRegression.paper()
 
 
 def transforms(batch):
-    shared = {"rank": RANK, "matrices": lp.MatrixAxes(-2, -1), "batch": batch}
+    shared: dict[str, Any] = {
+        "rank": RANK,
+        "matrices": lp.MatrixAxes(-2, -1),
+        "batch": batch,
+    }
     return {
         "lorapre_adam, default": lp.scale_by_lorapre_adam(**shared),
         "lorapre_adam, paper": lp.scale_by_lorapre_adam(

@@ -7,6 +7,7 @@ python -m benchmarks.update_time --size 350m
 import argparse
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def matrices(width, ffn, layers):
 
 
 def transforms(params, rank):
-    shared = {"rank": rank, "matrices": lp.MatrixAxes(-2, -1)}
+    shared: dict[str, Any] = {"rank": rank, "matrices": lp.MatrixAxes(-2, -1)}
     axes = jax.tree.map(lambda _: AXES, params)
     return {
         "optax adam": optax.scale_by_adam(),

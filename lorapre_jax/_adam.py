@@ -81,6 +81,9 @@ def scale_by_lorapre_adam(
         recipe.
       batch: How many slices along a leaf's first batch axis are in flight at once, for
         bounded memory (the largest divisor of the axis up to it); None: all. Static.
+        An axis that is sharded over n devices is walked n at a time, one on each, or
+        more. Where `init` cannot see the sharding (under jit with Auto mesh axes),
+        `batch` must be a multiple of n, or the stack is gathered.
       factor_dtype: Dtype of the stored factors. Computation is in float32 at least.
       seed: Of the random start and sketches, which depend on (seed, r, q) alone.
 

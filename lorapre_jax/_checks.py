@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -46,8 +47,11 @@ def check_storage(rank: Any, batch: Any, factor_dtype: Any) -> None:
     if batch is not None:
         check_count("batch", batch)
     check_static("factor_dtype", factor_dtype)
-    if not jnp.issubdtype(jnp.dtype(factor_dtype), jnp.floating):
-        raise ValueError(f"`factor_dtype` must be a float, got {factor_dtype!r}.")
+    if jnp.dtype(factor_dtype).name not in ("bfloat16", "float32", "float64"):
+        raise ValueError(
+            "`factor_dtype` must be bfloat16, float32 or float64, got "
+            f"{factor_dtype!r}."
+        )
 
 
 def check_distinct(paths: list[str]) -> None:
@@ -71,13 +75,13 @@ def check_floating(path: str, dtype: Any) -> None:
 def check_decay(name: str, value: Any) -> None:
     """In [0, 1) where the value is known; a tracer is taken as it is."""
     _check_number(name, value)
-    if isinstance(value, (int, float)) and not 0 <= value < 1:
+    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
 
 
 def check_not_negative(name: str, value: Any) -> None:
     _check_number(name, value)
-    if isinstance(value, (int, float)) and not value >= 0:
+    if not isinstance(value, jax.core.Tracer) and not float(value) >= 0:
         raise ValueError(f"`{name}` must be at least 0, got {value}.")
 
 

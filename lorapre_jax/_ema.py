@@ -37,7 +37,8 @@ def lorapre_ema(
 ) -> optax.GradientTransformationExtraArgs:
     """A moving average of past updates, kept as thin factors: `optax.ema`, low-rank.
 
-    Heavy-ball SGD is `optax.chain(lorapre_ema(0.9, rank), optax.sgd(learning_rate))`.
+    With `debias=False` and scaled by `1 / (1 - decay)` it is heavy-ball momentum,
+    `v <- decay v + g`.
 
     Args:
       decay: Decay rate, in [0, 1).

@@ -27,7 +27,7 @@ class MatrixAxes:
 
     Raises:
       TypeError: An axis is not an int.
-      ValueError: A side names no axis.
+      ValueError: A side names no axis, or both name one.
 
     For example, a stacked attention projection `(layers, embed, heads, head_dim)` is
     `MatrixAxes(rows=1, columns=(2, 3))`.
@@ -46,6 +46,12 @@ class MatrixAxes:
                     raise TypeError(f"MatrixAxes.{name} takes ints, got {axis!r}.")
             if axes == ():
                 raise ValueError(f"MatrixAxes.{name} must name at least one axis.")
+        if len(set(self.named)) != len(self.named):
+            raise ValueError(f"{self} names an axis twice: rows and columns differ.")
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        return _as_tuple(self.rows) + _as_tuple(self.columns)
 
 
 AxesLike = MatrixAxes | optax.contrib.MuonDimensionNumbers

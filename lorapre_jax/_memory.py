@@ -10,7 +10,7 @@ import optax
 
 from lorapre_jax._methods import Dense, FactorPair, RowColumn
 from lorapre_jax._plan import LeafPlan, Plan
-from lorapre_jax._selection import named_leaves, path_str
+from lorapre_jax._selection import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +152,17 @@ def _bytes_by_leaf(state, leaves) -> dict[str | None, int]:
     """
     paths = {path for path, _ in leaves}
     nbytes: dict[str | None, int] = dict.fromkeys([*paths, None], 0)
-    flat, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_factors)
-    for keys, node in flat:
-        # The longest suffix first; the empty one is the path of a tree of one array.
-        suffixes = (path_str(keys[i:]) for i in range(len(keys) + 1))
-        names = [path_str(keys[-1:])] if _is_factors(node) else suffixes
-        owner = next((name for name in names if name in paths), None)
+    for name, node in named_leaves(state, is_leaf=_is_factors):
+        # The longest suffix that is one; the empty one names a tree of one array.
+        owner = next((s for s in _suffixes(name) if s in paths), None)
         for array in jax.tree.leaves(node):
             nbytes[owner] += math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
     return nbytes
+
+
+def _suffixes(name: str) -> list[str]:
+    keys = name.split("/")
+    return ["/".join(keys[i:]) for i in range(len(keys) + 1)]
 
 
 def _is_factors(node) -> bool:

@@ -1,14 +1,15 @@
 """How a moment is kept: frozen values that a transform takes as arguments.
 
 A method turns a gradient into a bias-corrected moment. Each function below sees one
-matrix (`Dense` also any other leaf); batch axes are mapped outside.
+matrix (`Dense`, whose state is an array like it, also any other leaf); batch axes are
+mapped outside.
 
     init(batch, p, q, rank, dtype, seed)         -> state
     first_moment(state, g, decay, count, seed)   -> estimate of E[g], new state
     second_moment(state, g, decay, count, seed)  -> estimate of sqrt(E[g^2]), new state
 
-Second moments come back as their root: it has the gradient's scale, so nothing
-under- or overflows on the way to `m / (sqrt(v) + eps)`.
+Second moments come back as their root: it has the gradient's scale, and factored ones
+never form its square, which would under- or overflow sooner.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ class RankOne:
     Adafactor's estimate (Shazeer and Stern, 2018, algorithm 2): with `R_i` and `C_j`
     the moving averages of the mean of `g^2` over row i and over column j,
     `v_ij = R_i C_j / mean(R)`. It is exact where `g^2` has rank one. The state holds
-    `sqrt(R)` and `sqrt(C)` in float32 whatever `factor_dtype` says.
+    `sqrt(R)` and `sqrt(C)` in float32 at least, whatever `factor_dtype` says.
     """
 
     def init(self, batch, p, q, rank, dtype, seed) -> RowColumn:
@@ -92,11 +93,13 @@ class OnlineRegression:
     Attributes:
       rule: How a step moves the factors. `"subspace"` (default): one subspace
         iteration on `b B A + (1-b) g`; `"jacobi"`: Theorem 3.1; `"gauss_seidel"`:
-        the same, the second factor reading the first one's new value.
+        the same, the second factor reading the first one's new value. These two are
+        quadratic in `g`: after many zero gradients in a row a large one overshoots.
       damping: What is added to the Gram matrices that "jacobi" and "gauss_seidel"
         invert; `"subspace"` inverts none and takes None. None means 1e-6 elsewhere.
       damping_scale: `"relative"`, to the trace of the Gram matrix, so that the scale of
-        the loss does not matter; or `"absolute"`. Either never falls below rounding.
+        the loss does not matter; or `"absolute"`. What rounding may take from a Gram
+        matrix (8 machine epsilons of its trace) is added to either.
       start: `"gradient"`: both factors start from a randomised range-finder pass on the
         first gradient that is not zero; `"random"`: left factor zero, right factor
         N(0, 0.02^2). `"subspace"` makes that pass from either.
@@ -157,13 +160,14 @@ class OnlineRegression:
             return weight * before, new
         # `before - held` is the residual of the fit: what the factors did not take up.
         #     weight * held + gain * (before - held),   held = new.left @ new.right
-        # as one product, so that one (p, q) buffer serves both.
+        # as one product, so that one (p, q) buffer serves both; in full precision, for
+        # its two parts are `gain` times larger than their difference.
         gain = self.complement_gain / (1 - step_decay)
         left = jnp.concatenate(
             [(weight - gain) * new.left, gain * step_decay * state.left], axis=1
         )
         right = jnp.concatenate([new.right, state.right], axis=0)
-        return left @ right + gain * (1 - step_decay) * g, new
+        return regression.dot(left, right) + gain * (1 - step_decay) * g, new
 
     def second_moment(self, state, g, decay, count, seed):
         decay = jnp.asarray(decay, g.dtype)

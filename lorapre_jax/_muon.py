@@ -13,7 +13,7 @@ from lorapre_jax._adam import FirstMoment, decayed_weights, lorapre_adamw
 from lorapre_jax._methods import OnlineRegression, mass
 from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients, orthogonalize
 from lorapre_jax._plan import Plan, init_moment, make_plan, map_leaves
-from lorapre_jax._selection import Matrices, path_str, resolve_axes
+from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 
 
 class ScaleByLorapreMuonState(NamedTuple):
@@ -168,6 +168,8 @@ def lorapre_muon(
     Returns:
       The `optax.GradientTransformationExtraArgs`.
     """
+    _checks.check_decay("adam_b1", adam_b1)
+    _checks.check_decay("adam_b2", adam_b2)
     scale_by_muon = scale_by_lorapre_muon(
         rank,
         beta,
@@ -188,13 +190,11 @@ def lorapre_muon(
         adam_learning_rate = learning_rate
 
     def labels(params):
-        axes = resolve_axes(matrices, params)
-
-        def label(path, leaf):
-            _checks.check_floating(path_str(path), leaf.dtype)
-            return "adam" if axes[path_str(path)][0] is None else "muon"
-
-        return jax.tree_util.tree_map_with_path(label, params)
+        axes, labels = resolve_axes(matrices, params), []
+        for path, leaf in named_leaves(params):
+            _checks.check_floating(path, leaf.dtype)
+            labels.append("adam" if axes[path][0] is None else "muon")
+        return jax.tree.unflatten(jax.tree.structure(params), labels)
 
     return optax.partition(
         {

@@ -7,6 +7,9 @@ factors instead. A rule is one function
 
     rule(B, A, T, decay, damping, noise) -> (B', A')
 
+of `damping`, from a Gram matrix to what its diagonal gains, and `noise`, a standard
+normal `(r, q)` matrix:
+
     jacobi         B' = (1-y) B + y T A^+,  A' = (1-y) A + y B^+ T,  1-y = sqrt(b)
                    (Theorem 3.1; A^+ = A^T (A A^T + d)^-1, B^+ = (B^T B + d)^-1 B^T)
     gauss_seidel   the same, A' reading the new B'
@@ -19,13 +22,10 @@ Every inverse and every basis goes through `(r, r)` Gram matrices: sums over p o
 which a sharded factor can reduce, followed by a small Cholesky factorisation.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 Factors = tuple[jax.Array, jax.Array]
-Damping = Callable[[jax.Array], jax.Array]  # Gram matrix -> what its diagonal gains.
 
 # Share of random directions in the basis that `subspace` sketches with: enough to
 # bring back a direction that died out and to keep the basis well-conditioned in
@@ -37,10 +37,10 @@ def subspace(b_, a_, target, decay, damping, noise) -> Factors:
     del damping  # Orthonormal bases need none.
     directions = _normalized(a_) + _NOISE * _normalized(noise)
     v = orthonormal_columns(directions.T)
-    y = decay * (b_ @ _dot(a_, v)) + (1 - decay) * (target @ v)
+    y = decay * (b_ @ dot(a_, v)) + (1 - decay) * (target @ v)
     left = orthonormal_columns(y)
-    overlap = _dot(left.T, b_)
-    return left, decay * _dot(overlap, a_) + (1 - decay) * (left.T @ target)
+    overlap = dot(left.T, b_)
+    return left, decay * dot(overlap, a_) + (1 - decay) * (left.T @ target)
 
 
 def jacobi(b_, a_, target, decay, damping, noise) -> Factors:
@@ -70,30 +70,32 @@ def start_from(target, decay, noise) -> Factors:
     """
     zeros = jnp.zeros((target.shape[0], noise.shape[0]), target.dtype)
     left, right = subspace(zeros, jnp.zeros_like(noise), target, decay, None, noise)
-    unfilled = jnp.eye(left.shape[1], dtype=left.dtype) - _dot(left.T, left)
-    return left, right + root_mean_square(right) * _dot(unfilled, noise)
+    unfilled = jnp.eye(left.shape[1], dtype=left.dtype) - dot(left.T, left)
+    return left, right + root_mean_square(right) * dot(unfilled, noise)
 
 
 def orthonormal_columns(x: jax.Array, passes: int = 3) -> jax.Array:
     """An orthonormal basis `(n, r)` of the columns of `x: (n, r)`, n >= r.
 
     Shifted Cholesky QR (Fukaya et al., 2020): each pass divides by the Cholesky factor
-    of the Gram matrix; the shift keeps it positive definite under rounding, and the
-    next pass removes the shift's trace. A direction that rounding cannot tell from
-    zero gives a zero column; zero input gives zero.
+    of the Gram matrix, which a shift keeps positive definite under rounding; what the
+    shift takes from columns that are orthonormal already is given back. A direction
+    that rounding cannot tell from zero gives a zero column; zero input gives zero.
     """
     x = _normalized(x)
     for _ in range(passes):
-        gram = _dot(x.T, x)
-        x = _dot(x, inverse_cholesky(_shifted(gram, _rounding(gram))).T)
+        gram = dot(x.T, x)
+        shift = _rounding(gram)
+        inverse = inverse_cholesky(_shifted(gram, shift))
+        x = jnp.sqrt(1 + shift) * dot(x, inverse.T)
     return x
 
 
 def _times_pinv(target, a_, damping) -> jax.Array:
     """`T A^T (A A^T + d I)^-1`, shapes `(p, q), (r, q) -> (p, r)`."""
-    gram = _dot(a_, a_.T)
+    gram = dot(a_, a_.T)
     inverse = inverse_cholesky(_shifted(gram, damping(gram) + _rounding(gram)))
-    return _dot(_dot(target @ a_.T, inverse.T), inverse)
+    return dot(dot(target @ a_.T, inverse.T), inverse)
 
 
 @jax.jit  # So that op-by-op use compiles the loop once.
@@ -154,6 +156,6 @@ def _scale(x):
     return jnp.where(largest > 0, largest, 1)
 
 
-def _dot(x, y):
+def dot(x, y):
     """A product of factors, in full precision also where matmuls default to less."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

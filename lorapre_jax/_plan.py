@@ -18,7 +18,12 @@ from lorapre_jax import _checks
 from lorapre_jax._matrix_view import MatrixView, matrix_view
 from lorapre_jax._methods import Dense, OnlineRegression, at_least_float32
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
-from lorapre_jax._sharding import like_parameter, named_sharding, with_auto_axes
+from lorapre_jax._sharding import (
+    batch_shards,
+    like_parameter,
+    named_sharding,
+    with_auto_axes,
+)
 
 FORMAT_VERSION = 1
 
@@ -34,6 +39,8 @@ class LeafPlan:
       rank: The factors' rank; None where the leaf is dense.
       dense: Why it is dense; empty where it is not.
       methods: How each of the transform's moments is kept; none for an empty leaf.
+      batch_shards: Over how many devices the first batch axis is known to be sharded.
+        No part of the decision: plans compare equal wherever their leaves lie.
     """
 
     path: str
@@ -43,6 +50,7 @@ class LeafPlan:
     rank: int | None
     dense: str
     methods: tuple[Any, ...]
+    batch_shards: int = dataclasses.field(default=1, compare=False)
 
     @property
     def is_factored(self) -> bool:
@@ -121,7 +129,8 @@ def make_plan(
             _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)
             if min(p, q) < min_dim_size_to_factor:
                 return dense(f"a side is below {min_dim_size_to_factor}", view)
-        return LeafPlan(path, shape, dtype.name, view, r, "", methods)
+        shards = batch_shards(leaf, view)
+        return LeafPlan(path, shape, dtype.name, view, r, "", methods, shards)
 
     return Plan(tuple(decide(path, leaf) for path, leaf in leaves))
 
@@ -238,7 +247,7 @@ def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, batch):
             for x, like_leaf in zip((g, *states), shaped, strict=True)
         ]
         one = functools.partial(on_matrix, hyper)
-        done = over_batch(one, len(view.batch), batch)(*matrices)
+        done = over_batch(one, len(view.batch), batch, leaf.batch_shards)(*matrices)
         return tuple(
             view.from_matrix(x) if like_leaf else x
             for x, like_leaf in zip(done, shaped, strict=True)
@@ -247,27 +256,30 @@ def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, batch):
     return with_auto_axes(on_leaf, g, states)(hyper, g, *states)
 
 
-def over_batch(fn, ndim: int, batch: int | None):
+def over_batch(fn, ndim: int, batch: int | None, shards: int):
     """Maps `fn(g, *states) -> (update, *states)` over `ndim` leading axes."""
     for _ in range(max(ndim - 1, 0)):
         fn = jax.vmap(fn)
     if ndim == 0:
         return fn
     vmapped = jax.vmap(fn)
-    return vmapped if batch is None else _sliced(vmapped, batch)
+    return vmapped if batch is None else _sliced(vmapped, batch, shards)
 
 
-def _sliced(fn, most: int):
+def _sliced(fn, most: int, shards: int):
     """Runs `fn` on at most `most` entries of the leading axis at a time.
 
-    A slice takes every n-th entry, so that a leading axis sharded over up to that many
-    devices is walked where it lies: each device works on its own entries.
+    A slice takes as many entries from each shard of the axis, one at least, so that a
+    sharded axis is walked where it lies and no device ever fetches another's entries.
     """
 
     def run(*args):
-        length = args[0].shape[0]
-        size = max(d for d in range(1, min(most, length) + 1) if length % d == 0)
-        count = length // size
+        per_shard, rest = divmod(args[0].shape[0], shards)
+        assert not rest, "JAX shards an axis evenly"
+        most_each = max(1, most // shards)
+        divisors = (d for d in range(1, per_shard + 1) if per_shard % d == 0)
+        each = max(d for d in divisors if d <= most_each)
+        length, size, count = per_shard * shards, each * shards, per_shard // each
         if count == 1:
             return fn(*args)
         # One buffer holds the gradients to come and the updates that are done, and the

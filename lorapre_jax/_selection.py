@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,12 @@ import jax
 import optax
 import optax.contrib
 
-from lorapre_jax._matrix_view import AxesLike, MatrixAxes, as_matrix_axes
+from lorapre_jax._matrix_view import (
+    AxesLike,
+    MatrixAxes,
+    as_matrix_axes,
+    matrix_view,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +76,28 @@ def select_matrices(
 
 
 def path_str(path: tuple[Any, ...]) -> str:
-    """A key path as text; the `value` attribute of a boxed parameter is left out."""
-    if path and getattr(path[-1], "name", None) == "value":
-        path = path[:-1]
     return "/".join(
         str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)))
         for k in path
     )
 
 
-def named_leaves(tree: Any, is_leaf=None) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [(path_str(path), leaf) for path, leaf in flat]
+def named_leaves(
+    tree: Any, masked: bool = False, is_leaf=None
+) -> list[tuple[str, Any]]:
+    """Leaves by path, in tree order; `optax.MaskedNode`s among them where asked for.
+
+    Flax boxes a parameter as the only child, `value`, of a node: that key is left out.
+    """
+    stop = lambda x: _is_masked(x) or bool(is_leaf and is_leaf(x))  # noqa: E731
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
+    children = Counter(path[:-1] for path, _ in flat)
+
+    def name(path) -> str:
+        boxed = path and getattr(path[-1], "name", None) == "value"
+        return path_str(path[:-1] if boxed and children[path[:-1]] == 1 else path)
+
+    return [(name(path), x) for path, x in flat if masked or not _is_masked(x)]
 
 
 Resolved = tuple[MatrixAxes | None, str]
@@ -89,7 +105,7 @@ Resolved = tuple[MatrixAxes | None, str]
 
 def resolve_axes(matrices: Matrices, params: optax.Params) -> dict[str, Resolved]:
     """Leaf path -> (its axes, ""), or (None, why it is not a matrix)."""
-    leaves = named_leaves(params, is_leaf=_is_masked)
+    leaves = named_leaves(params, masked=True)
     # Masked leaves have no shape, but a rule that is about them is not a mistake.
     paths = [path for path, _ in leaves]
     shapes = {path: leaf.shape for path, leaf in leaves if not _is_masked(leaf)}
@@ -114,11 +130,12 @@ def resolve_axes(matrices: Matrices, params: optax.Params) -> dict[str, Resolved
 
 
 def _resolve_one(axes: MatrixAxes, shapes) -> dict[str, Resolved]:
-    named = [axes.rows, axes.columns]
-    flat = [a for side in named for a in ((side,) if isinstance(side, int) else side)]
-    needed = max(a + 1 if a >= 0 else -a for a in flat)
+    def fits(ndim: int) -> bool:
+        in_range = all(-ndim <= axis < ndim for axis in axes.named)
+        return in_range and len({a % ndim for a in axes.named}) == len(axes.named)
+
     return {
-        path: (axes, "") if len(shape) >= needed else (None, "lacks the matrix axes")
+        path: (axes, "") if fits(len(shape)) else (None, "lacks the matrix axes")
         for path, shape in shapes.items()
     }
 
@@ -142,9 +159,11 @@ def _resolve_leaf(
         return None, "excluded"
     include, rules = selection.include, selection.axes
     if isinstance(rules, MatrixAxes):
-        found = {rules}
+        found = {None: rules}
     else:
-        found = {axes for pattern, axes in rules if re.search(pattern, path)}
+        matching = [axes for pattern, axes in rules if re.search(pattern, path)]
+        # Compared as they are meant: on two axes, (0, 1) is (-2, -1).
+        found = {matrix_view(shape, axes, path): axes for axes in matching}
     if include is None:
         by_axes = found and not isinstance(rules, MatrixAxes)
         if not (by_axes or len(shape) == 2):
@@ -154,18 +173,18 @@ def _resolve_leaf(
     if len(found) > 1:
         raise ValueError(
             f"select_matrices: leaf '{path}' is given different axes by two patterns: "
-            f"{_listed(found)}. Make the patterns exclude one another."
+            f"{_listed(found.values())}. Make the patterns exclude one another."
         )
     if not found and len(shape) != 2:
         raise ValueError(
             f"select_matrices: leaf '{path}' of shape {shape} is selected, but no "
             "pattern of axes= says which of its axes are rows and columns."
         )
-    return (found.pop() if found else MatrixAxes()), ""
+    return next(iter(found.values()), MatrixAxes()), ""
 
 
 def _resolve_tree(tree: Any, shapes, paths) -> dict[str, Resolved]:
-    specs = dict(named_leaves(tree, is_leaf=_is_spec))
+    specs = dict(named_leaves(tree, masked=True, is_leaf=_is_spec))
     resolved: dict[str, Resolved] = {}
     used: set[str] = set()
     for path in paths:

@@ -4,6 +4,7 @@ A left factor is sharded as the parameter's rows, a right factor as its columns,
 its batch axes; the rank axis is replicated.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,16 @@ def like_parameter(init: Callable[[], Any], param: Any, view: MatrixView) -> Any
         return jax.tree.map(jax.sharding.reshard, init(), shardings)
     # Compiled, no device ever holds more than its shard.
     return jax.jit(init, out_shardings=shardings)()
+
+
+def batch_shards(param: Any, view: MatrixView) -> int:
+    """Over how many devices the first batch axis is sharded, as far as is known."""
+    sharding = named_sharding(param)
+    if sharding is None or not view.batch_axes:
+        return 1
+    spec = (*sharding.spec, *[None] * len(view.shape))[view.batch_axes[0]]
+    axes = spec if isinstance(spec, tuple) else (spec,)
+    return math.prod(sharding.mesh.shape[axis] for axis in axes if axis is not None)
 
 
 def named_sharding(param: Any) -> NamedSharding | None:

@@ -827,7 +827,7 @@ def test_dense_ema_is_optax_ema(debias):
 
 
 MOMENTUM_METHODS = {
-    "heavy_ball": lambda ema: optax.chain(ema, optax.sgd(1.0)),
+    "heavy_ball": lambda ema: optax.chain(ema, optax.sgd(0.1 / (1 - 0.9))),
     "signum": lambda ema: optax.chain(
         ema, optax.scale_by_sign(), optax.sgd(optax.linear_schedule(0.05, 0.0, 200))
     ),
@@ -837,7 +837,7 @@ MOMENTUM_METHODS = {
 @pytest.mark.parametrize("method", MOMENTUM_METHODS.values(), ids=MOMENTUM_METHODS)
 def test_momentum_methods_are_chains_around_the_average(method):
     (target,) = w_trees(1)
-    tx = method(lp.lorapre_ema(0.9, 2, matrices=lp.MatrixAxes()))
+    tx = method(lp.lorapre_ema(0.9, 2, debias=False, matrices=lp.MatrixAxes()))
     params = jax.tree.map(jnp.zeros_like, target)
     assert factored_paths(tx, params) == {"w"}
 
@@ -854,6 +854,16 @@ def test_momentum_methods_are_chains_around_the_average(method):
     trained, _ = train(params, tx.init(params))
     first = float(jnp.mean(target["w"] ** 2))
     assert float(jnp.mean((trained["w"] - target["w"]) ** 2)) < 1e-2 * first
+
+
+def test_dense_heavy_ball_is_optax_momentum():
+    params, *grads = w_trees(*range(6))
+    ours = MOMENTUM_METHODS["heavy_ball"](
+        lp.lorapre_ema(0.9, 2, debias=False, moment=lp.Dense())
+    )
+    updates, _ = run(ours, params, grads)
+    expected, _ = run(optax.sgd(0.1, momentum=0.9), params, grads)
+    assert_close(updates, expected, rtol=1e-4)
 
 
 def test_default_matrices_are_large_two_axis_leaves():

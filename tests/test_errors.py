@@ -74,6 +74,11 @@ def regression(**kwargs: Any):
         ),
         (lambda: lp.OnlineRegression(complement_gain=-1), ValueError, "at least 0"),
         (lambda: lp.MatrixAxes(rows=()), ValueError, "at least one axis"),
+        (lambda: lp.MatrixAxes((0, 1), 1), ValueError, "names an axis twice"),
+        (lambda: adam(b1=np.float32(1.5)), ValueError, "`b1` must be in [0, 1)"),
+        (lambda: adam(b2=jnp.asarray(1.5)), ValueError, "`b2` must be in [0, 1)"),
+        (lambda: adam(factor_dtype="float8_e4m3fn"), ValueError, "`factor_dtype`"),
+        (lambda: muon(adam_b2=1.5), ValueError, "`adam_b2` must be in [0, 1)"),
         (lambda: lp.MatrixAxes(**AS_TEXT), TypeError, "takes ints"),
         (lambda: lp.select_matrices(include="("), ValueError, "regular expression"),
     ],
@@ -86,7 +91,7 @@ def test_arguments(build, error, message):
 @pytest.mark.parametrize(
     ("matrices", "error", "message"),
     [
-        (lp.select_matrices("w", axes=lp.MatrixAxes(0, 0)), ValueError, "axis twice"),
+        (lp.select_matrices("w", axes=lp.MatrixAxes(0, -2)), ValueError, "axis twice"),
         (lp.select_matrices("w", axes=lp.MatrixAxes(0, 2)), ValueError, "no axis 2"),
         (
             lp.select_matrices("layer/b", axes=lp.MatrixAxes()),
@@ -96,7 +101,7 @@ def test_arguments(build, error, message):
         (lp.select_matrices(["w", "q"]), ValueError, "include pattern 'q' matches no"),
         (lp.select_matrices("w", "embed"), ValueError, "exclude pattern 'embed'"),
         (
-            lp.select_matrices(axes={"w": lp.MatrixAxes(), "l": lp.MatrixAxes(1, 0)}),
+            lp.select_matrices(axes={"w": lp.MatrixAxes(), "r/w": lp.MatrixAxes(1, 0)}),
             ValueError,
             "leaf 'layer/w' is given different axes by two patterns",
         ),

@@ -349,7 +349,7 @@ def test_state_keeps_its_sharding(case):
         assert was.sharding.is_equivalent_to(now.sharding, was.ndim), name
 
 
-def collectives(case: Case, batch: int | None) -> set[str]:
+def collectives(case: Case, batch: int | None, init_sees: bool = False) -> set[str]:
     """Those in the program that updates 16 layers, sharded over 8 devices."""
     mesh = jax.make_mesh((8,), ("layers",), axis_types=(AxisType.Auto,))
     params = random_tree({"stack": (16, 12, 8)})
@@ -357,10 +357,12 @@ def collectives(case: Case, batch: int | None) -> set[str]:
     assert factored_paths(tx, params) == {"stack"}
     layers = NamedSharding(mesh, P("layers"))
     everywhere = NamedSharding(mesh, P())
-    params, state = jax.tree.map(
+    placed = jax.device_put(params, layers)
+    state = jax.tree.map(
         lambda x: jax.device_put(x, layers if x.ndim else everywhere),
-        (params, tx.init(params)),
+        tx.init(placed if init_sees else params),
     )
+    params = placed
     program = jax.jit(tx.update).lower(params, state).compile().as_text()
     assert program is not None
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
@@ -372,8 +374,14 @@ def test_sharded_layers_are_walked_where_they_lie(case):
     assert not collectives(case, 8)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_init_sees_that_layers_are_sharded(batch):
+    """Then a slice has one layer of each device at least, whatever `batch` says."""
+    assert not collectives(CASES["adam"], batch, init_sees=True)
+
+
 def test_the_search_for_collectives_finds_some():
-    """One layer at a time has to be fetched from where it lies."""
+    """A layer at a time has to be fetched, where `init` saw layers on one device."""
     assert "all-gather" in collectives(CASES["adam"], 1)
 
 

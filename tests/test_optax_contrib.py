@@ -13,7 +13,7 @@ import optax
 import lorapre_jax as lp
 
 
-def heavy_ball(learning_rate: optax.ScalarOrSchedule, rank: int, decay: float = 0.9):
+def averaged_sgd(learning_rate: optax.ScalarOrSchedule, rank: int, decay: float = 0.9):
     return optax.chain(
         lp.lorapre_ema(decay, rank), optax.scale_by_learning_rate(learning_rate)
     )
@@ -22,7 +22,7 @@ def heavy_ball(learning_rate: optax.ScalarOrSchedule, rank: int, decay: float = 
 FACTORIES = {
     "lorapre_adamw": lp.lorapre_adamw,
     "lorapre_muon": lp.lorapre_muon,
-    "heavy_ball": heavy_ball,
+    "averaged_sgd": averaged_sgd,
 }
 OPTIMIZERS = tuple(
     {
@@ -34,7 +34,7 @@ OPTIMIZERS = tuple(
     for name, learning_rate in (
         ("lorapre_adamw", 1e-2),
         ("lorapre_muon", 1e-2),
-        ("heavy_ball", 1e-3),
+        ("averaged_sgd", 1e-3),
     )
 )
 

@@ -189,6 +189,21 @@ def test_full_rank_regression_is_the_dense_average(shape, seed, decay):
             np.testing.assert_allclose(m, mu / (1 - decay**t), rtol=1e-7, atol=1e-8)
 
 
+def test_nothing_leaks_in_float32():
+    """Bases a little too short would shrink the average at every step."""
+    rng, decay = np.random.default_rng(0), 0.99
+    method = lp.OnlineRegression(complement_gain=None)
+    state, step = compiled(method, "first_moment", (32, 32), 32)
+    mu = np.zeros((32, 32))
+    for t in range(1, 301):
+        g = rng.normal(size=mu.shape)
+        m, state = step(state, g, decay, t)
+        mu = decay * mu + (1 - decay) * g
+    average = mu / (1 - decay**300)
+    error = np.linalg.norm(np.asarray(m) - average) / np.linalg.norm(average)
+    assert error < 1e-4
+
+
 @pytest.mark.parametrize(
     ("method", "rank"), [(lp.OnlineRegression(), 3), (lp.RankOne(), 1)]
 )
@@ -245,7 +260,6 @@ def test_bases_are_orthonormal_or_empty(seed, decades, rank):
     x[:, rank:] = x[:, :1]  # Rank-deficient below 8.
     basis = np.asarray(regression.orthonormal_columns(jnp.asarray(x, "float32")))
     values = np.linalg.svd(basis, compute_uv=False)
-    assert values.max() < 1 + 1e-3
-    assert (values[:1] > 1 - 1e-3).all()
-    if rank == 8 and decades <= 2:
-        np.testing.assert_allclose(values, 1, atol=1e-3)
+    assert values.max() < 1 + 1e-5
+    kept = rank if decades <= 3 else 1  # Smaller ones drown in the rounding of others.
+    np.testing.assert_allclose(values[:kept], 1, atol=1e-5)

@@ -1,7 +1,7 @@
 """Which leaves are factored, along which axes, at which rank."""
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,34 @@ def test_one_spec_speaks_for_every_leaf_that_has_its_axes():
         2,
     )
     assert why_dense("bias", matrices=lp.MatrixAxes()) == "lacks the matrix axes"
+
+
+def test_one_spec_passes_over_leaves_on_which_its_axes_coincide():
+    params = {"w": struct(12, 8), "b": struct(8)}
+    assert set(factored(params, 2, matrices=lp.MatrixAxes(0, -1))) == {"w"}
+
+
+def test_two_spellings_of_the_same_axes_agree():
+    axes = {"w": lp.MatrixAxes(0, (1,)), "^w$": lp.MatrixAxes(-2, -1)}
+    selection = lp.select_matrices(axes=axes)
+    assert set(factored({"w": struct(12, 8)}, 2, matrices=selection)) == {"w"}
+
+
+class Attention(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_a_parameter_called_value_keeps_its_name():
+    params = {"attention": Attention(*[struct(12, 8)] * 3)}
+    selection = lp.select_matrices("attention/value")
+    assert set(factored(params, 2, matrices=selection)) == {"attention/value"}
+    mask: Any = {"attention": Attention(query=False, key=False, value=True)}
+    tx = optax.masked(lp.scale_by_lorapre_adam(2, matrices=selection), mask)
+    leaves = {leaf.path: leaf for leaf in lp.describe(tx, params).leaves}
+    assert leaves["attention/value"].is_factored
+    assert leaves["attention/query"].nbytes == 0
 
 
 AXES = {
