@@ -147,7 +147,8 @@ class OnlineRegression:
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         right = jnp.zeros((rank, q), dtype)
         if self.start == "random":
-            right = (0.02 * random_rows(seed, rank, q)).astype(dtype)
+            noise = random_rows(seed, rank, q).astype(at_least_float32(dtype))
+            right = (0.02 * noise).astype(dtype)
         left = jnp.zeros((*batch, p, rank), dtype)
         return FactorPair(left, jnp.broadcast_to(right, (*batch, rank, q)))
 
