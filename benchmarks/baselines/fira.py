@@ -1,0 +1,91 @@
+"""Fira: GaLore's Adam, and what its projection leaves out at Adam's scale.
+
+Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+Constraint?" (2024), arXiv 2410.01623.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.baselines import _matrices
+
+
+class MatrixState(NamedTuple):
+    """`p r + 2 r q + 1` numbers (Table 2)."""
+
+    projector: jax.Array  # Leading left singular vectors of a gradient, (p, r).
+    mu: jax.Array  # (r, q)
+    nu: jax.Array  # (r, q)
+    norm: jax.Array  # Of the residual's part of the last direction.
+
+
+class FiraState(NamedTuple):
+    count: jax.Array
+    matrices: optax.Params  # A `MatrixState` at every matrix.
+
+
+def scale_by_fira(
+    rank, b1=0.9, b2=0.999, eps=1e-8, update_proj_gap=200, limiter=1.01
+) -> optax.GradientTransformation:
+    """Algorithm 1 of the paper, without its rates eta and alpha.
+
+    The projector is that of the gradient at every `update_proj_gap`-th step (eq. 7).
+    The residual `G - P R` takes, column by column, the factor that Adam gave the column
+    of the projected gradient `R` (eq. 11), and its norm grows by no more than the
+    factor `limiter` a step (eq. 12).
+    """
+
+    def init_fn(params):
+        _matrices.check_matrices(params)
+
+        def init_one(x):
+            p, q = _matrices.wide_shape(x)
+            r = min(rank, p)
+            mu, nu = jnp.zeros((r, q)), jnp.zeros((r, q))
+            return MatrixState(jnp.zeros((p, r)), mu, nu, jnp.zeros([]))
+
+        return FiraState(jnp.zeros([], jnp.int32), jax.tree.map(init_one, params))
+
+    def update_fn(updates, state, params=None):
+        del params
+        count = state.count + 1
+
+        @_matrices.oriented
+        def update_one(g, matrix):
+            def refresh(old):
+                return jnp.linalg.svd(g, full_matrices=False)[0][:, : old.shape[1]]
+
+            due = state.count % update_proj_gap == 0
+            projector = jax.lax.cond(due, refresh, lambda old: old, matrix.projector)
+            low = projector.T @ g
+            adam, mu, nu = _matrices.adam_direction(
+                low, matrix.mu, matrix.nu, count, b1, b2, eps
+            )
+            factor = scaling_factor(adam, low, eps, axis=0)
+            residual = factor * (g - projector @ low)
+            residual, norm = limit_growth(residual, matrix.norm, limiter)
+            return projector @ adam + residual, MatrixState(projector, mu, nu, norm)
+
+        direction, new = _matrices.map_matrices(update_one, updates, state.matrices)
+        return direction, FiraState(count, new)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def scaling_factor(adapted, g, eps, axis=None):
+    """What the optimizer did to the norm of `g`, over an axis or over all of it."""
+    return jnp.linalg.norm(adapted, axis=axis) / (jnp.linalg.norm(g, axis=axis) + eps)
+
+
+def limit_growth(update, before, limiter):
+    """`update`, its norm at most `limiter` times `before`, and that norm.
+
+    Nothing is limited where `before` is zero, as at the first step: else what starts
+    from zero would stay there.
+    """
+    norm = jnp.linalg.norm(update)
+    limited = jnp.where(before > 0, jnp.minimum(norm, limiter * before), norm)
+    return update * (limited / jnp.where(norm > 0, norm, 1)), limited
