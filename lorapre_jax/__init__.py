@@ -1,6 +1,8 @@
 """LoRA-Pre: low-rank Adam and Muon momenta as optax gradient transformations."""
 
 from lorapre_jax._adam import lorapre_adamw, scale_by_lorapre_adam
+from lorapre_jax._budget import rank_for_budget
+from lorapre_jax._diagnostics import diagnostics
 from lorapre_jax._ema import lorapre_ema
 from lorapre_jax._matrix_view import MatrixAxes
 from lorapre_jax._memory import describe
@@ -14,9 +16,11 @@ __all__ = [
     "OnlineRegression",
     "RankOne",
     "describe",
+    "diagnostics",
     "lorapre_adamw",
     "lorapre_ema",
     "lorapre_muon",
+    "rank_for_budget",
     "scale_by_lorapre_adam",
     "scale_by_lorapre_muon",
     "select_matrices",

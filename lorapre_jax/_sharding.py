@@ -72,3 +72,11 @@ def with_auto_axes(fn: Callable[..., Any], g: jax.Array, states: Any) -> Any:
         return fn
     out = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, *states))
     return jax.sharding.auto_axes(fn, out_sharding=out)
+
+
+def replicated_result(fn: Callable[..., Any], g: jax.Array) -> Callable[..., Any]:
+    """`fn(g, ...)`, also under explicit mesh axes, with results on every device."""
+    mesh = jax.typeof(g).sharding.mesh
+    if not mesh.explicit_axes:
+        return fn
+    return jax.sharding.auto_axes(fn, out_sharding=NamedSharding(mesh, PartitionSpec()))

@@ -167,11 +167,14 @@ class Config:
     """Steps between evaluations on held-out text."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    diagnostics_every: int = 100
+    """Steps between looks at the low-rank state (lorapre_adamw, lorapre_muon)."""
     log_every: int = 20
     """Steps between printed lines where the output is not a terminal."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "steps", "eval_every", "checkpoint_every", "log_every")
+        _require_positive(self, "steps", "eval_every", "checkpoint_every")
+        _require_positive(self, "diagnostics_every", "log_every")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require(
             not (self.optimizer.name == "galore" and self.model.scan_layers),
@@ -181,7 +184,14 @@ class Config:
 
 # What may change between the parts of one run: none of it alters a single update.
 # The path of the data may, because the data's fingerprint is compared instead.
-_FREE = ("workdir", "eval_every", "checkpoint_every", "log_every", "data.path")
+_FREE = (
+    "workdir",
+    "eval_every",
+    "checkpoint_every",
+    "diagnostics_every",
+    "log_every",
+    "data.path",
+)
 
 
 def as_fields(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -41,7 +41,8 @@ class MetricsLog:
         self._file.write(_line(record))
         self._file.flush()
         for name in record.keys() - {"step"}:
-            self._board.add_scalar(name, record[name], int(record["step"]))
+            if math.isfinite(record[name]):  # TensorBoard draws nothing else
+                self._board.add_scalar(name, record[name], int(record["step"]))
 
     def last(self, name: str) -> float:
         return next(r[name] for r in reversed(self.records) if name in r)

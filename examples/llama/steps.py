@@ -1,4 +1,4 @@
-"""The two compiled functions of a run: one training step, one held-out batch."""
+"""The compiled functions of a run: a training step, a held-out batch, diagnostics."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 
+import lorapre_jax as lp
 from examples.llama.data import HeldOutBatch
 from examples.llama.model import PureLlama
 
@@ -35,6 +36,11 @@ def token_losses(model: PureLlama, params: Any, inputs: Any, targets: Any) -> ja
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
+def mean_loss(model: PureLlama, params: Any, rows: jax.Array) -> jax.Array:
+    """What is minimised, of rows (b, s + 1) int32."""
+    return token_losses(model, params, rows[:, :-1], rows[:, 1:]).mean()
+
+
 def make_train_step(
     model: PureLlama, tx: optax.GradientTransformation, replicated: Sharding
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
@@ -43,20 +49,43 @@ def make_train_step(
     The given state is donated: its memory becomes that of the new one.
     """
 
-    def mean_loss(params: Any, rows: jax.Array) -> jax.Array:
-        return token_losses(model, params, rows[:, :-1], rows[:, 1:]).mean()
+    loss_of = partial(mean_loss, model)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated)
     def step(
         state: TrainState, rows: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads = jax.value_and_grad(mean_loss)(state.params, rows)
+        loss, grads = jax.value_and_grad(loss_of)(state.params, rows)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"train_loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
+
+
+def make_diagnosis(
+    model: PureLlama, replicated: Sharding
+) -> Callable[[TrainState, jax.Array], dict[str, jax.Array]]:
+    """``diagnose(state, rows) -> numbers``, from the state that a step starts from.
+
+    The gradients are computed once more, so that the training step is the same program
+    whether or not anyone looks. Of stacked layers it is the mean, of the condition the
+    worst; see ``lp.diagnostics``.
+    """
+    summaries = {"captured": jnp.mean, "effective_rank": jnp.mean, "condition": jnp.max}
+
+    @partial(jax.jit, out_shardings=replicated)
+    def diagnose(state: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
+        grads = jax.grad(partial(mean_loss, model))(state.params, rows)
+        return {
+            f"diagnostics/{name}/{path}/{moment}": summary(getattr(found, name))
+            for path, of_leaf in lp.diagnostics(state.opt_state, grads).items()
+            for moment, found in of_leaf.items()
+            for name, summary in summaries.items()
+        }
+
+    return diagnose
 
 
 def make_evaluation(

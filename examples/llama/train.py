@@ -19,7 +19,12 @@ from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
 from examples.llama.progress import ProgressDisplay
 from examples.llama.report import Reporter
-from examples.llama.steps import init_state, make_evaluation, make_train_step
+from examples.llama.steps import (
+    init_state,
+    make_diagnosis,
+    make_evaluation,
+    make_train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ def train(config: Config, console: Console | None = None) -> Result:
         held_out = held_out_batches(data.held_out, *size)
         evaluate = make_evaluation(model, jax.device_put(list(held_out), by_row))
         train_step = make_train_step(model, tx, replicated)
+        diagnose = make_diagnosis(model, replicated)
+        factored = any(leaf.is_factored for leaf in memory.leaves)
         console.print(opening_line(config, data, start), soft_wrap=True)
 
         with (
@@ -74,8 +81,12 @@ def train(config: Config, console: Console | None = None) -> Result:
                 report.evaluated(0, evaluate(state.params))
             for step in range(start + 1, config.steps + 1):
                 rows = jax.device_put(batches[step - 1], by_row)
+                diagnosis = {}
+                if factored and step % config.diagnostics_every == 0:
+                    report.flush()  # the rate of steps leaves this out
+                    diagnosis = diagnose(state, rows)
                 state, metrics = train_step(state, rows)
-                report.trained(step, metrics)
+                report.trained(step, metrics | diagnosis)
                 if step % config.eval_every == 0 or step == config.steps:
                     report.evaluated(step, evaluate(state.params))
                 if step % config.checkpoint_every == 0 or step == config.steps:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,10 @@ def losses(config):
     return [{k: r[k] for k in r.keys() - {"tokens_per_second"}} for r in records]
 
 
+def diagnostics_of(record):
+    return {name: x for name, x in record.items() if name.startswith("diagnostics/")}
+
+
 def checkpoint(path):
     return ocp.StandardCheckpointer().restore(path / "default")
 
@@ -65,7 +70,7 @@ def interrupt_at(step, monkeypatch):
 
 @pytest.mark.parametrize("name", ["adamw", "lorapre_adamw"])
 def test_an_interrupted_run_goes_on_bit_for_bit(name, tiny_config, monkeypatch):
-    config = tiny_config(name)
+    config = tiny_config(name, diagnostics_every=4)
     straight, _ = run(config)
     parts = dataclasses.replace(config, workdir=config.workdir / "parts")
     with monkeypatch.context() as context:
@@ -77,10 +82,46 @@ def test_an_interrupted_run_goes_on_bit_for_bit(name, tiny_config, monkeypatch):
     assert "going on after step 6" in printed
     assert [record["step"] for record in losses(parts)] == list(range(13))
     assert losses(parts) == losses(config)
+    looked = [record["step"] for record in losses(config) if diagnostics_of(record)]
+    assert looked == ([4, 8, 12] if name == "lorapre_adamw" else [])
     assert resumed.held_out_loss == straight.held_out_loss
     assert_same_trees(checkpoint(resumed.checkpoint), checkpoint(straight.checkpoint))
     assert resumed.plot.read_bytes().startswith(b"\x89PNG")
     assert list((parts.workdir / "tensorboard").iterdir())
+
+
+def test_diagnostics_are_logged_and_change_nothing(tiny_config):
+    without = tiny_config("lorapre_adamw")
+    config = dataclasses.replace(
+        without, diagnostics_every=1, workdir=without.workdir / "looking"
+    )
+    plain, looking = run(without)[0], run(config)[0]
+    logged = [diagnostics_of(record) for record in losses(config)]
+    rest = [
+        {name: record[name] for name in record.keys() - found.keys()}
+        for record, found in zip(losses(config), logged, strict=True)
+    ]
+    assert rest == losses(without)
+    assert_same_trees(checkpoint(looking.checkpoint), checkpoint(plain.checkpoint))
+
+    path = "layers/attention/q/kernel/mu"
+    names = [f"diagnostics/{x}/{path}" for x in ("captured", "effective_rank")]
+    assert [len(found) for found in logged] == [0] + [3 * 7] * 12
+    # Seen from before each step: the first one starts from zero.
+    assert [logged[1][name] for name in names] == [0, 0]
+    assert logged[1][f"diagnostics/condition/{path}"] == math.inf
+    for captured, effective_rank in ([found[n] for n in names] for found in logged[2:]):
+        assert 0 < captured <= 1
+        assert 1 <= effective_rank <= 4
+    (events,) = (config.workdir / "tensorboard").iterdir()
+    assert f"diagnostics/captured/{path}".encode() in events.read_bytes()
+
+
+def test_an_infinite_number_is_logged_without_a_warning(tmp_path, caplog):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write({"step": 1, "condition": math.inf})
+    assert log.last("condition") == math.inf
+    assert not caplog.records
 
 
 def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_config):
