@@ -159,16 +159,20 @@ class OnlineRegression:
         if self.complement_gain is None:
             before = step_decay * (state.left @ state.right) + (1 - step_decay) * g
             return weight * before, new
-        # `before - held` is the residual of the fit: what the factors did not take up.
-        #     weight * held + gain * (before - held),   held = new.left @ new.right
-        # as one product, so that one (p, q) buffer serves both; in full precision, for
-        # its two parts are `gain` times larger than their difference.
         gain = self.complement_gain / (1 - step_decay)
-        left = jnp.concatenate(
-            [(weight - gain) * new.left, gain * step_decay * state.left], axis=1
-        )
-        right = jnp.concatenate([new.right, state.right], axis=0)
-        return regression.dot(left, right) + gain * (1 - step_decay) * g, new
+        return _with_residual(weight, gain, state, new, g, step_decay), new
+
+    def split_moment(self, state, g, decay, count, seed):
+        """What the factors hold, the left one orthonormal, and the fit's residual."""
+        decay = jnp.asarray(decay, g.dtype)
+        step_decay, weight = self._weights(decay, count)
+        new = self._step(state, g, step_decay, seed)
+        residual = _with_residual(0, 1, state, new, g, step_decay)
+        left, right = new.left, weight * new.right
+        if self.rule != "subspace":
+            left = regression.orthonormal_columns(new.left)
+            right = regression.dot(regression.dot(left.T, new.left), right)
+        return FactorPair(left, right), residual, new
 
     def second_moment(self, state, g, decay, count, seed):
         decay = jnp.asarray(decay, g.dtype)
@@ -217,6 +221,17 @@ class OnlineRegression:
                 *state,
             )
         )
+
+
+def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):
+    """`weight * held + gain * (X - held)`, `held` the new product, `X` what it fits.
+
+    One product, so that one (p, q) buffer serves both parts; in full precision, for
+    they may be `gain` times larger than their difference.
+    """
+    left = jnp.concatenate([(weight - gain) * new.left, gain * decay * old.left], 1)
+    right = jnp.concatenate([new.right, old.right], axis=0)
+    return regression.dot(left, right) + gain * (1 - decay) * g
 
 
 def random_rows(seed, rank: int, q: int) -> jax.Array:

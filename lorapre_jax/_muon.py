@@ -34,7 +34,7 @@ def scale_by_lorapre_muon(
     ns_coeffs: Coefficients = NS_COEFFS,
     eps: jax.typing.ArrayLike = 1e-8,
     consistent_rms: jax.typing.ArrayLike | None = None,
-    moment: FirstMoment = OnlineRegression(),  # noqa: B008 (frozen)
+    moment: FirstMoment = OnlineRegression(complement_gain=0.6),  # noqa: B008 (frozen)
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
@@ -104,12 +104,19 @@ def scale_by_lorapre_muon(
         }
 
         def muon(leaf, hyper, g, mu):
+            momentum = _split if _is_split(leaf.methods[0]) else _joint
             b, count = jnp.asarray(hyper["beta"], g.dtype), hyper["count"]
-            m, mu = leaf.methods[0].first_moment(mu, g, b, count, hyper["seed"])
-            if nesterov:
-                now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
-                m = b * (now / ahead) * m + ((1 - b) / now) * g
-            update = orthogonalize(m, ns_coeffs, ns_steps, hyper["eps"])
+            now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
+
+            def look_ahead(m, g):
+                """The bias-corrected average as `optax.contrib.muon` looks ahead."""
+                return b * (now / ahead) * m + ((1 - b) / now) * g if nesterov else m
+
+            def polar(m):
+                return orthogonalize(m, ns_coeffs, ns_steps, hyper["eps"])
+
+            args = (mu, g, b, count, hyper["seed"])
+            update, mu = momentum(leaf.methods[0], args, look_ahead, polar)
             scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
             if leaf.is_factored:
                 scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)
@@ -128,6 +135,30 @@ def scale_by_lorapre_muon(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _is_split(method: FirstMoment) -> bool:
+    return isinstance(method, OnlineRegression) and method.complement_gain is not None
+
+
+def _joint(method, args, look_ahead, polar):
+    """Momentum as a whole."""
+    m, mu = method.first_moment(*args)
+    return polar(look_ahead(m, args[1])), mu
+
+
+def _split(method, args, look_ahead, polar):
+    """What the factors hold, and the residual apart from it.
+
+    The residual is a single gradient's, mostly noise. Averaged as in full Muon it would
+    be smaller by `sqrt((1-b)/(1+b))`, and be divided by that little when it is
+    orthogonalised: so it is here, and a gain of one gives its signal full weight.
+    """
+    held, residual, mu = method.split_moment(*args)
+    b = args[2]
+    gain = method.complement_gain * jnp.sqrt((1 + b) / (1 - b))
+    right = look_ahead(held.right, held.left.T @ args[1])
+    return held.left @ polar(right) + gain * polar(residual), mu
+
+
 def lorapre_muon(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | Fraction,
@@ -140,7 +171,7 @@ def lorapre_muon(
     ns_coeffs: Coefficients = NS_COEFFS,
     eps: jax.typing.ArrayLike = 1e-8,
     consistent_rms: jax.typing.ArrayLike | None = None,
-    moment: FirstMoment = OnlineRegression(),  # noqa: B008
+    moment: FirstMoment = OnlineRegression(complement_gain=0.6),  # noqa: B008
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,

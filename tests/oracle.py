@@ -80,6 +80,16 @@ class Regression:
         held = self.b @ self.a
         return weight * held + self.gain / (1 - d) * (x - held)
 
+    def split(self, g, b1, t):
+        """What the factors hold, the residual, and a basis of the left factor."""
+        d = unbiased_decay(b1, t) if self.exact else b1
+        weight = 1.0 if self.exact else 1 / (1 - b1**t)
+        x = d * self.b @ self.a + (1 - d) * g
+        self.follow(g, d)
+        held = self.b @ self.a
+        left = basis(self.b) if self.b.any() else self.b
+        return weight * held, x - held, left
+
     def second(self, g, b2, t):
         """sqrt(v): v = b2 (C D)^2 + (1-b2) g^2, |g| followed with decay sqrt(b2)."""
         root = np.sqrt(b2)
@@ -140,13 +150,22 @@ def ema(grads, first, decay=0.9, debias=True):
 def muon(grads, first, beta=0.95, nesterov=True, steps=5, eps=1e-8, rms=None):
     updates = []
     for t, g in enumerate(grads, 1):
-        m = first.first(g, beta, t)
+        split = isinstance(first, Regression) and first.gain is not None
+        held, residual, left = first.split(g, beta, t) if split else (0.0, 0.0, None)
+        m = held if split else first.first(g, beta, t)
         if nesterov:  # The average one step ahead, as optax.contrib.muon writes it.
             average = (1 - beta**t) * m
-            m = beta * average / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
-        p, q = m.shape
+            seen = left @ left.T @ g if split else g
+            m = beta * average / (1 - beta ** (t + 1)) + (1 - beta) * seen / (
+                1 - beta**t
+            )
+        update = newton_schulz(m, steps, eps)
+        if split:
+            white = np.sqrt((1 + beta) / (1 - beta))
+            update = update + first.gain * white * newton_schulz(residual, steps, eps)
+        p, q = g.shape
         scale = np.sqrt(max(1, q / p)) if rms is None else np.sqrt(max(p, q)) * rms
-        updates.append(scale * newton_schulz(m, steps, eps))
+        updates.append(scale * update)
     return updates
 
 
