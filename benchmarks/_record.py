@@ -20,7 +20,7 @@ def save(name: str, rows: Sequence[Row]) -> Path:
     module = Path(sys.argv[0]).stem
     record = {
         "command": " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "versions": {p: version(p) for p in ("jax", "jaxlib", "optax", "lorapre-jax")},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
@@ -43,6 +43,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -1,0 +1,1 @@
+"""Optimizers raced on one model and one token stream, results kept as data."""

@@ -1,0 +1,62 @@
+"""What a run may be put through besides the plain race."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SPIKE_EVERY = 100
+LOW_RANK = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    b2: float = 0.95
+    rate_factor: float = 1.0
+    """Of all learning rates."""
+    spike: float = 1.0
+    """What every 100th gradient is multiplied by; then nothing is clipped."""
+    param_dtype: str = "float32"
+    low_rank: bool = False
+    """Gradients of the matrices projected to rank 8, always the same columns' span."""
+    loss_scale: float = 1.0
+    rows: int | None = None
+    """Rows of a batch; None: the scale's."""
+    clip_norm: float | None = 1.0
+
+    def alter(self, grads: dict[str, jax.Array], step: jax.Array):
+        """The gradients that the rules see."""
+        if self.low_rank:
+            grads = {path: _project(path, g) for path, g in grads.items()}
+        if self.spike != 1.0:
+            hit = step % SPIKE_EVERY == SPIKE_EVERY - 1
+            factor = jnp.where(hit, self.spike, 1.0)
+            grads = jax.tree.map(lambda g: (factor * g).astype(g.dtype), grads)
+        if self.clip_norm is not None:
+            clip = optax.clip_by_global_norm(self.clip_norm)
+            grads, _ = clip.update(grads, optax.EmptyState())
+        return grads
+
+
+def _project(path: str, g: jax.Array) -> jax.Array:
+    if not path.startswith("layers/") or g.ndim != 2:
+        return g
+    columns = jax.random.normal(jax.random.key(0), (g.shape[1], LOW_RANK), g.dtype)
+    basis, _ = jnp.linalg.qr(columns)
+    return (g @ basis) @ basis.T
+
+
+CONDITIONS = {
+    "plain": Condition(),
+    "b2=0.999": Condition(b2=0.999),
+    "rate x3": Condition(rate_factor=3),
+    "rate x10": Condition(rate_factor=10),
+    "spikes of 1e3": Condition(spike=1e3, clip_norm=None),
+    "bfloat16 parameters": Condition(param_dtype="bfloat16"),
+    "gradients of rank 8": Condition(low_rank=True),
+    "loss x1e-6": Condition(loss_scale=1e-6, clip_norm=None),
+    "loss x1e6": Condition(loss_scale=1e6, clip_norm=None),
+    "no clipping": Condition(clip_norm=None),
+    "one row": Condition(rows=1),
+}

@@ -1,0 +1,80 @@
+"""Runs on every core: one worker process a core, each run once and kept as a row."""
+
+import argparse
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _record
+from benchmarks.quality import rows
+from benchmarks.quality.rows import Key
+
+
+@functools.lru_cache(maxsize=2)
+def _race(scale: str, split: Any, condition: str, method: str, data, cache) -> Any:
+    # Only workers import JAX, after `_pin`.
+    from benchmarks.quality.conditions import CONDITIONS
+    from benchmarks.quality.methods import METHODS
+    from benchmarks.quality.run import Race
+    from benchmarks.quality.scales import SCALES, cached_texts
+
+    texts = cached_texts(SCALES[scale], data, split, cache)
+    return Race(SCALES[scale], METHODS[method], CONDITIONS[condition], texts)
+
+
+def done(key: Key, args: argparse.Namespace) -> rows.Row:
+    """The row of `key`, from the file or run now."""
+    known = rows.read(args.out)
+    if key not in known:
+        race = _race(
+            key.scale, key.split, key.condition, key.method, args.data, args.cache
+        )
+        factor = race.condition.rate_factor
+        rates = key.rate * factor, key.dense_rate * factor
+        result = race.run(*rates, key.seed, key.steps) | {"commit": _record.commit()}
+        rows.append(args.out, key, result)
+        print(
+            f"{key.method} [{key.condition}] rate {key.rate:g}/{key.dense_rate:g} "
+            f"seed {key.seed}: {result['loss']}, {result['seconds']} s",
+            flush=True,
+        )
+        known = rows.read(args.out)
+    return known[key]
+
+
+def run_all(
+    task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], workers: int
+) -> None:
+    """`task(*each)` in worker processes, each on a core of its own."""
+    context = multiprocessing.get_context("spawn")
+    cores: Any = context.Queue()
+    for core in sorted(os.sched_getaffinity(0))[:workers]:
+        cores.put(core)
+    with ProcessPoolExecutor(workers, context, _pin, (cores,)) as pool:
+        futures: list[Future[Any]] = [pool.submit(task, *each) for each in arguments]
+        for future in as_completed(futures):
+            future.result()  # Raises what the task raised.
+
+
+def _pin(cores: Any) -> None:
+    os.sched_setaffinity(0, {cores.get()})
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all commands share."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=("a", "b", "c"), default="a")
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--steps", type=int, help="default: the scale's")
+    parser.add_argument("--data", type=Path, help="holds c4/ and text/")
+    parser.add_argument("--out", type=Path, help="default: the committed rows")
+    parser.add_argument("--cache", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    return parser

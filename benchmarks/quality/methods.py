@@ -1,0 +1,187 @@
+"""Who races: each method's rule for the matrices, as a direction without a rate.
+
+All else is the race's and the same for all: schedule, clipping, and Adam with one
+common rate for the embedding, the head and the norms, unless `Method` says otherwise.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import lorapre_jax as lp
+from benchmarks.baselines.apollo import scale_by_apollo, scale_by_apollo_mini
+from benchmarks.baselines.dct import scale_by_dct_adam
+from benchmarks.baselines.fira import scale_by_fira
+from benchmarks.baselines.flora import scale_by_flora
+from benchmarks.baselines.mlorc import scale_by_mlorc
+from benchmarks.baselines.q_galore import scale_by_q_galore
+
+B1, B2 = 0.9, 0.95
+MUON_BETA = 0.95
+MUON_RMS = 0.2
+"""Root mean square of Muon's update: about that of Adam's."""
+REFRESH = 100
+"""Steps between two projections of the methods that keep one."""
+
+Rule = Callable[[int, float], optax.GradientTransformation]
+"""Width of the model and b2, to the direction of descent, sign not flipped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    matrices: Rule
+    rates: tuple[float, ...]
+    """Where the search for the matrices' peak rate begins, in steps of a factor 2."""
+    embeddings: Rule | None = None
+    """For the embedding and the head; None: Adam."""
+    dense_factor: float | None = None
+    """The dense rate as a multiple of the matrices'; None: the common dense rate."""
+
+
+def adam(width: int, b2: float) -> optax.GradientTransformation:
+    del width
+    return optax.scale_by_adam(B1, b2)
+
+
+def stacked(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on stacks of the leaves that have one shape: less to compile."""
+
+    def stack(leaves: Mapping[str, Any]) -> dict[str, Any]:
+        shapes: dict[str, list[Any]] = {}
+        for path in sorted(leaves):
+            name = "x".join(map(str, leaves[path].shape))
+            shapes.setdefault(name, []).append(leaves[path])
+        return {name: jnp.stack(group) for name, group in shapes.items()}
+
+    def unstack(stacks: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+        slices = {name: iter(stack) for name, stack in stacks.items()}
+        return {
+            path: next(slices["x".join(map(str, like[path].shape))])
+            for path in sorted(like)
+        }
+
+    def update(updates, state, params=None):
+        del params
+        directions, state = inner.update(stack(updates), state)
+        return unstack(directions, updates), state
+
+    return optax.GradientTransformation(
+        lambda params: inner.init(stack(params)), update
+    )
+
+
+_AXES = lp.MatrixAxes(rows=-2, columns=-1)
+
+
+def ours(share: int, scale: float = 1.0, **fields: Any) -> Rule:
+    """LoRA-Pre Adam at rank width / `share`."""
+
+    def rule(width: int, b2: float) -> optax.GradientTransformation:
+        return stacked(
+            lp.scale_by_lorapre_adam(
+                width // share, B1, b2, matrices=_AXES, update_scale=scale, **fields
+            )
+        )
+
+    return rule
+
+
+def our_muon(share: int, **fields: Any) -> Rule:
+    def rule(width: int, b2: float) -> optax.GradientTransformation:
+        del b2
+        return stacked(
+            lp.scale_by_lorapre_muon(
+                width // share,
+                MUON_BETA,
+                matrices=_AXES,
+                consistent_rms=MUON_RMS,
+                **fields,
+            )
+        )
+
+    return rule
+
+
+def paper(share: int, **fields: Any) -> Rule:
+    moment = lp.OnlineRegression.paper()
+    return ours(share, first_moment=moment, second_moment=moment, **fields)
+
+
+def peer(scale_by: Callable[..., optax.GradientTransformation], share: int) -> Rule:
+    """A baseline that takes a rank, betas and the steps between projections."""
+    return lambda width, b2: scale_by(width // share, B1, b2, update_proj_gap=REFRESH)
+
+
+def _muon(width: int, b2: float) -> optax.GradientTransformation:
+    del width, b2
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    rule = optax.contrib.muon(
+        1.0,
+        beta=MUON_BETA,
+        consistent_rms=MUON_RMS,
+        muon_weight_dimension_numbers=lambda params: dict.fromkeys(params, axes),
+    )
+    return optax.chain(rule, optax.scale(-1.0))
+
+
+def _galore(share: int) -> Rule:
+    def rule(width: int, b2: float) -> optax.GradientTransformation:
+        rule = optax.contrib.galore(
+            1.0,
+            rank=width // share,
+            update_proj_gap=REFRESH,
+            base_optimizer=optax.scale_by_adam(b1=B1, b2=b2),
+            weight_dimension_numbers=optax.contrib.GaLoreDimensionNumbers(
+                reduction_axis=0, output_axis=1
+            ),
+        )
+        return optax.chain(rule, optax.scale(-1.0))
+
+    return rule
+
+
+def _adafactor(width: int, b2: float) -> optax.GradientTransformation:
+    """optax's, with absolute steps as all others have."""
+    del width, b2
+    rule = optax.adafactor(1.0, multiply_by_parameter_scale=False)
+    return optax.chain(rule, optax.scale(-1.0))
+
+
+_ADAM_RATES = (1e-3, 2e-3, 4e-3)
+_MUON_RATES = (2.5e-3, 5e-3, 1e-2)
+
+METHODS: dict[str, Method] = {
+    "adamw": Method(adam, _ADAM_RATES),
+    "adafactor": Method(_adafactor, _ADAM_RATES),
+    "muon": Method(_muon, _MUON_RATES),
+    "galore/4": Method(_galore(4), (2e-3, 4e-3, 8e-3)),
+    "galore/8": Method(_galore(8), (2e-3, 4e-3, 8e-3)),
+    "q_galore/4": Method(peer(scale_by_q_galore, 4), _ADAM_RATES),
+    "fira/4": Method(peer(scale_by_fira, 4), _ADAM_RATES),
+    "apollo/4": Method(peer(scale_by_apollo, 4), _ADAM_RATES),
+    "apollo_mini": Method(
+        lambda width, b2: scale_by_apollo_mini(B1, b2, update_proj_gap=REFRESH),
+        _ADAM_RATES,
+    ),
+    "flora/4": Method(lambda width, b2: scale_by_flora(width // 4, B1), _ADAM_RATES),
+    "mlorc/8": Method(
+        lambda width, b2: scale_by_mlorc(width // 8, B1, b2), _ADAM_RATES
+    ),
+    "dct/4": Method(
+        lambda width, b2: scale_by_dct_adam(width // 4, B1, b2), _ADAM_RATES
+    ),
+    # One rate for all parameters, as published; then matrices at a quarter of it.
+    "paper/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=1),
+    "paper_0.25/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=4),
+    "paper_own_rate/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3)),
+    "default/8": Method(ours(8), _ADAM_RATES),
+    "default/32": Method(ours(32), _ADAM_RATES),
+    "paper_muon/8": Method(
+        our_muon(8, moment=lp.OnlineRegression.paper()), _MUON_RATES
+    ),
+    "default_muon/8": Method(our_muon(8), _MUON_RATES),
+    "default_muon/32": Method(our_muon(32), _MUON_RATES),
+}

@@ -1,0 +1,170 @@
+"""The rows as Markdown tables and curves.
+
+    python -m benchmarks.quality.report --scale a
+
+Differences are to AdamW on the same seed and text (the same rows in the same order);
+their 95 % interval is Student's, over seeds.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks import _record
+from benchmarks.quality import rows
+from benchmarks.quality.rows import Key, Row
+
+# 97.5 % points of Student's t by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+Rows = Mapping[Key, Row]
+
+
+def summary(known: Rows, reference: str = "adamw") -> list[dict[str, Any]]:
+    """One line a method, the best first."""
+    by_method: dict[str, dict[int, tuple[Key, Row]]] = {}
+    for key, row in known.items():
+        by_method.setdefault(key.method, {})[key.seed] = key, row
+    base = by_method.get(reference, {})
+    lines = []
+    for method, runs in by_method.items():
+        losses = [rows.loss_of(row) for _, row in runs.values()]
+        paired = [
+            rows.loss_of(row) - rows.loss_of(base[seed][1])
+            for seed, (_, row) in runs.items()
+            if seed in base
+        ]
+        key, row = next(iter(runs.values()))
+        line = {
+            "method": method,
+            "rate": f"{key.rate:.3g}",
+            "seeds": len(runs),
+            "held-out loss": statistics.fmean(losses),
+            "spread": f"{_deviation(losses):.4f}",
+            "minus AdamW": "" if method == reference else interval(paired),
+        }
+        for name in row["other_losses"]:
+            others = [r["other_losses"].get(name, math.inf) for _, r in runs.values()]
+            line[f"on {name}"] = statistics.fmean(others)
+        lines.append(line | _cost(row, base))
+    return sorted(lines, key=lambda line: line["held-out loss"])
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean and half-width of the 95 % interval."""
+    if not differences:
+        return ""
+    mean = f"{statistics.fmean(differences):+.4f}"
+    if len(differences) == 1:
+        return mean
+    freedom = len(differences) - 1
+    half = _T.get(freedom, 1.96) * _deviation(differences) / math.sqrt(len(differences))
+    return f"{mean} ± {half:.4f}"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _cost(row: Row, base: Mapping[int, tuple[Key, Row]]) -> dict[str, Any]:
+    matrices, total = row["state_bytes"]["matrices"], sum(row["state_bytes"].values())
+    if not base:
+        return {"matrix state, bytes": matrices}
+    _, adamw = next(iter(base.values()))
+    return {
+        "matrix state": f"{matrices / adamw['state_bytes']['matrices']:.3f}",
+        "all state": f"{total / sum(adamw['state_bytes'].values()):.3f}",
+        "time": f"{row['seconds'] / adamw['seconds']:.2f}",
+    }
+
+
+def searched(known: Rows) -> list[dict[str, Any]]:
+    """Loss at every rate that was tried, and how wide the valley is."""
+    by_method: dict[tuple[str, Any], dict[float, float]] = {}
+    for key, row in known.items():
+        dense = "" if key.dense_rate == 4e-3 else f"{key.dense_rate:g}"
+        by_method.setdefault((key.method, dense), {})[key.rate] = rows.loss_of(row)
+    lines = []
+    for (method, dense), losses in by_method.items():
+        best = min(losses, key=losses.__getitem__)
+        cells = (f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses))
+        lines.append(
+            {
+                "method": method,
+                "dense rate": dense,
+                "loss by rate": ", ".join(cells),
+                "within 0.05": f"x{valley(losses):.1f}" if len(losses) > 2 else "",
+                "best": f"{best:g}",
+            }
+        )
+    return sorted(lines, key=lambda line: line["method"])
+
+
+def valley(losses: Mapping[float, float], depth: float = 0.05) -> float:
+    """Ratio of the ends of the rates within `depth` nats of the best.
+
+    Between tried rates the loss is taken as linear in the logarithm of the rate; the
+    range ends where the tried ones end.
+    """
+    rates = np.log(sorted(losses))
+    values = np.minimum([losses[r] for r in sorted(losses)], 1e3)
+    grid = np.linspace(rates[0], rates[-1], 2001)
+    inside = grid[np.interp(grid, rates, values) <= values.min() + depth]
+    return float(np.exp(inside[-1] - inside[0]))
+
+
+def plot(known: Rows, path: Path) -> None:
+    """Held-out loss against step, bytes of matrix state, and seconds."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps, state, clock = figure.subplots(1, 3, sharey=True)
+    first = min(key.seed for key in known)
+    for number, (key, row) in enumerate(rows.of(known, seed=first)):
+        if row["loss"] is None:
+            continue
+        style = {"color": f"C{number % 10}", "label": key.method}
+        dashes = ("-", "--", ":")[number // 10 % 3]
+        at, losses = np.asarray(row["curve"]).T
+        steps.plot(at, losses, dashes, **style)
+        clock.plot(at * row["seconds"] / key.steps, losses, dashes, **style)
+        state.plot(row["state_bytes"]["matrices"], row["loss"], "o", **style)
+    best = min(rows.loss_of(row) for row in known.values())
+    steps.set(
+        xlabel="step", ylabel="held-out loss (nats)", ylim=(best - 0.05, best + 1)
+    )
+    state.set(xlabel="state of the matrices (bytes)", xscale="log")
+    clock.set(xlabel="seconds on one core")
+    clock.legend(fontsize="x-small", ncols=2)
+    for axes in (steps, state, clock):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=("a", "b", "c"), default="a")
+    parser.add_argument("--rows", type=Path, help="default: the committed table's")
+    args = parser.parse_args()
+    path = args.rows or rows.FOLDER / f"table_{args.scale}.jsonl"
+    known = rows.read(path)
+    for condition in dict.fromkeys(key.condition for key in known):
+        part = {k: v for k, v in known.items() if k.condition == condition}
+        print(f"\n### {condition}\n\n{_record.table(summary(part))}")
+        if condition == "plain":
+            plot(part, path.with_suffix(".png"))
+    search_rows = rows.read(rows.FOLDER / f"search_{args.scale}.jsonl")
+    if search_rows:
+        print(f"\n### searched rates\n\n{_record.table(searched(search_rows))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Finished runs, one JSON object a line: the only thing that is kept.
+
+A run is named by its key; one that is in the file is not run again, so that every
+command here can be interrupted and goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks import _record
+
+FOLDER = _record.RESULTS / "quality"
+Row = Mapping[str, Any]
+Split = Literal["choose", "report"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a run is; `Row` adds what came of it."""
+
+    scale: str
+    split: Split
+    """Texts and seeds to choose methods and rates on, or to report."""
+    condition: str
+    method: str
+    rate: float
+    """Peak learning rate of the matrices."""
+    dense_rate: float
+    """Peak learning rate of the embedding, the head and the norms (Adam)."""
+    seed: int
+    steps: int
+
+
+def read(path: Path) -> dict[Key, Row]:
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    fields = [field.name for field in dataclasses.fields(Key)]
+    return {Key(*(row[name] for name in fields)): row for row in rows}
+
+
+def append(path: Path, key: Key, result: Row) -> None:
+    """One write of one line: rows of several processes never mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(dataclasses.asdict(key) | result) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def loss_of(row: Row) -> float:
+    """Held-out loss in nats; infinite where the run diverged."""
+    return math.inf if row["loss"] is None else row["loss"]
+
+
+def of(rows: Mapping[Key, Row], **fields: Any) -> list[tuple[Key, Row]]:
+    """The rows whose keys have these values."""
+    wanted: Iterable[tuple[str, Any]] = fields.items()
+    return [
+        (key, row)
+        for key, row in rows.items()
+        if all(getattr(key, name) == value for name, value in wanted)
+    ]

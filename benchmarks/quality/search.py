@@ -1,0 +1,75 @@
+"""Each method's best learning rate, on the seeds and texts kept for choosing.
+
+    python -m benchmarks.quality.search --scale a --data ../shared/data
+
+A grid in factors of 2 grows until the best rate lies inside it. Rows go to
+results/quality/search_<scale>.jsonl; what is there is not run again.
+"""
+
+import argparse
+import math
+
+from benchmarks.quality import jobs, rows
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.rows import Key
+from benchmarks.quality.scales import SCALES
+
+DENSE_RATES = {"a": 4e-3, "b": 4e-3, "c": 2e-3}
+"""Peak rate of the embedding, the head and the norms: AdamW's own best."""
+MAX_RUNS = 9
+
+
+def search(method: str, seed: int, args: argparse.Namespace) -> float:
+    """The best rate of the grid, once both its neighbours have been tried."""
+    rates = list(args.rates or METHODS[method].rates)
+    while True:
+        losses = {
+            rate: rows.loss_of(jobs.done(key_of(method, rate, seed, args), args))
+            for rate in rates
+        }
+        best = min(losses, key=losses.__getitem__)
+        if args.rates or min(rates) < best < max(rates):
+            return best
+        if len(rates) >= MAX_RUNS:
+            raise RuntimeError(f"{method}: the best of {rates} lies at the edge")
+        rates.append(min(rates) / 2 if best == min(rates) else max(rates) * 2)
+
+
+def key_of(method: str, rate: float, seed: int, args: argparse.Namespace) -> Key:
+    factor = METHODS[method].dense_factor
+    common = args.dense_rate or DENSE_RATES[args.scale]
+    dense_rate = common if factor is None else factor * rate
+    steps = args.steps or SCALES[args.scale].steps
+    return Key(args.scale, "choose", "plain", method, rate, dense_rate, seed, steps)
+
+
+def best_rate(known: dict[Key, rows.Row], scale: str, method: str) -> Key:
+    """The key with the least mean loss over the searched seeds."""
+    losses: dict[tuple[float, float], list[float]] = {}
+    keys = {}
+    for key, row in rows.of(known, scale=scale, method=method, condition="plain"):
+        losses.setdefault((key.rate, key.dense_rate), []).append(rows.loss_of(row))
+        keys[key.rate, key.dense_rate] = key
+    if not losses:
+        raise SystemExit(f"{method}: no searched rates at scale {scale}")
+    # The common dense rate alone, where others were tried too.
+    if METHODS[method].dense_factor is None:
+        losses = {p: v for p, v in losses.items() if p[1] == DENSE_RATES[scale]}
+    return keys[
+        min(losses, key=lambda pair: math.fsum(losses[pair]) / len(losses[pair]))
+    ]
+
+
+def main() -> None:
+    parser = jobs.parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rates", type=float, nargs="+", help="these, and no others")
+    parser.add_argument("--dense-rate", type=float, help="default: AdamW's best")
+    args = parser.parse_args()
+    args.out = args.out or rows.FOLDER / f"search_{args.scale}.jsonl"
+    tasks = [(m, s, args) for m in args.methods or METHODS for s in args.seeds]
+    jobs.run_all(search, tasks, args.workers)
+
+
+if __name__ == "__main__":
+    main()

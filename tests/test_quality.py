@@ -1,0 +1,207 @@
+"""The race of benchmarks/quality, at a size where nothing is learned."""
+
+import argparse
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_allclose
+
+import lorapre_jax as lp
+from benchmarks.quality import jobs, report, rows, search, table
+from benchmarks.quality.conditions import CONDITIONS, Condition
+from benchmarks.quality.methods import METHODS, Method, adam, ours, stacked
+from benchmarks.quality.rows import Key
+from benchmarks.quality.run import Race, group_of
+from benchmarks.quality.scales import SCALES, Texts
+from examples.llama.config import ModelConfig
+
+KEY = Key("a", "choose", "plain", "adamw", 2e-3, 4e-3, 0, 10)
+RESULT = {
+    "loss": 2.0,
+    "other_losses": {"text": 2.5},
+    "curve": [[5, 2.2], [10, 2.0]],
+    "state_bytes": {"matrices": 800, "embeddings": 100, "norms": 100},
+    "seconds": 3.0,
+}
+
+
+def test_rows_come_back_by_their_key(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows.append(path, KEY, RESULT)
+    other = dataclasses.replace(KEY, seed=1)
+    rows.append(path, other, RESULT | {"loss": None})
+    known = rows.read(path)
+    assert list(known) == [KEY, other]
+    assert known[KEY]["curve"] == RESULT["curve"]
+    assert rows.loss_of(known[other]) == math.inf
+    assert rows.of(known, seed=1)[0][0] == other
+
+
+def fake_losses(monkeypatch, loss):
+    """Runs that take no time; returns the rates that were run, in order."""
+    ran = []
+
+    def done(key, args):
+        ran.append(key.rate)
+        return RESULT | {"loss": loss(key.rate)}
+
+    monkeypatch.setattr(jobs, "done", done)
+    return ran
+
+
+@pytest.mark.parametrize("best", [2.5e-4, 2e-3, 3.2e-2])
+def test_the_grid_grows_until_the_best_rate_lies_inside(monkeypatch, best):
+    ran = fake_losses(monkeypatch, lambda rate: abs(math.log2(rate / best)))
+    args = argparse.Namespace(scale="a", rates=None, dense_rate=None, steps=None)
+    assert search.search("adamw", 0, args) == pytest.approx(best)
+    assert min(ran) < best < max(ran)
+
+
+def test_a_grid_without_a_valley_is_an_error(monkeypatch):
+    fake_losses(monkeypatch, lambda rate: rate)
+    args = argparse.Namespace(scale="a", rates=None, dense_rate=None, steps=None)
+    with pytest.raises(RuntimeError, match="adamw: the best of"):
+        search.search("adamw", 0, args)
+
+
+def test_the_best_rate_is_that_of_the_mean_at_the_common_dense_rate():
+    def row(rate, dense_rate, seed, loss):
+        key = dataclasses.replace(KEY, rate=rate, dense_rate=dense_rate, seed=seed)
+        return key, RESULT | {"loss": loss}
+
+    known = dict(
+        [
+            row(1e-3, 4e-3, 0, 2.0),
+            row(1e-3, 4e-3, 1, 2.4),
+            row(2e-3, 4e-3, 0, 2.1),
+            row(2e-3, 4e-3, 1, 2.1),
+            row(4e-3, 8e-3, 0, 1.0),
+            row(4e-3, 4e-3, 0, None),
+        ]
+    )
+    assert search.best_rate(known, "a", "adamw").rate == 2e-3
+
+
+def test_the_table_takes_fresh_seeds_and_the_other_texts(monkeypatch, tmp_path):
+    keys = []
+    monkeypatch.setattr(jobs, "done", lambda key, args: keys.append(key))
+    monkeypatch.setattr(rows, "FOLDER", tmp_path)
+    rows.append(tmp_path / "search_a.jsonl", KEY, RESULT)
+    args = argparse.Namespace(scale="a", condition="plain", rate_of=None, steps=None)
+    table.race("adamw", 100, args)
+    assert keys == [dataclasses.replace(KEY, split="report", seed=100)]
+    assert not set(table.SEEDS) & {0, 1, 2}
+
+
+def test_differences_are_paired_by_seed():
+    def row(method, seed, loss):
+        return dataclasses.replace(KEY, method=method, seed=seed), RESULT | {
+            "loss": loss
+        }
+
+    known = dict(
+        [
+            *(row("adamw", s, x) for s, x in enumerate((2.0, 2.2, 2.4))),
+            *(row("muon", s, x) for s, x in enumerate((1.9, 2.1, 2.3))),
+        ]
+    )
+    best, adamw = report.summary(known)
+    assert best["method"] == "muon"
+    assert best["minus AdamW"] == "-0.1000 ± 0.0000"
+    assert adamw["minus AdamW"] == ""
+    assert best["held-out loss"] == pytest.approx(2.1)
+    assert report.interval([0.0, 0.2]) == "+0.1000 ± 1.2706"
+
+
+def test_the_valley_is_measured_between_the_tried_rates():
+    assert report.valley({1e-3: 2.05, 2e-3: 2.0, 4e-3: 2.05}) == pytest.approx(4)
+    assert report.valley({1e-3: 2.1, 2e-3: 2.0, 4e-3: 2.1}) == pytest.approx(
+        2, rel=0.01
+    )
+    assert report.valley({1e-3: math.inf, 2e-3: 2.0, 4e-3: math.inf}) < 1.01
+
+
+def test_a_plot_is_drawn(tmp_path):
+    report.plot({KEY: RESULT}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_stacking_changes_no_update():
+    key = jax.random.key(0)
+    shapes = {"a": (12, 8), "b": (8, 12), "c": (12, 8)}
+    grads = {n: jax.random.normal(key, shape) for n, shape in shapes.items()}
+    axes = lp.MatrixAxes(rows=-2, columns=-1)
+    plain = lp.scale_by_lorapre_adam(2, matrices=axes)
+    together = stacked(plain)
+    states = plain.init(grads), together.init(grads)
+    for _ in range(2):
+        one, first = plain.update(grads, states[0])
+        two, second = together.update(grads, states[1])
+        states = first, second
+        jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5), one, two)
+
+
+def tiny_race(method=None, condition=Condition()):  # noqa: B008 (frozen)
+    scale = dataclasses.replace(
+        SCALES["a"],
+        model=ModelConfig(
+            width=16, ffn_width=24, num_layers=1, num_heads=2, scan_layers=False
+        ),
+        batch_size=2,
+        seq_len=8,
+    )
+    tokens = np.random.default_rng(0).integers(0, 16, 400)
+    texts = Texts(tokens, {"near": tokens[:65], "far": tokens[65:130]}, 16)
+    return Race(scale, method or Method(adam, ()), condition, texts)
+
+
+def test_adam_in_the_race_is_optax_adam(quick_compilation):
+    race = tiny_race()
+    state = race.init(0)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2, b2=0.95))
+    params, opt_state = state.params, tx.init(state.params)
+    grads = jax.tree.map(lambda x: jnp.sin(100 * x), params)
+    rates = dict.fromkeys(race.rules, np.float32(1e-2))
+    updates, opt_state = tx.update(grads, opt_state)
+    params = optax.apply_updates(params, updates)
+    moved = race.apply(state, race.condition.alter(grads, state.step), rates)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-6), moved.params, params)
+
+
+def test_a_run_of_ours_is_factored_and_says_what_it_cost(quick_compilation):
+    result = tiny_race(Method(ours(8), ())).run(1e-3, 1e-3, seed=0, steps=6)
+    assert np.isfinite(result["loss"])
+    assert [step for step, _ in result["curve"]] == [1, 2, 3, 4, 5, 6]
+    assert set(result["other_losses"]) == {"far"}
+    # Rank 2: three numbers per row and column, of 4 (16, 16) and 3 (16, 24).
+    assert result["state_bytes"]["matrices"] == 4 * 3 * (4 * 32 + 3 * 40) + 4
+    assert result["params"]["matrices"] == 4 * 16 * 16 + 3 * 16 * 24
+    assert group_of("layers/0/mlp/up/kernel") == "matrices"
+
+
+def test_a_run_that_diverges_ends_without_a_loss(quick_compilation):
+    result = tiny_race().run(math.inf, 1e-3, seed=0, steps=6)
+    assert result["loss"] is None
+    assert result["curve"] == []
+
+
+def test_conditions_alter_the_gradient_as_they_say():
+    name = "layers/0/mlp/up/kernel"
+    grads = {name: jax.random.normal(jax.random.key(0), (20, 16))}
+    spiked = CONDITIONS["spikes of 1e3"].alter(grads, jnp.asarray(99))[name]
+    assert_allclose(spiked, 1e3 * grads[name], rtol=1e-6)
+    low = CONDITIONS["gradients of rank 8"].alter(grads, jnp.asarray(0))[name]
+    assert np.linalg.matrix_rank(low) == 8
+    plain = CONDITIONS["plain"].alter(grads, jnp.asarray(0))[name]
+    assert np.linalg.norm(plain) == pytest.approx(1)
+
+
+def test_every_method_has_three_rates_a_factor_of_two_apart():
+    for method in METHODS.values():
+        ratios = np.divide(method.rates[1:], method.rates[:-1])
+        assert_allclose(ratios, [2, 2])
