@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bootstrap bench-memory bench-device
+.PHONY: demo test lint bootstrap bench-memory bench-quality bench-device
 
 demo: bootstrap  ## Pretrain a small Llama on text that is on this machine.
 	$(BIN)/python -m examples.llama
@@ -18,6 +18,12 @@ lint: bootstrap
 
 bench-memory: bootstrap  ## Transient memory of the update, vmapped and in slices.
 	$(BIN)/python -m benchmarks.update_memory
+
+# DATA: a folder with c4/ and text/; without it, Python's own library is the text.
+QUALITY := $(if $(DATA),--data $(DATA)) --out runs/quality/table_a.jsonl
+bench-quality: bootstrap  ## Six optimizers at their committed best rates, three seeds.
+	$(BIN)/python -m benchmarks.quality.table --main $(QUALITY)
+	$(BIN)/python -m benchmarks.quality.report --rows runs/quality/table_a.jsonl
 
 bench-device: bootstrap  ## Oracle checks and figures on an NVIDIA GPU.
 	$(BIN)/python -m pip install --quiet 'jax[cuda13]'

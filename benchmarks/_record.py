@@ -17,9 +17,11 @@ Row = Mapping[str, Any]
 
 def save(name: str, rows: Sequence[Row]) -> Path:
     """Writes `results/<name>.json`; returns its path."""
-    module = Path(sys.argv[0]).stem
+    spec = sys.modules["__main__"].__spec__  # None where run by path.
+    module = spec.name if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
+    module = module.removesuffix(".__main__")
     record = {
-        "command": " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
         "commit": commit(),
         "versions": {p: version(p) for p in ("jax", "jaxlib", "optax", "lorapre-jax")},
         "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """What a run may be put through besides the plain race."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ class Condition:
             grads = jax.tree.map(lambda g: (factor * g).astype(g.dtype), grads)
         if self.clip_norm is not None:
             clip = optax.clip_by_global_norm(self.clip_norm)
-            grads, _ = clip.update(grads, optax.EmptyState())
+            clipped: Any = clip.update(grads, optax.EmptyState())[0]
+            return clipped
         return grads
 
 

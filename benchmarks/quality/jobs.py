@@ -17,13 +17,16 @@ from benchmarks.quality.rows import Key
 @functools.lru_cache(maxsize=2)
 def _race(scale: str, split: Any, condition: str, method: str, data, cache) -> Any:
     # Only workers import JAX, after `_pin`.
+    from benchmarks.quality.ablations import ABLATIONS
     from benchmarks.quality.conditions import CONDITIONS
     from benchmarks.quality.methods import METHODS
     from benchmarks.quality.run import Race
     from benchmarks.quality.scales import SCALES, cached_texts
 
     texts = cached_texts(SCALES[scale], data, split, cache)
-    return Race(SCALES[scale], METHODS[method], CONDITIONS[condition], texts)
+    return Race(
+        SCALES[scale], (METHODS | ABLATIONS)[method], CONDITIONS[condition], texts
+    )
 
 
 def done(key: Key, args: argparse.Namespace) -> rows.Row:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -65,6 +66,7 @@ def stacked(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
     def update(updates, state, params=None):
         del params
+        directions: Any
         directions, state = inner.update(stack(updates), state)
         return unstack(directions, updates), state
 
@@ -76,14 +78,12 @@ def stacked(inner: optax.GradientTransformation) -> optax.GradientTransformation
 _AXES = lp.MatrixAxes(rows=-2, columns=-1)
 
 
-def ours(share: int, scale: float = 1.0, **fields: Any) -> Rule:
+def ours(share: int, b1: float = B1, **fields: Any) -> Rule:
     """LoRA-Pre Adam at rank width / `share`."""
 
     def rule(width: int, b2: float) -> optax.GradientTransformation:
         return stacked(
-            lp.scale_by_lorapre_adam(
-                width // share, B1, b2, matrices=_AXES, update_scale=scale, **fields
-            )
+            lp.scale_by_lorapre_adam(width // share, b1, b2, matrices=_AXES, **fields)
         )
 
     return rule
@@ -122,7 +122,9 @@ def _muon(width: int, b2: float) -> optax.GradientTransformation:
         1.0,
         beta=MUON_BETA,
         consistent_rms=MUON_RMS,
-        muon_weight_dimension_numbers=lambda params: dict.fromkeys(params, axes),
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda _: axes, params
+        ),
     )
     return optax.chain(rule, optax.scale(-1.0))
 

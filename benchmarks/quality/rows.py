@@ -47,7 +47,7 @@ def read(path: Path) -> dict[Key, Row]:
 def append(path: Path, key: Key, result: Row) -> None:
     """One write of one line: rows of several processes never mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(dataclasses.asdict(key) | result) + "\n"
+    line = json.dumps({**dataclasses.asdict(key), **result}) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())

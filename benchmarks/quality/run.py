@@ -79,6 +79,7 @@ class Race:
     def apply(self, state: State, grads: Leaves, rates: Mapping[str, Any]) -> State:
         """Every group moved against its rule's direction, at the group's rate."""
         params, rules = dict(state.params), {}
+        directions: Any
         for name, rule in self.rules.items():
             directions, rules[name] = rule.update(
                 pick(grads, name), state.rules[name], pick(state.params, name)
@@ -88,16 +89,21 @@ class Race:
                 params[path] = moved.astype(params[path].dtype)
         return State(params, rules, state.step + 1)
 
-    @functools.cached_property
-    def train_step(self) -> Callable[..., tuple[State, jax.Array]]:
-        def mean_loss(params: Leaves, rows: jax.Array) -> jax.Array:
+    def gradient(self, params: Leaves, rows: jax.Array) -> tuple[jax.Array, Leaves]:
+        """Mean loss of rows (b, s + 1) int32, and its gradient, both scaled."""
+
+        def mean_loss(params: Leaves) -> jax.Array:
             tree = self.tree(params)
             loss = token_losses(self.model, tree, rows[:, :-1], rows[:, 1:]).mean()
             return loss * self.condition.loss_scale
 
+        return jax.value_and_grad(mean_loss)(params)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[..., tuple[State, jax.Array]]:
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: State, rows, rates: Mapping[str, jax.Array]):
-            loss, grads = jax.value_and_grad(mean_loss)(state.params, rows)
+            loss, grads = self.gradient(state.params, rows)
             state = self.apply(state, self.condition.alter(grads, state.step), rates)
             return state, loss / self.condition.loss_scale
 
@@ -126,7 +132,7 @@ class Race:
         first = next(iter(self.evaluations))
         curve, losses = [], []
         for step in range(1, steps + 1):
-            now = np.float32(shape(step - 1))
+            now = np.asarray(shape(step - 1))
             rates = {name: np.float32(now * peak) for name, peak in peaks.items()}
             state, loss = self.train_step(state, batches[step - 1], rates)
             losses.append(loss)

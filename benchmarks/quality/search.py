@@ -3,14 +3,17 @@
     python -m benchmarks.quality.search --scale a --data ../shared/data
 
 A grid in factors of 2 grows until the best rate lies inside it. Rows go to
-results/quality/search_<scale>.jsonl; what is there is not run again.
+results/quality/search_<scale>.jsonl; what is there is not run again. `--ablations`
+does the same for ablations.py, into results/quality/ablations_<scale>.jsonl.
 """
 
 import argparse
 import math
+from collections.abc import Mapping
 
 from benchmarks.quality import jobs, rows
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.ablations import ABLATIONS
+from benchmarks.quality.methods import METHODS, Method
 from benchmarks.quality.rows import Key
 from benchmarks.quality.scales import SCALES
 
@@ -19,9 +22,13 @@ DENSE_RATES = {"a": 4e-3, "b": 4e-3, "c": 2e-3}
 MAX_RUNS = 9
 
 
+def _method(name: str) -> Method:
+    return (METHODS | ABLATIONS)[name]
+
+
 def search(method: str, seed: int, args: argparse.Namespace) -> float:
     """The best rate of the grid, once both its neighbours have been tried."""
-    rates = list(args.rates or METHODS[method].rates)
+    rates = list(args.rates or _method(method).rates)
     while True:
         losses = {
             rate: rows.loss_of(jobs.done(key_of(method, rate, seed, args), args))
@@ -36,14 +43,14 @@ def search(method: str, seed: int, args: argparse.Namespace) -> float:
 
 
 def key_of(method: str, rate: float, seed: int, args: argparse.Namespace) -> Key:
-    factor = METHODS[method].dense_factor
+    factor = _method(method).dense_factor
     common = args.dense_rate or DENSE_RATES[args.scale]
     dense_rate = common if factor is None else factor * rate
     steps = args.steps or SCALES[args.scale].steps
     return Key(args.scale, "choose", "plain", method, rate, dense_rate, seed, steps)
 
 
-def best_rate(known: dict[Key, rows.Row], scale: str, method: str) -> Key:
+def best_rate(known: Mapping[Key, rows.Row], scale: str, method: str) -> Key:
     """The key with the least mean loss over the searched seeds."""
     losses: dict[tuple[float, float], list[float]] = {}
     keys = {}
@@ -53,7 +60,7 @@ def best_rate(known: dict[Key, rows.Row], scale: str, method: str) -> Key:
     if not losses:
         raise SystemExit(f"{method}: no searched rates at scale {scale}")
     # The common dense rate alone, where others were tried too.
-    if METHODS[method].dense_factor is None:
+    if _method(method).dense_factor is None:
         losses = {p: v for p, v in losses.items() if p[1] == DENSE_RATES[scale]}
     return keys[
         min(losses, key=lambda pair: math.fsum(losses[pair]) / len(losses[pair]))
@@ -64,10 +71,12 @@ def main() -> None:
     parser = jobs.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rates", type=float, nargs="+", help="these, and no others")
+    parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--dense-rate", type=float, help="default: AdamW's best")
     args = parser.parse_args()
-    args.out = args.out or rows.FOLDER / f"search_{args.scale}.jsonl"
-    tasks = [(m, s, args) for m in args.methods or METHODS for s in args.seeds]
+    kind, entrants = ("ablations", ABLATIONS) if args.ablations else ("search", METHODS)
+    args.out = args.out or rows.FOLDER / f"{kind}_{args.scale}.jsonl"
+    tasks = [(m, s, args) for m in args.methods or entrants for s in args.seeds]
     jobs.run_all(search, tasks, args.workers)
 
 

@@ -1,0 +1,85 @@
+"""20,000 steps of a small model: do the factors drift?
+
+    python -m benchmarks.quality.long_run --data ../shared/data
+
+Logged along the run: loss, norm and condition of the factored first moments, and how
+far the left factors are from orthonormal, `max |L^T L - I|`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import _record
+from benchmarks.quality import jobs
+from benchmarks.quality.conditions import Condition
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.run import Race
+from benchmarks.quality.scales import SCALES, load_texts
+from examples.llama.config import ModelConfig
+from examples.llama.data import train_batches
+
+MODEL = ModelConfig(
+    width=64, ffn_width=176, num_layers=1, num_heads=2, scan_layers=False
+)
+
+
+def main() -> None:
+    parser = jobs.parser(__doc__)
+    parser.add_argument("--log-every", type=int, default=2000)
+    args = parser.parse_args()
+    scale = dataclasses.replace(SCALES["a"], model=MODEL, batch_size=4, seq_len=64)
+    texts = load_texts(scale, args.data, "choose", args.cache)
+    lines = []
+    for name in args.methods or ("adamw", "default/8", "default_muon/8"):
+        race = Race(scale, METHODS[name], Condition(), texts)
+        lines += follow(race, name, args.steps or 20_000, args.log_every)
+        print(_record.table(lines))
+    print(_record.save("quality/long_run", lines))
+
+
+def follow(race: Race, name: str, steps: int, log_every: int) -> list[dict]:
+    state, lines = race.init(0), []
+    rate = 2e-3 if "muon" not in name else 5e-3
+    rates = dict.fromkeys(race.rules, np.float32(rate))
+    batches = train_batches(race.texts.train, race.scale.seq_len, 4, 0)
+    losses = []
+    for step in range(1, steps + 1):
+        state, loss = race.train_step(state, batches[step - 1], rates)
+        losses.append(loss)
+        if step % log_every == 0:
+            mean = float(np.mean(jax.device_get(losses)))
+            losses.clear()
+            lines.append(
+                {"method": name, "step": step, "loss": mean, **_health(race, state)}
+            )
+    return lines
+
+
+def _health(race: Race, state) -> dict[str, float]:
+    """Over all matrices: the largest norm and condition, the worst orthogonality."""
+    pairs = [
+        x
+        for x in jax.tree.leaves(state.rules, is_leaf=lambda x: hasattr(x, "left"))
+        if hasattr(x, "left")
+    ]
+    if not pairs:
+        return dict.fromkeys(("norm", "condition", "orthogonality"), float("nan"))
+    norms, conditions, errors = [], [], []
+    for pair in pairs:
+        gram = jnp.matmul(jnp.swapaxes(pair.left, -1, -2), pair.left)
+        errors.append(jnp.max(jnp.abs(gram - jnp.eye(gram.shape[-1]))))
+        values = jnp.linalg.svd(pair.right, compute_uv=False)
+        norms.append(jnp.max(values))
+        conditions.append(jnp.max(values[..., 0] / values[..., -1]))
+    return {
+        "norm": float(max(norms)),
+        "condition": float(max(conditions)),
+        "orthogonality": float(max(errors)),
+    }
+
+
+if __name__ == "__main__":
+    main()
