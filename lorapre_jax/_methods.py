@@ -122,7 +122,7 @@ class OnlineRegression:
     damping_scale: Literal["relative", "absolute"] = "relative"
     start: Literal["gradient", "random"] = "gradient"
     bias_correction: Literal["exact", "adam"] = "exact"
-    complement_gain: float | None = 0.3
+    complement_gain: float | None = 1.0
 
     @classmethod
     def paper(cls) -> "OnlineRegression":

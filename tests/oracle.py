@@ -43,7 +43,7 @@ class Regression:
     relative: bool = True
     start: str = "gradient"
     exact: bool = True
-    gain: float | None = 0.3
+    gain: float | None = 1.0
     b: np.ndarray = field(init=False)
     a: np.ndarray = field(init=False)
 

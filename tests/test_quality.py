@@ -131,19 +131,20 @@ def test_a_plot_is_drawn(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
-def test_stacking_changes_no_update():
+def test_stacking_changes_no_update(quick_compilation):
     key = jax.random.key(0)
     shapes = {"a": (12, 8), "b": (8, 12), "c": (12, 8)}
     grads = {n: jax.random.normal(key, shape) for n, shape in shapes.items()}
     axes = lp.MatrixAxes(rows=-2, columns=-1)
     plain = lp.scale_by_lorapre_adam(2, matrices=axes)
     together = stacked(plain)
+    update, update_together = jax.jit(plain.update), jax.jit(together.update)
     states = plain.init(grads), together.init(grads)
     for _ in range(2):
-        one, first = plain.update(grads, states[0])
-        two, second = together.update(grads, states[1])
+        one, first = update(grads, states[0])
+        two, second = update_together(grads, states[1])
         states = first, second
-        jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5), one, two)
+        jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-3), one, two)
 
 
 def tiny_race(method=None, condition=Condition()):  # noqa: B008 (frozen)

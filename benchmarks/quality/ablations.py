@@ -12,6 +12,7 @@ from benchmarks.quality.methods import Method, our_muon, ours
 PAPER = lp.OnlineRegression.paper()
 DEFAULT = lp.OnlineRegression()
 
+GAINS = (0.0, 0.3, 0.5, 0.7, 1.4, 2.0)
 _LOW, _HIGH = (2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3)
 
 
@@ -37,7 +38,7 @@ def _muon(**fields: Any) -> Method:
 _bias = dataclasses.replace(PAPER, bias_correction="exact")
 _start = dataclasses.replace(_bias, start="gradient")
 _damping = dataclasses.replace(_start, damping=None, damping_scale="relative")
-_gain = dataclasses.replace(_damping, complement_gain=0.3)
+_gain = dataclasses.replace(_damping, complement_gain=1.0)
 _subspace = dataclasses.replace(_gain, rule="subspace")
 
 ABLATIONS: dict[str, Method] = {
@@ -55,12 +56,10 @@ ABLATIONS: dict[str, Method] = {
     "gauss_seidel": _first(rule="gauss_seidel"),
     "bias adam": _first(bias_correction="adam"),
     "gain None": _first(complement_gain=None),
-    "gain 0": _first(complement_gain=0.0),
-    "gain 0.15": _first(complement_gain=0.15),
-    "gain 0.5": _first(complement_gain=0.5),
-    "gain 1": _first(complement_gain=1.0),
+    **{f"gain {gain}": _first(complement_gain=gain) for gain in GAINS},
     "jacobi, start random": _first(rule="jacobi", start="random"),
     "v dense": _second(lp.Dense()),
+    "m none (b1 = 0)": Method(ours(8, b1=0.0, first_moment=lp.Dense()), _HIGH),
     "m dense": Method(ours(8, first_moment=lp.Dense()), _HIGH),
     "bfloat16 factors": Method(ours(8, factor_dtype="bfloat16"), _HIGH),
     "bfloat16 factors, twice the rank": Method(ours(4, factor_dtype="bfloat16"), _HIGH),
@@ -75,9 +74,10 @@ ABLATIONS: dict[str, Method] = {
     "embeddings at rank/2": Method(ours(8), _HIGH, embeddings=ours(2)),
     "muon": _muon(),
     "muon, no nesterov": _muon(nesterov=False),
-    "muon, gain 0.3": _muon(moment=lp.OnlineRegression()),
-    "muon, gain 0.45": _muon(moment=lp.OnlineRegression(complement_gain=0.45)),
-    "muon, gain 1": _muon(moment=lp.OnlineRegression(complement_gain=1.0)),
+    **{
+        f"muon, gain {gain}": _muon(moment=lp.OnlineRegression(complement_gain=gain))
+        for gain in (0.3, 0.45, 1.0)
+    },
     "muon, bfloat16 factors, twice the rank": Method(
         our_muon(4, factor_dtype="bfloat16"), (2.5e-3, 5e-3, 1e-2)
     ),
