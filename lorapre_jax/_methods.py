@@ -108,9 +108,10 @@ class OnlineRegression:
         that constant at every step; `"adam"`: constant decay, and the moment as read
         is divided by `1 - b^t`.
       complement_gain: Total weight, over time, of the part of a gradient that the
-        factors do not take up (what they take up has total weight one). None reads
-        `b m + (1-b) g` from the factors before the step, as Algorithm 1 does: weight
-        `1-b`. First moments only; a second moment always adds `(1 - b2) g^2`.
+        factors do not take up. One (default) is what they take up has, and what every
+        direction has in the full average. None reads `b m + (1-b) g` from the factors
+        before the step, as Algorithm 1 does: weight `1-b`. First moments only; a
+        second moment always adds `(1 - b2) g^2`.
 
     Raises:
       ValueError: A field has a value that is not listed above, or damping is given to

@@ -42,12 +42,22 @@ def scale_by_lorapre_muon(
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Rescales updates as Muon does, with a momentum kept as thin factors.
+    r"""Rescales updates as Muon does, with a momentum kept as thin factors.
 
-    The momentum is reconstructed from its factors, orthogonalised by Newton-Schulz and
-    scaled by the matrix's shape (LoRA-Pre, arXiv 2602.24283, for Muon). Every leaf must
-    be a matrix, or a batch of them; one whose rank does not pay keeps a dense momentum
-    and is orthogonalised all the same.
+    With factors `B A`, the residual R of their fit and `c = complement_gain`, the
+    update is, times a scale for the matrix's shape,
+
+    .. math::
+      \mathrm{polar}(B A) + c \sqrt{(1 + \beta) / (1 - \beta)}\; \mathrm{polar}(R)
+
+    where polar is Newton-Schulz orthogonalisation. The residual is a single gradient's
+    and mostly noise: averaged as full Muon averages it, it would be smaller by the
+    inverse of that root, and orthogonalisation would divide by that little. Where
+    `complement_gain` is None the momentum is orthogonalised as a whole (LoRA-Pre,
+    arXiv 2602.24283, for Muon, with `OnlineRegression.paper()`).
+
+    Every leaf must be a matrix, or a batch of them; one whose rank does not pay keeps a
+    dense momentum and is orthogonalised all the same.
 
     Args:
       rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
@@ -146,12 +156,7 @@ def _joint(method, args, look_ahead, polar):
 
 
 def _split(method, args, look_ahead, polar):
-    """What the factors hold, and the residual apart from it.
-
-    The residual is a single gradient's, mostly noise. Averaged as in full Muon it would
-    be smaller by `sqrt((1-b)/(1+b))`, and be divided by that little when it is
-    orthogonalised: so it is here, and a gain of one gives its signal full weight.
-    """
+    """What the factors hold, and the residual apart from it."""
     held, residual, mu = method.split_moment(*args)
     b = args[2]
     gain = method.complement_gain * jnp.sqrt((1 + b) / (1 - b))
