@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose
 
 import lorapre_jax as lp
 from benchmarks.quality import jobs, report, rows, search, table
+from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.conditions import CONDITIONS, Condition
 from benchmarks.quality.methods import METHODS, Method, adam, ours, stacked
 from benchmarks.quality.rows import Key
@@ -126,9 +127,20 @@ def test_the_valley_is_measured_between_the_tried_rates():
     assert report.valley({1e-3: math.inf, 2e-3: 2.0, 4e-3: math.inf}) < 1.01
 
 
-def test_a_plot_is_drawn(tmp_path):
-    report.plot({KEY: RESULT}, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 0
+def test_the_report_lies_beside_the_rows(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "table.jsonl"
+    monkeypatch.setattr(rows, "FOLDER", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", "--rows", str(path)])
+    with pytest.raises(SystemExit, match="no rows"):
+        report.main()
+    rows.append(path, KEY, RESULT)
+    rows.append(tmp_path / "search_a.jsonl", KEY, RESULT)
+    report.main()
+    text = path.with_suffix(".md").read_text()
+    assert text in capsys.readouterr().out
+    assert "## plain" in text
+    assert "0.002: 2.0000" in text
+    assert path.with_suffix(".png").stat().st_size > 0
 
 
 def test_stacking_changes_no_update(quick_compilation):
@@ -202,7 +214,11 @@ def test_conditions_alter_the_gradient_as_they_say():
     assert np.linalg.norm(plain) == pytest.approx(1)
 
 
+def test_no_ablation_hides_a_method():
+    assert not METHODS.keys() & ABLATIONS.keys()
+
+
 def test_every_method_has_three_rates_a_factor_of_two_apart():
-    for method in METHODS.values():
+    for method in (METHODS | ABLATIONS).values():
         ratios = np.divide(method.rates[1:], method.rates[:-1])
         assert_allclose(ratios, [2, 2])

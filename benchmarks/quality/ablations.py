@@ -72,7 +72,7 @@ ABLATIONS: dict[str, Method] = {
         ours(8), _HIGH, embeddings=ours(8, second_moment=lp.Dense())
     ),
     "embeddings at rank/2": Method(ours(8), _HIGH, embeddings=ours(2)),
-    "muon": _muon(),
+    "muon (default)": _muon(),
     "muon, no nesterov": _muon(nesterov=False),
     **{
         f"muon, gain {gain}": _muon(moment=lp.OnlineRegression(complement_gain=gain))

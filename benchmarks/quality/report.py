@@ -1,4 +1,4 @@
-"""The rows as Markdown tables and curves.
+"""The rows as Markdown tables and curves, beside the rows.
 
     python -m benchmarks.quality.report --scale a
 
@@ -147,6 +147,19 @@ def plot(known: Rows, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def sections(table: Rows, scale: str) -> list[str]:
+    """Markdown: the table of each condition, the ablations, the searched rates."""
+    parts = []
+    for condition in dict.fromkeys(key.condition for key in table):
+        chosen = {k: v for k, v in table.items() if k.condition == condition}
+        parts.append(f"## {condition}\n\n{_record.table(summary(chosen))}")
+    for kind in ("search", "ablations"):
+        known = rows.read(rows.FOLDER / f"{kind}_{scale}.jsonl")
+        if known:
+            parts.append(f"## {kind}\n\n{_record.table(searched(known))}")
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,14 +169,13 @@ def main() -> None:
     args = parser.parse_args()
     path = args.rows or rows.FOLDER / f"table_{args.scale}.jsonl"
     known = rows.read(path)
-    for condition in dict.fromkeys(key.condition for key in known):
-        part = {k: v for k, v in known.items() if k.condition == condition}
-        print(f"\n### {condition}\n\n{_record.table(summary(part))}")
-        if condition == "plain":
-            plot(part, path.with_suffix(".png"))
-    search_rows = rows.read(rows.FOLDER / f"search_{args.scale}.jsonl")
-    if search_rows:
-        print(f"\n### searched rates\n\n{_record.table(searched(search_rows))}")
+    if not known:
+        raise SystemExit(f"{path}: no rows; run benchmarks.quality.table first")
+    text = "\n\n".join(sections(known, args.scale)) + "\n"
+    path.with_suffix(".md").write_text(text)
+    plain = {k: v for k, v in known.items() if k.condition == "plain"}
+    plot(plain, path.with_suffix(".png"))
+    print(text)
 
 
 if __name__ == "__main__":
