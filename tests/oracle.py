@@ -150,22 +150,21 @@ def ema(grads, first, decay=0.9, debias=True):
 def muon(grads, first, beta=0.95, nesterov=True, steps=5, eps=1e-8, rms=None):
     updates = []
     for t, g in enumerate(grads, 1):
-        split = isinstance(first, Regression) and first.gain is not None
-        held, residual, left = first.split(g, beta, t) if split else (0.0, 0.0, None)
-        m = held if split else first.first(g, beta, t)
+        seen, residual, c = g, np.zeros_like(g), 0.0
+        if isinstance(first, Regression) and first.gain is not None:
+            m, residual, left = first.split(g, beta, t)
+            seen = left @ left.T @ g
+            c = first.gain * np.sqrt((1 + beta) / (1 - beta))
+        else:
+            m = first.first(g, beta, t)
         if nesterov:  # The average one step ahead, as optax.contrib.muon writes it.
             average = (1 - beta**t) * m
-            seen = left @ left.T @ g if split else g
-            m = beta * average / (1 - beta ** (t + 1)) + (1 - beta) * seen / (
-                1 - beta**t
-            )
-        update = newton_schulz(m, steps, eps)
-        if split:
-            white = np.sqrt((1 + beta) / (1 - beta))
-            update = update + first.gain * white * newton_schulz(residual, steps, eps)
+            m = beta * average / (1 - beta ** (t + 1))
+            m = m + (1 - beta) * seen / (1 - beta**t)
         p, q = g.shape
         scale = np.sqrt(max(1, q / p)) if rms is None else np.sqrt(max(p, q)) * rms
-        updates.append(scale * update)
+        held = newton_schulz(m, steps, eps)
+        updates.append(scale * (held + c * newton_schulz(residual, steps, eps)))
     return updates
 
 

@@ -7,6 +7,8 @@ returns `g / sqrt(v_hat)`, from which `v_hat` over the exact one follows. Quanti
 all entries of the matrices, at some steps.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,7 @@ def main() -> None:
         grads = race.condition.alter(race.gradient(params, rows)[1], jnp.zeros(()))
         matrices, found, after = pick(grads, "matrices"), {}, {}
         for name, tx in looks.items():
+            directions: Any
             directions, after[name] = tx.update(matrices, states[name])
             leaves = [jnp.ravel(directions[path]) for path in sorted(matrices)]
             found[name] = jnp.abs(jnp.concatenate(leaves))
