@@ -18,7 +18,7 @@ from benchmarks.quality.rows import Key
 from benchmarks.quality.scales import SCALES
 
 DENSE_RATES = {"a": 4e-3, "b": 4e-3, "c": 2e-3}
-"""Peak rate of the embedding, the head and the norms: AdamW's own best."""
+"""Peak rate of the embedding, the head and the norms, the same for every method."""
 MAX_RUNS = 9
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rates", type=float, nargs="+", help="these, and no others")
     parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--dense-rate", type=float, help="default: AdamW's best")
+    parser.add_argument("--dense-rate", type=float, help="default: the common one")
     args = parser.parse_args()
     kind, entrants = ("ablations", ABLATIONS) if args.ablations else ("search", METHODS)
     args.out = args.out or rows.FOLDER / f"{kind}_{args.scale}.jsonl"

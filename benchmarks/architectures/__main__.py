@@ -1,0 +1,121 @@
+"""Do the optimizers hold outside the Llama? A mixer and a convolution net on digits.
+
+    python -m benchmarks.architectures
+
+Each optimizer at its own best learning rate, chosen on the validation split with seeds
+of their own; then fresh seeds, and the test split, which the search never saw. Leaves
+that are no matrices follow AdamW under every optimizer, at the rate that was best for
+AdamW on all leaves: rows differ in the rule for the matrices and its rate alone.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks import _record
+from benchmarks.architectures.data import digits
+from benchmarks.architectures.models import ARCHITECTURES, Architecture
+from benchmarks.architectures.optimizers import RULES, coverage
+from benchmarks.architectures.search import best_rate, paired_difference
+from benchmarks.architectures.training import Run, make_run
+
+SEARCH_SEEDS, SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
+START = 2.0**-8  # Where every search begins.
+REFERENCES = ("adamw", "muon")
+Row = dict[str, Any]
+
+
+def dense_rate_of(architecture: Architecture, steps: int) -> float:
+    """The best rate of AdamW for all leaves together."""
+    run = make_run(architecture, "adamw", steps)
+    return best_rate(lambda rate: validation_loss(run, rate, rate), START)[0]
+
+
+def measure(
+    architecture: Architecture, rule: str, dense_rate: float, steps: int
+) -> Row:
+    """Search for the rate of the matrices, then the final runs."""
+    start = time.perf_counter()
+    splits = digits()
+    run = make_run(architecture, rule, steps)
+    rate, scores = best_rate(lambda x: validation_loss(run, x, dense_rate), START)
+    finals = [
+        run(splits["train"], splits["test"], rate, dense_rate, seed) for seed in SEEDS
+    ]
+    return {
+        "optimizer": rule,
+        "rate": rate,
+        "dense rate": dense_rate,
+        "validation loss by rate": scores,
+        "training loss": [x.training for x in finals],
+        "held-out loss": [x.held_out for x in finals],
+        **coverage(architecture, rule),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def validation_loss(run: Run, rate: float, dense_rate: float) -> float:
+    splits = digits()
+    train, held_out = splits["train"], splits["validation"]
+    runs = [run(train, held_out, rate, dense_rate, seed) for seed in SEARCH_SEEDS]
+    return float(np.mean([x.held_out for x in runs]))
+
+
+def measure_all(name: str, steps: int) -> list[Row]:
+    dense_rate = dense_rate_of(ARCHITECTURES[name], steps)
+    rows: list[Row] = []
+    for rule in RULES:
+        row = measure(ARCHITECTURES[name], rule, dense_rate, steps)
+        rows.append({"architecture": name, **row})
+        grid = {
+            f"{k:.3g}": round(v, 3) for k, v in row["validation loss by rate"].items()
+        }
+        print(f"{name}, {rule}: {grid}, {row['seconds']:.0f} s", flush=True)
+    held_out = {row["optimizer"]: row["held-out loss"] for row in rows}
+    for row in rows:
+        for other in REFERENCES:
+            row[f"minus {other}"] = (
+                paired_difference(row["held-out loss"], held_out[other])
+                if row["optimizer"] != other
+                else None
+            )
+    return rows
+
+
+def shown(row: Row) -> Row:
+    """The row as it is printed: mean and standard deviation, mean and 95 % interval."""
+
+    def spread(losses: list[float]) -> str:
+        return f"{np.mean(losses):.3f} ({np.std(losses, ddof=1):.3f})"
+
+    def difference(pair: tuple[float, float] | None) -> str:
+        return f"{pair[0]:+.3f} ± {pair[1]:.3f}" if pair else ""
+
+    return {
+        "network": row["architecture"],
+        "optimizer": row["optimizer"],
+        "learning rate": f"{row['rate']:.2g}",
+        "training loss": spread(row["training loss"]),
+        "held-out loss": spread(row["held-out loss"]),
+        **{
+            f"minus {other}'s": difference(row[f"minus {other}"])
+            for other in REFERENCES
+        },
+        "factored": f"{row['factored share']:.0%}",
+        "state of AdamW's": f"{row['state ratio']:.3f}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    rows = [row for name in ARCHITECTURES for row in measure_all(name, args.steps)]
+    print(f"\n{_record.table([shown(row) for row in rows])}")
+    print(f"\nWritten to {_record.save('architectures', rows).name}.")
+
+
+if __name__ == "__main__":
+    main()
