@@ -157,6 +157,7 @@ _MUON_RATES = (2.5e-3, 5e-3, 1e-2)
 
 METHODS: dict[str, Method] = {
     "adamw": Method(adam, _ADAM_RATES),
+    "adamw_b1_0.5": Method(lambda width, b2: optax.scale_by_adam(0.5, b2), _ADAM_RATES),
     "adafactor": Method(_adafactor, _ADAM_RATES),
     "muon": Method(_muon, _MUON_RATES),
     "galore/4": Method(_galore(4), (2e-3, 4e-3, 8e-3)),
