@@ -421,7 +421,7 @@ def test_x64(name):
         assert factored_paths(only_w(case), params) == {"w"}
         updates, state = run(only_w(case), params, grads, jit=True)
         assert shapes_of(state) == shapes_of(single_state)
-        assert_close(updates, single, rtol=1e-4, atol=1e-5)
+        assert_close(updates, single, rtol=1e-4, atol=2e-4)
 
         double = [
             {"w": jnp.asarray(tree["w"], jnp.float64)} for tree in (params, *grads)
@@ -498,7 +498,7 @@ def test_inject_hyperparams_equals_plain(case):
     update = jax.jit(tx.update)
     for grad, plain in zip(grads, expected, strict=True):
         updates, state = update(grad, state, params)
-        assert_close(updates, plain, rtol=1e-4, atol=1e-5)
+        assert_close(updates, plain, rtol=1e-4, atol=2e-4)
     assert_close(state.inner_state, expected_state, rtol=1e-4, atol=1e-5)
 
 
@@ -514,7 +514,7 @@ def test_inject_hyperparams_schedules_a_decay(case):
     for step, grad in enumerate(grads):
         plain = case.make(**{case.decay: schedule(step)})
         expected, state = plain.update(grad, state, params)
-        assert_close(updates[step], expected, rtol=1e-4, atol=1e-5)
+        assert_close(updates[step], expected, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ALIASES)
@@ -526,7 +526,7 @@ def test_inject_hyperparams_takes_a_learning_rate_schedule(name):
     tx = optax.inject_hyperparams(case.factory, case.static_args)(**kwargs)
     updates, _ = run(tx, params, grads)
     expected, _ = run(case.make(learning_rate=schedule), params, grads)
-    assert_close(updates, expected, rtol=1e-4, atol=1e-5)
+    assert_close(updates, expected, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -570,7 +570,7 @@ def test_multi_steps_equals_the_averaged_gradient(case):
     for step, grad in enumerate(grads):
         updates, state = update(grad, state, params)
         if step % 2:
-            assert_close(updates, expected[step // 2], rtol=1e-4, atol=1e-5)
+            assert_close(updates, expected[step // 2], rtol=1e-4, atol=2e-4)
         else:
             assert not updates["w"].any()
 

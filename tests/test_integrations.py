@@ -317,7 +317,7 @@ def test_vmap_over_seeds_equals_one_by_one(case):
     for i, (param, *alone) in enumerate(runs):
         expected, expected_state = run(tx, param, alone)
         one, one_state = jax.tree.map(lambda x, i=i: x[i], (updates, state))
-        assert_close(one, expected[-1], rtol=1e-4, atol=1e-5)
+        assert_close(one, expected[-1], rtol=1e-4, atol=2e-4)
         assert_close(one_state, expected_state, rtol=1e-3, atol=1e-5)
 
 
