@@ -99,6 +99,12 @@ def test_the_table_takes_fresh_seeds_and_the_other_texts(monkeypatch, tmp_path):
     assert not set(table.SEEDS) & {0, 1, 2}
 
 
+@pytest.mark.parametrize("method", table.MAIN)
+def test_the_main_methods_have_committed_rates(method):
+    known = rows.read(rows.FOLDER / "search_a.jsonl")
+    assert search.best_rate(known, "a", method).method == method
+
+
 def test_differences_are_paired_by_seed():
     def row(method, seed, loss):
         return dataclasses.replace(KEY, method=method, seed=seed), RESULT | {

@@ -14,7 +14,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.search import best_rate
 
 SEEDS = (100, 101, 102)
-MAIN = ("adamw", "muon", "galore/4", "paper_own_rate/8", "default/8", "default_muon/8")
+MAIN = ("adamw", "muon", "fira/4", "default/8", "default/32", "default_muon/8")
 
 
 def race(method: str, seed: int, args: argparse.Namespace) -> None:
