@@ -127,7 +127,7 @@ class Race:
         start = time.perf_counter()
         peaks = {"matrices": rate, "embeddings": dense_rate, "norms": dense_rate}
         shape = schedule(1.0, WARMUP, steps)
-        rows = self.scale.batch_size if self.condition.rows is None else 1
+        rows = self.condition.rows or self.scale.batch_size
         batches = train_batches(self.texts.train, self.scale.seq_len, rows, seed)
         first = next(iter(self.evaluations))
         curve, losses = [], []

@@ -133,7 +133,7 @@ GOOD = b'{"text": "fine"}\n'
         (gzip.compress(b"\xff\n"), "line 1: not UTF-8"),
     ],
     # Of the content itself pytest would make names that hold the time of compression.
-    ids=["cut off", "no text", "list", "number", "truncated", "plain", "latin-1"],
+    ids=["not json", "no text", "list", "number", "cut off", "plain", "latin-1"],
 )
 def test_unreadable_shards_name_file_and_line(tmp_path, content, message):
     break_shard(tmp_path, content)
