@@ -180,7 +180,10 @@ METHODS: dict[str, Method] = {
     "paper/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=1),
     "paper_0.25/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=4),
     "paper_own_rate/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3)),
-    **{f"default/{share}": Method(ours(share), _ADAM_RATES) for share in (4, 8, 32)},
+    **{
+        f"default/{share}": Method(ours(share), _ADAM_RATES)
+        for share in (4, 8, 16, 32, 64)
+    },
     "paper_muon/8": Method(
         our_muon(8, moment=lp.OnlineRegression.paper()), _MUON_RATES
     ),
