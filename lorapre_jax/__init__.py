@@ -9,6 +9,7 @@ from lorapre_jax._memory import describe
 from lorapre_jax._methods import Dense, OnlineRegression, RankOne
 from lorapre_jax._muon import lorapre_muon, scale_by_lorapre_muon
 from lorapre_jax._selection import select_matrices
+from lorapre_jax._state_sharding import state_sharding
 
 __all__ = [
     "Dense",
@@ -24,4 +25,5 @@ __all__ = [
     "scale_by_lorapre_adam",
     "scale_by_lorapre_muon",
     "select_matrices",
+    "state_sharding",
 ]

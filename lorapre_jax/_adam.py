@@ -12,6 +12,7 @@ from lorapre_jax import _checks
 from lorapre_jax._methods import Dense, OnlineRegression, RankOne
 from lorapre_jax._plan import init_moment, make_plan, map_leaves
 from lorapre_jax._selection import Matrices
+from lorapre_jax._sharding import replicated_zero
 
 FirstMoment = OnlineRegression | Dense
 SecondMoment = OnlineRegression | RankOne | Dense
@@ -114,7 +115,7 @@ def scale_by_lorapre_adam(
         )
         mu, mu_factors = init_moment(plan, params, 0, factor_dtype, seed)
         nu, nu_factors = init_moment(plan, params, 1, factor_dtype, seed)
-        count = jnp.zeros([], jnp.int32)
+        count = replicated_zero(params)
         return ScaleByLorapreAdamState(count, mu, nu, mu_factors, nu_factors, plan)
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -12,6 +12,7 @@ from lorapre_jax._adam import FirstMoment
 from lorapre_jax._methods import OnlineRegression, mass
 from lorapre_jax._plan import init_moment, make_plan, map_leaves
 from lorapre_jax._selection import Matrices
+from lorapre_jax._sharding import replicated_zero
 
 
 class LorapreEmaState(NamedTuple):
@@ -64,7 +65,7 @@ def lorapre_ema(
             min_dim_size_to_factor=min_dim_size_to_factor,
         )
         ema, factors = init_moment(plan, params, 0, factor_dtype, seed)
-        return LorapreEmaState(jnp.zeros([], jnp.int32), ema, factors, plan)
+        return LorapreEmaState(replicated_zero(params), ema, factors, plan)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

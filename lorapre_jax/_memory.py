@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -105,12 +106,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Report:
     """
     state = jax.eval_shape(tx.init, params)
     leaves = named_leaves(params)
-    plans = {
-        leaf.path: leaf
-        for plan in jax.tree.leaves(state, is_leaf=_is_plan)
-        if _is_plan(plan)
-        for leaf in plan.leaves
-    }
+    plans = plans_by_path(state)
     nbytes = _bytes_by_leaf(state, leaves)
     adamw_state = jax.eval_shape(optax.adamw(1.0).init, params)
     adamw = _bytes_by_leaf(adamw_state, leaves)
@@ -145,27 +141,33 @@ def _leaf_report(path, leaf, plan: LeafPlan | None, nbytes, adamw_nbytes) -> Lea
 
 
 def _bytes_by_leaf(state, leaves) -> dict[str | None, int]:
-    """Bytes of the state's arrays by the parameter they belong to; None: to none.
-
-    An array belongs to a parameter where its path ends with the parameter's (a tree
-    shaped like the parameters); factors, where it is their key.
-    """
+    """Bytes of the state's arrays by the parameter they belong to; None: to none."""
     paths = {path for path, _ in leaves}
     nbytes: dict[str | None, int] = dict.fromkeys([*paths, None], 0)
-    for name, node in named_leaves(state, is_leaf=_is_factors):
-        # The longest suffix that is one; the empty one names a tree of one array.
-        owner = next((s for s in _suffixes(name) if s in paths), None)
+    for owner, node in parts(state, paths):
         for array in jax.tree.leaves(node):
             nbytes[owner] += math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
     return nbytes
 
 
-def _suffixes(name: str) -> list[str]:
-    keys = name.split("/")
-    return ["/".join(keys[i:]) for i in range(len(keys) + 1)]
+def parts(state: Any, paths: Collection[str]) -> list[tuple[str | None, Any]]:
+    """The state's arrays in tree order, factors together, each with its parameter.
+
+    An array belongs to a parameter where its path ends with the parameter's (a tree
+    shaped like the parameters); factors, where it is their key. Others belong to None.
+    """
+
+    def owner(name: str) -> str | None:
+        keys = name.split("/")
+        # The longest suffix that is one; the empty one names a tree of one array.
+        suffixes = ("/".join(keys[i:]) for i in range(len(keys) + 1))
+        return next((suffix for suffix in suffixes if suffix in paths), None)
+
+    nodes = named_leaves(state, is_leaf=is_factors)
+    return [(owner(name), node) for name, node in nodes]
 
 
-def _is_factors(node) -> bool:
+def is_factors(node: Any) -> bool:
     return isinstance(node, (FactorPair, RowColumn))
 
 
@@ -181,5 +183,9 @@ def _times(shape) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
-def _is_plan(node) -> bool:
-    return isinstance(node, Plan)
+def plans_by_path(state: Any) -> dict[str, LeafPlan]:
+    """The decisions of our transforms; of several for a leaf, one that factors it."""
+    is_plan = lambda node: isinstance(node, Plan)  # noqa: E731
+    plans = filter(is_plan, jax.tree.leaves(state, is_leaf=is_plan))
+    leaves = (leaf for plan in plans for leaf in plan.leaves)
+    return {leaf.path: leaf for leaf in sorted(leaves, key=lambda x: x.is_factored)}

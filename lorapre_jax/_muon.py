@@ -14,6 +14,7 @@ from lorapre_jax._methods import OnlineRegression, mass
 from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients, orthogonalize
 from lorapre_jax._plan import Plan, init_moment, make_plan, map_leaves
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
+from lorapre_jax._sharding import replicated_zero
 
 
 class ScaleByLorapreMuonState(NamedTuple):
@@ -98,7 +99,7 @@ def scale_by_lorapre_muon(
         if isinstance(plan, Plan):
             _refuse_other_than_matrices(plan)
         mu, factors = init_moment(plan, params, 0, factor_dtype, seed)
-        return ScaleByLorapreMuonState(jnp.zeros([], jnp.int32), mu, factors, plan)
+        return ScaleByLorapreMuonState(replicated_zero(params), mu, factors, plan)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -165,7 +165,7 @@ def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]
                 jnp.dtype(factor_dtype),
                 seed,
             )
-            factors[leaf.path] = like_parameter(init, param, view)
+            factors[leaf.path] = like_parameter(init, param, leaf.path, view)
     return jax.tree.unflatten(jax.tree.structure(params), dense), factors
 
 

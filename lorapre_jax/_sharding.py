@@ -5,42 +5,73 @@ its batch axes; the rank axis is replicated.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.core
-from jax.sharding import NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lorapre_jax._matrix_view import MatrixView
 
 
-def like_parameter(init: Callable[[], Any], param: Any, view: MatrixView) -> Any:
-    """`init()`, a factored state, placed by the sharding that `param` carries, if any.
-
-    A fused side follows its first axis, the only one whose shards stay contiguous.
-    """
+def like_parameter(
+    init: Callable[[], Any], param: Any, path: str, view: MatrixView
+) -> Any:
+    """`init()`, a factored state, placed as `param` is where that is known."""
     sharding = named_sharding(param)
     if sharding is None:
         return init()
-    spec = (*sharding.spec, *[None] * (len(view.shape) - len(sharding.spec)))
-    side = {
-        "row": spec[view.row_axes[0]],
-        "column": spec[view.column_axes[0]],
-        "rank": None,
-    }
-    batch = [spec[axis] for axis in view.batch_axes]
-    state = jax.eval_shape(init)
-    shardings = type(state)(
-        *(
-            NamedSharding(sharding.mesh, PartitionSpec(*batch, *map(side.get, axes)))
-            for axes in state.axes
-        )
-    )
+    shardings = factor_shardings(sharding, path, view, type(jax.eval_shape(init)))
     if isinstance(param, jax.core.Tracer):
         return jax.tree.map(jax.sharding.reshard, init(), shardings)
     # Compiled, no device ever holds more than its shard.
     return jax.jit(init, out_shardings=shardings)()
+
+
+def factor_shardings(
+    sharding: Sharding, path: str, view: MatrixView, kind: type[Any]
+) -> Any:
+    """A `kind` of shardings, from that of the parameter."""
+    if not isinstance(sharding, NamedSharding):
+        return kind(*[sharding] * len(kind.axes))
+    spec = (*sharding.spec, *[None] * (len(view.shape) - len(sharding.spec)))
+    side = {
+        "row": _fused(spec, view.row_axes, path, view),
+        "column": _fused(spec, view.column_axes, path, view),
+        "rank": None,
+    }
+    batch = [spec[axis] for axis in view.batch_axes]
+    return kind(
+        *(
+            NamedSharding(sharding.mesh, PartitionSpec(*batch, *map(side.get, axes)))
+            for axes in kind.axes
+        )
+    )
+
+
+def _fused(spec: Sequence[Any], axes: Sequence[int], path: str, view: MatrixView):
+    """The entry of a fused side: that of its first axis with more than one element."""
+    first, *rest = [axis for axis in axes if view.shape[axis] > 1] or axes[:1]
+    for axis in rest:
+        if spec[axis] not in (None, ()):
+            raise ValueError(
+                f"Leaf '{path}' of shape {view.shape}: axis {axis} is sharded over "
+                f"mesh axis {spec[axis]!r}, but its matrix fuses it behind axis "
+                f"{first}, and a shard would be no contiguous part of that side. "
+                f"Shard axis {first} instead, or name the axes so that axis {axis} "
+                "comes first or is a batch axis."
+            )
+    return spec[first]
+
+
+def replicated_zero(params: Any) -> jax.Array:
+    """A counter, `()` int32, on all devices of the parameters' mesh, if known."""
+    known = map(named_sharding, jax.tree.leaves(params))
+    meshes = [sharding.mesh for sharding in known if sharding is not None]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    return jnp.zeros([], jnp.int32, device=everywhere)
 
 
 def batch_shards(param: Any, view: MatrixView) -> int:

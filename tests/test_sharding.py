@@ -1,0 +1,289 @@
+"""The state on meshes: where it lies, what crosses between devices, what comes out."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract_cases import CASES, Case, assert_close, factored_paths, random_tree, run
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lorapre_jax as lp
+from benchmarks._collectives import collectives
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RANK = 3  # No mesh axis divides it.
+SHAPES = {"heads": (16, 8, 4), "stack": (8, 16, 32), "w": (16, 32)}
+MATRICES = lp.select_matrices(
+    axes={"^heads$": lp.MatrixAxes(0, (1, 2)), "^(stack|w)$": lp.MatrixAxes()}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, and what each axis of each leaf is divided over."""
+
+    mesh: dict[str, int]
+    heads: P
+    stack: P
+    w: P
+
+    def shard(self, tree: Any, kind: AxisType) -> Any:
+        return jax.device_put(tree, self.shardings(tree, kind))
+
+    def shardings(self, tree: Any, kind: AxisType) -> Any:
+        sizes = tuple(self.mesh.values())
+        devices = jax.devices()[: math.prod(sizes)]
+        types = (kind,) * len(sizes)
+        mesh = jax.make_mesh(sizes, tuple(self.mesh), types, devices=devices)
+        return {n: NamedSharding(mesh, getattr(self, n, P())) for n in tree}
+
+
+LAYOUTS = {
+    "rows": Layout({"fsdp": 8}, P("fsdp"), P(None, "fsdp"), P("fsdp")),
+    "columns": Layout(
+        {"tensor": 4}, P(None, "tensor"), P(None, None, "tensor"), P(None, "tensor")
+    ),
+    "both": Layout(
+        {"fsdp": 2, "tensor": 4},
+        P("fsdp", "tensor"),
+        P(None, "fsdp", "tensor"),
+        P("fsdp", "tensor"),
+    ),
+    "other way": Layout(
+        {"fsdp": 2, "tensor": 2},
+        P("tensor", "fsdp"),
+        P(None, "tensor", "fsdp"),
+        P("tensor", "fsdp"),
+    ),
+    "layers": Layout({"layers": 8}, P(), P("layers"), P()),
+    "experts": Layout(
+        {"expert": 2, "fsdp": 2, "tensor": 2},
+        P("fsdp", "tensor"),
+        P("expert", "fsdp", "tensor"),
+        P(("expert", "fsdp"), "tensor"),
+    ),
+    "replicated": Layout({"data": 2}, P(), P(), P()),
+}
+METHODS = ("adam", "adam_paper", "scale_by_muon", "ema")
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+def make(name: str, **overrides: Any):
+    case = CASES[name]
+    return case.make(**{"rank": RANK, "matrices": MATRICES} | overrides)
+
+
+def tree_of(case: Case, seed: int = 0) -> Any:
+    shapes = SHAPES if case.only_matrices else SHAPES | {"bias": (8,)}
+    return random_tree(shapes, seed)
+
+
+def assert_lies(state: Any, shardings: Any):
+    placed = jax.tree_util.tree_leaves_with_path(shardings)
+    for (path, sharding), x in zip(placed, jax.tree.leaves(state), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert x.sharding.is_equivalent_to(sharding, x.ndim), (name, x.sharding)
+
+
+def test_every_array_has_its_place():
+    layout = LAYOUTS["experts"]
+    tree = random_tree(SHAPES | {"bias": (8,)})
+    tx = make("adam", second_moment=lp.OnlineRegression())
+    found = lp.state_sharding(tx, layout.shard(tree, AUTO))
+    spec = jax.tree.map(lambda x: x.spec, found)
+    assert spec.count == P()
+    assert spec.mu["bias"] == P()
+    assert spec.mu_factors["heads"] == (P("fsdp", None), P(None, "tensor"))
+    assert spec.mu_factors["stack"].left == P("expert", "fsdp", None)
+    assert spec.nu_factors["stack"].right == P("expert", None, "tensor")
+    assert spec.nu_factors["w"].left == P(("expert", "fsdp"), None)
+    rank_one = lp.state_sharding(make("adam"), layout.shard(tree, AUTO))
+    assert rank_one.nu_factors["stack"].row.spec == P("expert", "fsdp")
+    assert rank_one.nu_factors["stack"].column.spec == P("expert", "tensor")
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["adam", "scale_by_muon"])
+def test_init_places_the_state_by_itself(name, layout, kind):
+    tx = make(name)
+    params = LAYOUTS[layout].shard(tree_of(CASES[name]), kind)
+    state = tx.init(params)
+    assert_lies(state, lp.state_sharding(tx, params))
+    assert jax.tree.structure(state) == jax.tree.structure(
+        lp.state_sharding(tx, params)
+    )
+
+
+def test_abstract_parameters_do():
+    params = LAYOUTS["both"].shard(tree_of(CASES["adam"]), AUTO)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    tx = make("adam")
+    assert lp.state_sharding(tx, abstract) == lp.state_sharding(tx, params)
+
+
+def test_any_optax_transform_has_its_place():
+    layout = LAYOUTS["both"]
+    params = layout.shard(random_tree(SHAPES), AUTO)
+    every_step = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.masked(make("adam"), {"heads": True, "stack": False, "w": True}),
+        optax.adamw(optax.constant_schedule(1e-3)),
+    )
+    tx = optax.MultiSteps(every_step, 2).gradient_transformation()
+    found = lp.state_sharding(tx, params)
+    acc = found.acc_grads
+    assert acc["stack"].spec == P(None, "fsdp", "tensor")
+    assert found.mini_step.spec == P()
+    masked, adamw = found.inner_opt_state[1:]
+    assert masked.inner_state.mu_factors["w"].left.spec == P("fsdp", None)
+    assert adamw[0].nu["heads"].spec == P("fsdp", "tensor")
+    assert adamw[2].count.spec == P()
+    state = jax.jit(tx.init, out_shardings=found)(params)
+    assert_lies(state, found)
+
+
+def test_one_device():
+    params = random_tree(SHAPES)
+    found = lp.state_sharding(make("adam"), params)
+    assert set(jax.tree.leaves(found)) == {params["w"].sharding}
+
+
+def train(tx, params, grads, shardings=None):
+    """A compiled `init` and step, as the README has it."""
+    init = jax.jit(tx.init, out_shardings=shardings)
+    state = init(params)
+    places = None if shardings is None else (params_sharding(params), shardings)
+    update = jax.jit(tx.update, out_shardings=places, donate_argnums=1)
+    for grad in grads:
+        updates, state = update(grad, state, params)
+    return updates, state
+
+
+def params_sharding(params):
+    return jax.tree.map(lambda x: x.sharding, params)
+
+
+# Every pair of method, layout and kind of axes occurs.
+PAIRS = [
+    (name, layout, (AUTO, EXPLICIT)[(i + j) % 2])
+    for i, name in enumerate(METHODS)
+    for j, layout in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "kind"), PAIRS)
+def test_trajectories_are_those_of_one_device(name, layout, kind):
+    case, tx = CASES[name], make(name)
+    params, *grads = (tree_of(case, seed) for seed in range(4))
+    assert factored_paths(tx, params) == set(SHAPES)
+    all_expected, expected_state = run(tx, params, grads, jit=True)
+    params, *grads = (LAYOUTS[layout].shard(x, kind) for x in (params, *grads))
+    places = lp.state_sharding(tx, params)
+    updates, state = train(tx, params, grads, places)
+    assert_lies(state, places)
+    assert_lies(updates, params_sharding(params))
+    assert_close(updates, all_expected[-1], rtol=1e-3, atol=2e-3)
+    assert_close(state, expected_state, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [lp.state_sharding, lambda tx, p: tx.init(p)])
+def test_an_axis_that_no_factor_can_follow(method):
+    layout = dataclasses.replace(LAYOUTS["both"], heads=P("fsdp", None, "tensor"))
+    params = layout.shard(random_tree(SHAPES), AUTO)
+    message = r"'heads' of shape \(16, 8, 4\): axis 2 is sharded over mesh axis 'tens"
+    with pytest.raises(ValueError, match=message):
+        method(make("adam"), params)
+
+
+def test_an_axis_behind_one_of_a_single_element_is_followed():
+    layout = dataclasses.replace(LAYOUTS["both"], heads=P("fsdp", None, "tensor"))
+    shapes = SHAPES | {"heads": (16, 1, 32)}
+    tx = make("adam")
+    state: Any = tx.init(layout.shard(random_tree(shapes), AUTO))
+    assert state.mu_factors["heads"].right.sharding.spec == P(None, "tensor")
+
+
+def test_parameters_without_a_place():
+    abstract = {"w": jax.ShapeDtypeStruct((16, 32), jnp.float32)}
+    with pytest.raises(ValueError, match="Leaf 'w' carries no sharding"):
+        lp.state_sharding(make("adam", matrices=lp.MatrixAxes()), abstract)
+    with pytest.raises(ValueError, match="Leaf 'w' carries no sharding"):
+        lp.state_sharding(optax.adam(1e-3), {"w": np.zeros((16, 32))})
+
+
+# Traffic.
+
+LARGE = {"heads": (64, 8, 16), "stack": (8, 64, 128), "w": (64, 128)}
+
+
+def compiled_update(tx, layout: Layout, shapes: Any = LARGE) -> str:
+    """The program of one update on the layout's devices, by the CPU's compiler."""
+    params = layout.shard(random_tree(shapes), AUTO)
+    places = lp.state_sharding(tx, params)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(tx.init, params),
+        places,
+    )
+    update = jax.jit(tx.update, out_shardings=(params_sharding(params), places))
+    text = update.lower(params, state).compile().as_text()
+    assert text is not None
+    return text
+
+
+def largest_factor_shard(tx, layout: Layout) -> int:
+    """In elements, on one device."""
+    params = layout.shard(random_tree(LARGE), AUTO)
+    is_pair = lambda node: hasattr(node, "left")  # noqa: E731
+    pairs = filter(is_pair, jax.tree.leaves(tx.init(params), is_leaf=is_pair))
+    return max(x.addressable_shards[0].data.size for pair in pairs for x in pair)
+
+
+@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "replicated"])
+@pytest.mark.parametrize("name", ["adam", "adam_paper", "ema"])
+def test_no_more_than_a_factor_crosses(name, layout):
+    """Reductions of (p/x, r), (r, q/y), (r, r) and less; nothing is gathered."""
+    tx = make(name)
+    found = collectives(compiled_update(tx, LAYOUTS[layout]))
+    assert bool(found) == (layout != "layers")
+    assert {x.kind for x in found} <= {"all-reduce"}
+    largest = largest_factor_shard(tx, LAYOUTS[layout])
+    assert all(math.prod(x.shape) <= largest for x in found), found
+
+
+@pytest.mark.parametrize("kind", ["muon", "dense"])
+def test_the_bound_on_traffic_can_be_broken(kind):
+    """By what does gather a matrix: full orthogonalisation, and optax's own Muon."""
+    axes = lp.MatrixAxes()
+    ours = CASES["scale_by_muon"].make(rank=RANK, matrices=axes)
+    theirs = optax.contrib.scale_by_muon(
+        weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers()}
+    )
+    tx = ours if kind == "muon" else theirs
+    found = collectives(compiled_update(tx, LAYOUTS["both"], {"w": LARGE["w"]}))
+    assert any(x.kind == "all-gather" for x in found)
+    assert max(math.prod(x.shape) for x in found) > 64 * RANK
+
+
+def test_collectives_are_read_from_a_program():
+    program = """
+      %all-reduce.1 = (f32[32,3]{1,0}, pred[]) all-reduce(%a, %b), channel_id=11
+      %all-gather-start = bf16[64,32]{1,0} all-gather-start(%c), dimensions={0}
+      %fusion = f32[4]{0} fusion(%all-reduce.1), calls=%all-reduce
+    """
+    assert collectives(program) == [
+        ("all-reduce", "f32", (32, 3)),
+        ("all-reduce", "pred", ()),
+        ("all-gather", "bf16", (64, 32)),
+    ]
+    assert [x.nbytes for x in collectives(program)] == [384, 1, 4096]
