@@ -23,7 +23,7 @@ class Collective(NamedTuple):
 
 
 def collectives(program: str) -> list[Collective]:
-    """All of an optimized program (`compiled.as_text()`), each as often as it stands."""
+    """All in an optimized program (`compiled.as_text()`), as often as they stand."""
     found = []
     for line in program.splitlines():
         if match := _LINE.search(line):

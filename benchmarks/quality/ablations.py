@@ -64,7 +64,6 @@ ABLATIONS: dict[str, Method] = {
     "bfloat16 factors": Method(ours(8, factor_dtype="bfloat16"), _HIGH),
     "bfloat16 factors, twice the rank": Method(ours(4, factor_dtype="bfloat16"), _HIGH),
     # Embedding and head as matrices too.
-    "embeddings at rank/8": Method(ours(8), _HIGH, embeddings=ours(8)),
     "embeddings, m dense": Method(
         ours(8), _HIGH, embeddings=ours(8, first_moment=lp.Dense())
     ),
@@ -78,7 +77,4 @@ ABLATIONS: dict[str, Method] = {
         f"muon, gain {gain}": _muon(moment=lp.OnlineRegression(complement_gain=gain))
         for gain in (0.3, 0.45, 1.0)
     },
-    "muon, bfloat16 factors, twice the rank": Method(
-        our_muon(4, factor_dtype="bfloat16"), (2.5e-3, 5e-3, 1e-2)
-    ),
 }

@@ -187,6 +187,10 @@ METHODS: dict[str, Method] = {
     "paper_muon/8": Method(
         our_muon(8, moment=lp.OnlineRegression.paper()), _MUON_RATES
     ),
+    # Embedding and head as matrices too.
+    "default_all/8": Method(ours(8), _ADAM_RATES, embeddings=ours(8)),
     "default_muon/8": Method(our_muon(8), _MUON_RATES),
+    # The same bytes as default_muon/8.
+    "default_muon_bf16/4": Method(our_muon(4, factor_dtype="bfloat16"), _MUON_RATES),
     "default_muon/32": Method(our_muon(32), _MUON_RATES),
 }
