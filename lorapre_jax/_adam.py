@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax import _checks
-from lorapre_jax._methods import Dense, OnlineRegression, RankOne
+from lorapre_jax._methods import AlgorithmOne, Dense, OnlineRegression, RankOne
 from lorapre_jax._plan import init_moment, make_plan, map_leaves
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
 
-FirstMoment = OnlineRegression | Dense
-SecondMoment = OnlineRegression | RankOne | Dense
+FirstMoment = OnlineRegression | AlgorithmOne | Dense
+SecondMoment = OnlineRegression | AlgorithmOne | RankOne | Dense
 
 
 class ScaleByLorapreAdamState(NamedTuple):

@@ -13,7 +13,8 @@ never form its square, which would under- or overflow sooner.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+import numbers
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class RankOne:
         del seed
         decay = _unbiased(decay, count, g.dtype)
         row, column = (
-            _blend_squares(decay, old, regression.root_mean_square(g, axis))
+            _blend(decay, old, regression.root_mean_square(g, axis))
             for old, axis in ((state.row, 1), (state.column, 0))
         )
         total = regression.root_mean_square(row)
@@ -85,143 +86,100 @@ class RankOne:
 class OnlineRegression:
     """A moment kept as a pair of thin factors, `m = left @ right`, `r (p + q)` numbers.
 
-    The factors follow their target in closed form (LoRA-Pre, arXiv 2602.24283). The
-    target is `g` for a first moment. A second moment follows `|g|` with decay
-    `sqrt(b2)` and is read squared, so it cannot go negative (Appendix B.1); it is read
-    from the factors before the step plus `(1 - b2) g^2`, as Algorithm 1 does.
+    At every step the factors take one subspace iteration towards `b m + (1-b) T`, in
+    closed form (after LoRA-Pre, arXiv 2602.24283). With the decay
+    `b (1 - b^(t-1)) / (1 - b^t)` at step t they hold the bias-corrected average itself,
+    so a constant target gives that constant at every step. For a first moment the
+    target T is `g`. A second moment follows `|g|` with decay `sqrt(b2)` and is read
+    squared, so it cannot go negative (Appendix B.1), from the factors before the step
+    plus `(1 - b2) g^2`.
 
     Attributes:
-      rule: How a step moves the factors. `"subspace"` (default): one subspace
-        iteration on `b B A + (1-b) g`; `"jacobi"`: Theorem 3.1; `"gauss_seidel"`:
-        the same, the second factor reading the first one's new value. These two are
-        quadratic in `g`: after many zero gradients in a row a large one overshoots.
-      damping: What is added to the Gram matrices that "jacobi" and "gauss_seidel"
-        invert; `"subspace"` inverts none and takes None. None means 1e-6 elsewhere.
-      damping_scale: `"relative"`, to the trace of the Gram matrix, so that the scale of
-        the loss does not matter; or `"absolute"`. What rounding may take from a Gram
-        matrix (8 machine epsilons of its trace) is added to either.
-      start: `"gradient"`: both factors start from a randomised range-finder pass on the
-        first gradient that is not zero; `"random"`: left factor zero, right factor
-        N(0, 0.02^2). `"subspace"` makes that pass from either.
-      bias_correction: `"exact"`: the factors hold the bias-corrected average itself, by
-        the decay `b (1 - b^(t-1)) / (1 - b^t)` at step t, so a constant target gives
-        that constant at every step; `"adam"`: constant decay, and the moment as read
-        is divided by `1 - b^t`.
       complement_gain: Total weight, over time, of the part of a gradient that the
         factors do not take up. One (default) is what they take up has, and what every
-        direction has in the full average. None reads `b m + (1-b) g` from the factors
-        before the step, as Algorithm 1 does: weight `1-b`. First moments only; a
-        second moment always adds `(1 - b2) g^2`.
+        direction has in the full average. First moments only.
 
     Raises:
-      ValueError: A field has a value that is not listed above, or damping is given to
-        the rule that has none, or is not positive.
+      ValueError: The gain is negative, or no number.
     """
 
-    rule: str = "subspace"
-    damping: float | None = None
-    damping_scale: Literal["relative", "absolute"] = "relative"
-    start: Literal["gradient", "random"] = "gradient"
-    bias_correction: Literal["exact", "adam"] = "exact"
-    complement_gain: float | None = 1.0
+    complement_gain: float = 1.0
 
-    @classmethod
-    def paper(cls) -> "OnlineRegression":
+    @staticmethod
+    def paper() -> "AlgorithmOne":
         """Algorithm 1 of the paper to the letter, for either moment."""
-        return cls("jacobi", 1e-6, "absolute", "random", "adam", None)
+        return AlgorithmOne()
 
     def __post_init__(self):
-        _check_choice(self, "rule", tuple(regression.RULES))
-        _check_choice(self, "damping_scale", ("relative", "absolute"))
-        _check_choice(self, "start", ("gradient", "random"))
-        _check_choice(self, "bias_correction", ("exact", "adam"))
-        if self.damping is not None and self.rule == "subspace":
-            raise ValueError("damping: rule='subspace' inverts nothing; leave it None.")
-        if self.damping is not None and not self.damping > 0:
-            raise ValueError(f"damping must be positive, got {self.damping}.")
-        if self.complement_gain is not None and not self.complement_gain >= 0:
-            raise ValueError(
-                f"complement_gain must be None or at least 0, got "
-                f"{self.complement_gain}."
-            )
+        gain = self.complement_gain
+        if not (isinstance(gain, numbers.Real) and gain >= 0):
+            raise ValueError(f"complement_gain must be at least 0, got {gain!r}.")
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
-        right = jnp.zeros((rank, q), dtype)
-        if self.start == "random":
-            noise = random_rows(seed, rank, q).astype(at_least_float32(dtype))
-            right = (0.02 * noise).astype(dtype)
+        del seed
+        left, right = (*batch, p, rank), (*batch, rank, q)
+        return FactorPair(jnp.zeros(left, dtype), jnp.zeros(right, dtype))
+
+    def first_moment(self, state, g, decay, count, seed):
+        decay = _unbiased(decay, count, g.dtype)
+        new = self._step(state, g, decay, seed)
+        gain = self.complement_gain / (1 - decay)
+        return _with_residual(1, gain, state, new, g, decay), new
+
+    def split_moment(self, state, g, decay, count, seed):
+        """The new factors, the left one orthonormal, and the residual of their fit."""
+        decay = _unbiased(decay, count, g.dtype)
+        new = self._step(state, g, decay, seed)
+        return new, _with_residual(0, 1, state, new, g, decay)
+
+    def second_moment(self, state, g, decay, count, seed):
+        target, decay = jnp.abs(g), jnp.asarray(decay, g.dtype)
+        root_decay = _unbiased(jnp.sqrt(decay), count, g.dtype)
+        before = _blend(_unbiased(decay, count, g.dtype), state.left @ state.right, g)
+        return before, self._step(state, target, root_decay, seed)
+
+    def _step(self, state, target, decay, seed) -> FactorPair:
+        left, right = state
+        noise = random_rows(seed, *right.shape).astype(target.dtype)
+        return FactorPair(*regression.subspace(left, right, target, decay, noise))
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmOne:
+    """LoRA-Pre as published (arXiv 2602.24283, Algorithm 1); see `OnlineRegression`.
+
+    Factors take the damped Newton step of Theorem 3.1, from a zero left and a random
+    right one. Moments are read as `b m + (1-b) T` from the factors before the step and
+    divided by `1 - b^t`. What rounding may take from a Gram matrix (8 machine epsilons
+    of its trace) is added to the paper's damping. The step is quadratic in the target:
+    after many zero gradients in a row a large one overshoots.
+    """
+
+    def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         left = jnp.zeros((*batch, p, rank), dtype)
+        noise = random_rows(seed, rank, q).astype(at_least_float32(dtype))
+        right = (0.02 * noise).astype(dtype)
         return FactorPair(left, jnp.broadcast_to(right, (*batch, rank, q)))
 
     def first_moment(self, state, g, decay, count, seed):
+        del seed
         decay = jnp.asarray(decay, g.dtype)
-        step_decay, weight = self._weights(decay, count)
-        new = self._step(state, g, step_decay, seed)
-        if self.complement_gain is None:
-            before = step_decay * (state.left @ state.right) + (1 - step_decay) * g
-            return weight * before, new
-        gain = self.complement_gain / (1 - step_decay)
-        return _with_residual(weight, gain, state, new, g, step_decay), new
-
-    def split_moment(self, state, g, decay, count, seed):
-        """What the factors hold, the left one orthonormal, and the fit's residual."""
-        decay = jnp.asarray(decay, g.dtype)
-        step_decay, weight = self._weights(decay, count)
-        new = self._step(state, g, step_decay, seed)
-        residual = _with_residual(0, 1, state, new, g, step_decay)
-        left, right = new.left, weight * new.right
-        if self.rule != "subspace":
-            left = regression.orthonormal_columns(new.left)
-            right = regression.dot(regression.dot(left.T, new.left), right)
-        return FactorPair(left, right), residual, new
+        before = decay * (state.left @ state.right) + (1 - decay) * g
+        return before / mass(decay, count), self._step(state, g, decay)
 
     def second_moment(self, state, g, decay, count, seed):
+        del seed
         decay = jnp.asarray(decay, g.dtype)
-        target = jnp.abs(g)
-        new = self._step(state, target, self._weights(jnp.sqrt(decay), count)[0], seed)
-        square_decay, weight = self._weights(decay, count)
-        root = jnp.hypot(
-            jnp.sqrt(square_decay) * (state.left @ state.right),
-            jnp.sqrt(1 - square_decay) * target,
-        )
-        return jnp.sqrt(weight) * root, new
+        before = _blend(decay, state.left @ state.right, g)
+        new = self._step(state, jnp.abs(g), jnp.sqrt(decay))
+        return before / jnp.sqrt(mass(decay, count)), new
 
-    def _weights(self, decay, count):
-        """This step's decay, and what the average is multiplied by when it is read."""
-        if self.bias_correction == "exact":
-            return _unbiased(decay, count, decay.dtype), jnp.ones((), decay.dtype)
-        return decay, 1 / mass(decay, count)
+    def _step(self, state, target, decay) -> FactorPair:
+        return FactorPair(*regression.jacobi(state.left, state.right, target, decay))
 
-    def _step(self, state, target, decay, seed) -> FactorPair:
-        rank, q = state.right.shape
-        noise = random_rows(seed, rank, q).astype(target.dtype)
-        damping = 1e-6 if self.damping is None else self.damping
 
-        def step(left, right):
-            return regression.RULES[self.rule](
-                left,
-                right,
-                target,
-                decay,
-                lambda gram: (
-                    damping * jnp.trace(gram)
-                    if self.damping_scale == "relative"
-                    else jnp.asarray(damping, gram.dtype)
-                ),
-                noise,
-            )
-
-        # The subspace rule starts itself: its sketch of zero factors is random.
-        if self.start == "random" or self.rule == "subspace":
-            return FactorPair(*step(*state))
-        return FactorPair(
-            *jax.lax.cond(
-                jnp.any(state.right != 0),
-                step,
-                lambda *_: regression.start_from(target, decay, noise),
-                *state,
-            )
-        )
+FACTORED = (OnlineRegression, AlgorithmOne)
+"""The methods whose state is a `FactorPair`."""
 
 
 def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):
@@ -257,12 +215,6 @@ def _unbiased(decay, count, dtype):
     return decay * mass(decay, count - 1) / mass(decay, count)
 
 
-def _blend_squares(decay, old, new):
+def _blend(decay, old, new):
+    """`sqrt(b old^2 + (1-b) new^2)`."""
     return jnp.hypot(jnp.sqrt(decay) * old, jnp.sqrt(1 - decay) * new)
-
-
-def _check_choice(method, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(method, name)
-    if value not in choices:
-        listed = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be one of {listed}; got {value!r}.")

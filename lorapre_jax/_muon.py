@@ -53,9 +53,9 @@ def scale_by_lorapre_muon(
 
     where polar is Newton-Schulz orthogonalisation. The residual is a single gradient's
     and mostly noise: averaged as full Muon averages it, it would be smaller by the
-    inverse of that root, and orthogonalisation would divide by that little. Where
-    `complement_gain` is None the momentum is orthogonalised as a whole (LoRA-Pre,
-    arXiv 2602.24283, for Muon, with `OnlineRegression.paper()`).
+    inverse of that root, and orthogonalisation would divide by that little. A momentum
+    kept as `OnlineRegression.paper()` is orthogonalised as a whole (LoRA-Pre, arXiv
+    2602.24283, for Muon), as is `Dense()`.
 
     Every leaf must be a matrix, or a batch of them; one whose rank does not pay keeps a
     dense momentum and is orthogonalised all the same.
@@ -115,7 +115,8 @@ def scale_by_lorapre_muon(
         }
 
         def muon(leaf, hyper, g, mu):
-            momentum = _split if _is_split(leaf.methods[0]) else _joint
+            is_split = isinstance(leaf.methods[0], OnlineRegression)
+            momentum = _split if is_split else _joint
             b, count = jnp.asarray(hyper["beta"], g.dtype), hyper["count"]
             now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
 
@@ -146,10 +147,6 @@ def scale_by_lorapre_muon(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_split(method: FirstMoment) -> bool:
-    return isinstance(method, OnlineRegression) and method.complement_gain is not None
-
-
 def _joint(method, args, look_ahead, polar):
     """Momentum as a whole."""
     m, mu = method.first_moment(*args)
@@ -158,11 +155,12 @@ def _joint(method, args, look_ahead, polar):
 
 def _split(method, args, look_ahead, polar):
     """What the factors hold, and the residual apart from it."""
-    held, residual, mu = method.split_moment(*args)
+    new, residual = method.split_moment(*args)
     b = args[2]
     gain = method.complement_gain * jnp.sqrt((1 + b) / (1 - b))
-    right = look_ahead(held.right, held.left.T @ args[1])
-    return held.left @ polar(right) + gain * polar(residual), mu
+    # The left factor is orthonormal: it stays outside.
+    right = look_ahead(new.right, new.left.T @ args[1])
+    return new.left @ polar(right) + gain * polar(residual), new
 
 
 def lorapre_muon(

@@ -3,20 +3,14 @@
 An exponential moving average `M <- b M + (1-b) T` is a gradient step of size `1-b` on
 `|M - T|^2 / 2`: an online linear regression of the target `T` (LoRA-Pre, arXiv
 2602.24283, section 3). With `M = B A`, `B: (p, r)`, `A: (r, q)`, a step moves the two
-factors instead. A rule is one function
+factors instead. There are two such steps:
 
-    rule(B, A, T, decay, damping, noise) -> (B', A')
-
-of `damping`, from a Gram matrix to what its diagonal gains, and `noise`, a standard
-normal `(r, q)` matrix:
-
-    jacobi         B' = (1-y) B + y T A^+,  A' = (1-y) A + y B^+ T,  1-y = sqrt(b)
-                   (Theorem 3.1; A^+ = A^T (A A^T + d)^-1, B^+ = (B^T B + d)^-1 B^T)
-    gauss_seidel   the same, A' reading the new B'
-    subspace       one step of subspace iteration on X = b B A + (1-b) T:
-                   V = orth(A), B' = orth(X V^T), A' = B'^T X
-                   (the idea of PowerSGD and Dion). B' A' is the projection of X on
-                   the columns of X V^T, hence X itself where r = min(p, q).
+    subspace    one step of subspace iteration on X = b B A + (1-b) T:
+                V = orth(A), B' = orth(X V^T), A' = B'^T X
+                (the idea of PowerSGD and Dion). B' A' is the projection of X on
+                the columns of X V^T, hence X itself where r = min(p, q).
+    jacobi      B' = (1-y) B + y T A^+,  A' = (1-y) A + y B^+ T,  1-y = sqrt(b)
+                (Theorem 3.1; A^+ = A^T (A A^T + d)^-1, B^+ = (B^T B + d)^-1 B^T)
 
 Every inverse and every basis goes through `(r, r)` Gram matrices: sums over p or q,
 which a sharded factor can reduce, followed by a small Cholesky factorisation.
@@ -32,9 +26,11 @@ Factors = tuple[jax.Array, jax.Array]
 # float32, too little to disturb the living ones.
 _NOISE = 1e-3
 
+_DAMPING = 1e-6  # Of `jacobi`, d above (Appendix C.1).
 
-def subspace(b_, a_, target, decay, damping, noise) -> Factors:
-    del damping  # Orthonormal bases need none.
+
+def subspace(b_, a_, target, decay, noise) -> Factors:
+    """`noise`, standard normal (r, q), is all of the sketch where A is zero."""
     directions = _normalized(a_) + _NOISE * _normalized(noise)
     v = orthonormal_columns(directions.T)
     y = decay * (b_ @ dot(a_, v)) + (1 - decay) * (target @ v)
@@ -43,35 +39,10 @@ def subspace(b_, a_, target, decay, damping, noise) -> Factors:
     return left, decay * dot(overlap, a_) + (1 - decay) * (left.T @ target)
 
 
-def jacobi(b_, a_, target, decay, damping, noise) -> Factors:
-    del noise
+def jacobi(b_, a_, target, decay) -> Factors:
     y = 1 - jnp.sqrt(decay)
-    new_b = (1 - y) * b_ + y * _times_pinv(target, a_, damping)
-    new_a = (1 - y) * a_ + y * _times_pinv(target.T, b_.T, damping).T
-    # With y = 1 and B = 0 the equation gives A' = 0, from which nothing recovers.
-    return new_b, jnp.where(jnp.any(new_a != 0), new_a, a_)
-
-
-def gauss_seidel(b_, a_, target, decay, damping, noise) -> Factors:
-    del noise
-    y = 1 - jnp.sqrt(decay)
-    new_b = (1 - y) * b_ + y * _times_pinv(target, a_, damping)
-    return new_b, (1 - y) * a_ + y * _times_pinv(target.T, new_b.T, damping).T
-
-
-RULES = {"subspace": subspace, "jacobi": jacobi, "gauss_seidel": gauss_seidel}
-
-
-def start_from(target, decay, noise) -> Factors:
-    """Factors of `(1-decay) T` by one randomised range-finder pass.
-
-    Rows of A that the target does not fill are random and meet a zero column of B:
-    they add nothing to the product, and let a regression rule find new directions.
-    """
-    zeros = jnp.zeros((target.shape[0], noise.shape[0]), target.dtype)
-    left, right = subspace(zeros, jnp.zeros_like(noise), target, decay, None, noise)
-    unfilled = jnp.eye(left.shape[1], dtype=left.dtype) - dot(left.T, left)
-    return left, right + root_mean_square(right) * dot(unfilled, noise)
+    new_b = (1 - y) * b_ + y * _times_pinv(target, a_)
+    return new_b, (1 - y) * a_ + y * _times_pinv(target.T, b_.T).T
 
 
 def orthonormal_columns(x: jax.Array, passes: int = 3) -> jax.Array:
@@ -91,10 +62,10 @@ def orthonormal_columns(x: jax.Array, passes: int = 3) -> jax.Array:
     return x
 
 
-def _times_pinv(target, a_, damping) -> jax.Array:
+def _times_pinv(target, a_) -> jax.Array:
     """`T A^T (A A^T + d I)^-1`, shapes `(p, q), (r, q) -> (p, r)`."""
     gram = dot(a_, a_.T)
-    inverse = inverse_cholesky(_shifted(gram, damping(gram) + _rounding(gram)))
+    inverse = inverse_cholesky(_shifted(gram, _DAMPING + _rounding(gram)))
     return dot(dot(target @ a_.T, inverse.T), inverse)
 
 

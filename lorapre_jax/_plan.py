@@ -16,7 +16,7 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._matrix_view import MatrixView, matrix_view
-from lorapre_jax._methods import Dense, OnlineRegression, at_least_float32
+from lorapre_jax._methods import FACTORED, Dense, at_least_float32
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 from lorapre_jax._sharding import (
     batch_shards,
@@ -123,7 +123,8 @@ def make_plan(
         if all(isinstance(method, Dense) for method in methods):
             return dense("Dense() moments", view)
         r, (p, q) = rank_of(rank, view), (view.p, view.q)
-        if OnlineRegression in map(type, methods) and r * (p + q) >= p * q:
+        keeps_pair = any(isinstance(method, FACTORED) for method in methods)
+        if keeps_pair and r * (p + q) >= p * q:
             return dense(f"rank {r} does not pay: r(p+q) >= pq", view)
         if matrices is None:
             _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)

@@ -5,8 +5,6 @@ Nothing here comes from the package. Equation numbers are those of the LoRA-Pre 
 `noise` is the standard normal (r, q) matrix of the random starts and sketches.
 """
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 
@@ -16,13 +14,9 @@ def basis(x):
     return q * np.sign(np.diag(r))
 
 
-def times_pinv(t, a, damping, relative):
-    """T A^+ = T A^T (A A^T + d I)^-1 (Theorem 3.1, damped as in Appendix C.1)."""
-    if not a.any():
-        return np.zeros((len(t), len(a)))
-    gram = a @ a.T
-    d = damping * (np.trace(gram) if relative else 1.0)
-    return t @ a.T @ np.linalg.inv(gram + d * np.eye(len(gram)))
+def times_pinv(t, a):
+    """T A^+ = T A^T (A A^T + d I)^-1, d = 1e-6 (Theorem 3.1, Appendix C.1)."""
+    return t @ a.T @ np.linalg.inv(a @ a.T + 1e-6 * np.eye(len(a)))
 
 
 def unbiased_decay(b, t):
@@ -30,81 +24,62 @@ def unbiased_decay(b, t):
     return b * (1 - b ** (t - 1)) / (1 - b**t)
 
 
-@dataclass
 class Regression:
-    """B A as a moving average, by any of the rules."""
+    """B A as a moving average, by subspace steps."""
 
-    p: int
-    q: int
-    r: int
-    noise: np.ndarray
-    rule: str = "subspace"
-    damping: float = 1e-6
-    relative: bool = True
-    start: str = "gradient"
-    exact: bool = True
-    gain: float | None = 1.0
-    b: np.ndarray = field(init=False)
-    a: np.ndarray = field(init=False)
-
-    def __post_init__(self):
-        self.b = np.zeros((self.p, self.r))
-        random = self.start == "random"
-        self.a = 0.02 * self.noise if random else np.zeros((self.r, self.q))
+    def __init__(self, p, q, r, noise, gain=1.0):
+        self.b, self.a = np.zeros((p, r)), np.zeros((r, q))
+        self.noise, self.gain = noise, gain
 
     def follow(self, target, d):
-        b, a, y = self.b, self.a, 1 - np.sqrt(d)
-        plus = lambda t, a: times_pinv(t, a, self.damping, self.relative)  # noqa: E731
-        starting = self.start == "gradient" and not a.any()
-        if self.rule == "subspace" or starting:
-            size = np.linalg.norm(a) or 1.0
-            v = basis((a / size + 1e-3 * self.noise / np.linalg.norm(self.noise)).T)
-            x = d * b @ a + (1 - d) * target
-            self.b = basis(x @ v)
-            self.a = self.b.T @ x
-        elif self.rule == "jacobi":
-            self.b = (1 - y) * b + y * plus(target, a)
-            new_a = (1 - y) * a + y * plus(target.T, b.T).T
-            self.a = new_a if new_a.any() else a
-        else:
-            self.b = (1 - y) * b + y * plus(target, a)
-            self.a = (1 - y) * a + y * plus(target.T, self.b.T).T
+        size = np.linalg.norm(self.a) or 1.0
+        noise = self.noise / np.linalg.norm(self.noise)
+        v = basis((self.a / size + 1e-3 * noise).T)
+        x = d * self.b @ self.a + (1 - d) * target
+        self.b = basis(x @ v)
+        self.a = self.b.T @ x
+        return x
 
     def first(self, g, b1, t):
-        d = unbiased_decay(b1, t) if self.exact else b1
-        weight = 1.0 if self.exact else 1 / (1 - b1**t)
-        x = d * self.b @ self.a + (1 - d) * g
-        self.follow(g, d)
-        if self.gain is None:
-            return weight * x
+        d = unbiased_decay(b1, t)
+        x = self.follow(g, d)
         held = self.b @ self.a
-        return weight * held + self.gain / (1 - d) * (x - held)
+        return held + self.gain / (1 - d) * (x - held)
 
     def split(self, g, b1, t):
         """What the factors hold, the residual, and a basis of the left factor."""
-        d = unbiased_decay(b1, t) if self.exact else b1
-        weight = 1.0 if self.exact else 1 / (1 - b1**t)
-        x = d * self.b @ self.a + (1 - d) * g
-        self.follow(g, d)
+        x = self.follow(g, unbiased_decay(b1, t))
         held = self.b @ self.a
-        left = basis(self.b) if self.b.any() else self.b
-        return weight * held, x - held, left
+        return held, x - held, self.b
 
     def second(self, g, b2, t):
         """sqrt(v): v = b2 (C D)^2 + (1-b2) g^2, |g| followed with decay sqrt(b2)."""
-        root = np.sqrt(b2)
-        if self.exact:
-            d, follow, weight = unbiased_decay(b2, t), unbiased_decay(root, t), 1.0
-        else:
-            d, follow, weight = b2, root, 1 / (1 - b2**t)
+        d = unbiased_decay(b2, t)
         v = d * (self.b @ self.a) ** 2 + (1 - d) * g**2
-        self.follow(np.abs(g), follow)
-        return np.sqrt(weight * v)
+        self.follow(np.abs(g), unbiased_decay(np.sqrt(b2), t))
+        return np.sqrt(v)
 
 
-def paper(p, q, r, noise):
-    """Algorithm 1."""
-    return Regression(p, q, r, noise, "jacobi", 1e-6, False, "random", False, None)
+class Paper:
+    """B A by Algorithm 1."""
+
+    def __init__(self, p, q, r, noise):
+        self.b, self.a = np.zeros((p, r)), 0.02 * noise
+
+    def follow(self, target, d):
+        b, a, y = self.b, self.a, 1 - np.sqrt(d)
+        self.b = (1 - y) * b + y * times_pinv(target, a)
+        self.a = (1 - y) * a + y * times_pinv(target.T, b.T).T
+
+    def first(self, g, b1, t):
+        m = b1 * self.b @ self.a + (1 - b1) * g
+        self.follow(g, b1)
+        return m / (1 - b1**t)
+
+    def second(self, g, b2, t):
+        v = b2 * (self.b @ self.a) ** 2 + (1 - b2) * g**2
+        self.follow(np.abs(g), np.sqrt(b2))
+        return np.sqrt(v / (1 - b2**t))
 
 
 class RankOne:
@@ -151,7 +126,7 @@ def muon(grads, first, beta=0.95, nesterov=True, steps=5, eps=1e-8, rms=None):
     updates = []
     for t, g in enumerate(grads, 1):
         seen, residual, c = g, np.zeros_like(g), 0.0
-        if isinstance(first, Regression) and first.gain is not None:
+        if isinstance(first, Regression):
             m, residual, left = first.split(g, beta, t)
             seen = left @ left.T @ g
             c = first.gain * np.sqrt((1 + beta) / (1 - beta))

@@ -82,6 +82,7 @@ def test_nothing_else_is_public():
         "scale_by_lorapre_adam",
         "scale_by_lorapre_muon",
         "select_matrices",
+        "state_sharding",
     }
 
 

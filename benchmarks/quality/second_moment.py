@@ -16,7 +16,6 @@ import numpy as np
 import lorapre_jax as lp
 from benchmarks import _record
 from benchmarks.quality import jobs
-from benchmarks.quality.ablations import PAPER
 from benchmarks.quality.conditions import Condition
 from benchmarks.quality.methods import METHODS, ours
 from benchmarks.quality.run import Race, pick
@@ -29,7 +28,7 @@ ESTIMATES = {
     "exact": lp.Dense(),
     "RankOne()": lp.RankOne(),
     "OnlineRegression()": lp.OnlineRegression(),
-    "OnlineRegression.paper()": PAPER,
+    "OnlineRegression.paper()": lp.OnlineRegression.paper(),
 }
 
 
