@@ -18,7 +18,7 @@ from benchmarks.quality.scales import Scale, Texts
 from examples.llama.data import HeldOutBatch, held_out_batches, train_batches
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import schedule
-from examples.llama.steps import make_evaluation, token_losses
+from examples.llama.steps import make_evaluation, mean_loss
 
 WARMUP = 0.1
 EVALUATIONS = 6
@@ -92,12 +92,11 @@ class Race:
     def gradient(self, params: Leaves, rows: jax.Array) -> tuple[jax.Array, Leaves]:
         """Mean loss of rows (b, s + 1) int32, and its gradient, both scaled."""
 
-        def mean_loss(params: Leaves) -> jax.Array:
-            tree = self.tree(params)
-            loss = token_losses(self.model, tree, rows[:, :-1], rows[:, 1:]).mean()
-            return loss * self.condition.loss_scale
+        def loss(params: Leaves) -> jax.Array:
+            mean = mean_loss(self.model, self.tree(params), rows)
+            return mean * self.condition.loss_scale
 
-        return jax.value_and_grad(mean_loss)(params)
+        return jax.value_and_grad(loss)(params)
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[State, jax.Array]]:

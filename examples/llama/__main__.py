@@ -1,22 +1,17 @@
 """Command line: parse, train, print the outcome."""
 
+import argparse
 import sys
 
 import tyro
 from rich.console import Console
 
-from examples.llama.config import Config
+from examples.llama.config import PRESETS, Config
 from examples.llama.train import Result, train
 
 
 def main() -> int:
-    config = tyro.cli(
-        Config,
-        prog="python -m examples.llama",
-        description="Pretrain a small Llama on text. Run the same command again to go "
-        "on with an interrupted run.",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    config = parse(sys.argv[1:])
     console = Console()
     try:
         result = train(config, console)
@@ -29,6 +24,23 @@ def main() -> int:
         return 130
     console.print(summary(result), markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def parse(arguments: list[str]) -> Config:
+    """The settings; ``--preset`` is read first, and gives the others their defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="demo")
+    chosen, others = parser.parse_known_args(arguments)
+    return tyro.cli(
+        Config,
+        args=others,
+        default=Config(PRESETS[chosen.preset]),
+        prog="python -m examples.llama",
+        description="Pretrain a Llama on text. Run the same command again to go on "
+        "with an interrupted run. The defaults of the model are those of --preset "
+        f"{{{','.join(PRESETS)}}}.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
 def summary(result: Result) -> str:

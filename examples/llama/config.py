@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from examples.llama.layout import parse_mesh
+
 OptimizerName = Literal["lorapre_adamw", "lorapre_muon", "adamw", "muon", "galore"]
 LOW_RANK: tuple[OptimizerName, ...] = ("lorapre_adamw", "lorapre_muon", "galore")
 
@@ -44,6 +46,10 @@ class ModelConfig:
     """Stack the layers' parameters on a leading axis and compile one block."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of activations; parameters and optimizer state are float32."""
+    remat: Literal["nothing", "all but products", "all"] = "nothing"
+    """What the backward pass of a block computes again instead of keeping it."""
+    loss_chunk: int | None = None
+    """Positions of each row whose logits exist at once (none: all of them)."""
 
     def __post_init__(self) -> None:
         names = ("width", "ffn_width", "num_layers", "num_heads", "kv_heads")
@@ -58,6 +64,8 @@ class ModelConfig:
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
             f"({self.kv_heads})",
         )
+        if self.loss_chunk is not None:
+            _require_positive(self, "loss_chunk")
 
     @property
     def kv_heads(self) -> int:
@@ -66,6 +74,29 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+
+def _published(width: int, ffn_width: int, num_heads: int, num_layers: int):
+    return ModelConfig(
+        width,
+        ffn_width,
+        num_layers,
+        num_heads,
+        compute_dtype="bfloat16",
+        remat="all but products",
+        loss_chunk=64,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "demo": ModelConfig(),
+    # GaLore's Llamas (arXiv 2403.03507), which LoRA-Pre takes over.
+    "60m": _published(512, 1376, 8, 8),
+    "130m": _published(768, 2048, 12, 12),
+    "350m": _published(1024, 2736, 16, 24),
+    "1b": _published(2048, 5461, 32, 24),
+    "7b": _published(4096, 11008, 32, 32),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +192,8 @@ class Config:
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
+    mesh: str | None = None
+    """Devices along data, fsdp and tensor: fsdp=4,tensor=2 (none: all along data)."""
     workdir: Path = Path("runs/llama")
     """Folder for checkpoints, metrics and plot; a run found there goes on."""
     eval_every: int = 100
@@ -175,17 +208,24 @@ class Config:
     def __post_init__(self) -> None:
         _require_positive(self, "steps", "eval_every", "checkpoint_every")
         _require_positive(self, "diagnostics_every", "log_every")
+        parse_mesh(self.mesh or "")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        chunk, length = self.model.loss_chunk, self.data.seq_len
+        _require(
+            chunk is None or chunk >= length or length % chunk == 0,
+            f"loss_chunk ({chunk}) must divide seq_len ({length})",
+        )
         _require(
             not (self.optimizer.name == "galore" and self.model.scan_layers),
             "optax's galore cannot take stacked layers: add --no-scan-layers",
         )
 
 
-# What may change between the parts of one run: none of it alters a single update.
-# The path of the data may, because the data's fingerprint is compared instead.
+# What may change between the parts of one run: none of it alters an update, but for
+# rounding by the mesh. The path of the data may, because its fingerprint is compared.
 _FREE = (
     "workdir",
+    "mesh",
     "eval_every",
     "checkpoint_every",
     "diagnostics_every",

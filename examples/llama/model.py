@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from examples.llama.config import ModelConfig
@@ -31,6 +32,10 @@ Params = dict[str, Any]
 
 NORM_EPS = 1e-6
 ROPE_BASE = 1e4
+_REMAT_POLICIES = {
+    "all": jax.checkpoint_policies.nothing_saveable,
+    "all but products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 _init = nnx.initializers.normal(stddev=0.02)
 
 
@@ -148,22 +153,36 @@ class Llama(nnx.Module):
         self.head = _linear(d, vocab_size, dtype, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.logits(self.features(tokens))
+
+    def features(self, tokens: jax.Array) -> jax.Array:
+        """(b, s) int32 to what the head reads, (b, s, d)."""
         tables = rotary_tables(tokens.shape[-1], self.config.head_dim)
-        x = self._through_layers(self.embed(tokens), tables)
-        return self.head(self.norm(x)).astype(jnp.float32)
+        return self.norm(self._through_layers(self.embed(tokens), tables))
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """(b, s, d) to (b, s, v) float32."""
+        return self.head(features).astype(jnp.float32)
 
     def _through_layers(
         self, x: jax.Array, tables: tuple[jax.Array, jax.Array]
     ) -> jax.Array:
-        if self.config.scan_layers:
-            scan = nnx.scan(
-                lambda x, block: block(x, tables),
-                in_axes=(nnx.Carry, 0),
-                out_axes=nnx.Carry,
+        def through(x: jax.Array, block: Block) -> jax.Array:
+            return block(x, tables)
+
+        if self.config.remat != "nothing":
+            policy = _REMAT_POLICIES[self.config.remat]
+            # Under scan the loop itself keeps XLA from undoing it.
+            through = nnx.remat(
+                through, policy=policy, prevent_cse=not self.config.scan_layers
             )
-            return scan(x, self.layers)
+        if self.config.scan_layers:
+            in_axes = (nnx.Carry, 0)
+            return nnx.scan(through, in_axes=in_axes, out_axes=nnx.Carry)(
+                x, self.layers
+            )
         for block in self.layers:
-            x = block(x, tables)
+            x = through(x, block)
         return x
 
 
@@ -171,6 +190,7 @@ class PureLlama:
     """The model as two pure functions over a plain nested dict of arrays."""
 
     def __init__(self, config: ModelConfig, vocab_size: int):
+        self._loss_chunk = config.loss_chunk
         self._make = lambda rngs: Llama(config, vocab_size, rngs=rngs)
         abstract = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
         self._graph = nnx.graphdef(abstract)
@@ -182,3 +202,28 @@ class PureLlama:
     def apply(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Logits (b, s, v) float32 of ``tokens`` (b, s)."""
         return nnx.merge(self._graph, params)(tokens)
+
+    def losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
+        """Cross-entropy in nats of each target, (b, s) float32; tokens (b, s) int32.
+
+        Only ``loss_chunk`` positions of each row have their logits in memory at once;
+        the backward pass computes them again.
+        """
+        model = nnx.merge(self._graph, params)
+        features = model.features(inputs)
+
+        def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+            features, targets = part
+            logits = model.logits(features)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+        batch, length = inputs.shape
+        chunk = min(self._loss_chunk or length, length)
+        if chunk == length:
+            return losses((features, targets))
+        parts = jax.tree.map(
+            lambda x: x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1),
+            (features, targets),
+        )
+        found = jax.lax.map(jax.checkpoint(losses), parts)
+        return found.swapaxes(0, 1).reshape(batch, length)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 import lorapre_jax as lp
+from examples.llama import layout
 from examples.llama.data import HeldOutBatch
 from examples.llama.model import PureLlama
 
@@ -30,28 +31,46 @@ def init_state(
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
 
-def token_losses(model: PureLlama, params: Any, inputs: Any, targets: Any) -> jax.Array:
-    """Cross-entropy in nats of each target, (b, s) float32; tokens are (b, s) int32."""
-    logits = model.apply(params, inputs)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+def abstract_state(
+    model: PureLlama, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state on ``mesh``."""
+
+    def place(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            tree,
+            shardings,
+        )
+
+    shapes = jax.eval_shape(partial(init_state, model, tx), jax.random.key(0))
+    params = place(shapes.params, layout.param_shardings(mesh, shapes.params))
+    return TrainState(
+        params,
+        place(shapes.opt_state, lp.state_sharding(tx, params)),
+        place(shapes.step, layout.replicated(mesh)),
+    )
 
 
 def mean_loss(model: PureLlama, params: Any, rows: jax.Array) -> jax.Array:
     """What is minimised, of rows (b, s + 1) int32."""
-    return token_losses(model, params, rows[:, :-1], rows[:, 1:]).mean()
+    return model.losses(params, rows[:, :-1], rows[:, 1:]).mean()
 
 
 def make_train_step(
-    model: PureLlama, tx: optax.GradientTransformation, replicated: Sharding
+    model: PureLlama, tx: optax.GradientTransformation, abstract: TrainState
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """``step(state, rows) -> (state, metrics)`` for rows (b, s + 1) int32.
 
-    The given state is donated: its memory becomes that of the new one.
+    The new state lies where ``abstract`` says. The given one is donated: its memory
+    becomes that of the new one.
     """
 
     loss_of = partial(mean_loss, model)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=replicated)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, shardings.step))
     def step(
         state: TrainState, rows: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -99,7 +118,7 @@ def make_evaluation(
 
     @jax.jit
     def sum_and_count(params: Any, batch: HeldOutBatch) -> tuple[jax.Array, jax.Array]:
-        losses = token_losses(model, params, batch.inputs, batch.targets)
+        losses = model.losses(params, batch.inputs, batch.targets)
         return jnp.sum(losses * batch.mask), jnp.sum(batch.mask)
 
     def evaluate(params: Any) -> float:

@@ -6,11 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import lorapre_jax as lp
+from examples.llama import layout
 from examples.llama.checkpoint import Checkpoints, check_same_run, record_run
 from examples.llama.config import Config
 from examples.llama.data import TextData, held_out_batches, load_text, train_batches
@@ -20,6 +19,7 @@ from examples.llama.optimizers import make_optimizer
 from examples.llama.progress import ProgressDisplay
 from examples.llama.report import Reporter
 from examples.llama.steps import (
+    abstract_state,
     init_state,
     make_diagnosis,
     make_evaluation,
@@ -43,7 +43,8 @@ class Result:
 def train(config: Config, console: Console | None = None) -> Result:
     """Train until ``config.steps``; what ``config.workdir`` has done is not redone."""
     console = console or Console()
-    replicated, by_row = make_shardings(config.data.batch_size)
+    mesh = layout.make_mesh(config.mesh, jax.devices())
+    by_row = layout.by_row(mesh, config.data.batch_size)
 
     with Checkpoints(config.workdir) as checkpoints:
         start = checkpoints.latest_step or 0
@@ -51,24 +52,24 @@ def train(config: Config, console: Console | None = None) -> Result:
         model = PureLlama(config.model, data.vocab_size)
         tx = make_optimizer(config.optimizer, config.steps)
 
-        init = partial(init_state, model, tx, jax.random.key(config.seed))
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-            jax.eval_shape(init),
-        )
+        abstract = abstract_state(model, tx, mesh)
+        for line in layout.exceptions(mesh, abstract.params):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         memory = lp.describe(tx, abstract.params)
         console.print(str(memory), markup=False, highlight=False, soft_wrap=True)
         if start:
             state = checkpoints.restore(abstract)
         else:
-            state = jax.jit(init, out_shardings=replicated)()
+            shardings = jax.tree.map(lambda x: x.sharding, abstract)
+            init = jax.jit(partial(init_state, model, tx), out_shardings=shardings)
+            state = init(jax.random.key(config.seed))
 
         size = config.data.seq_len, config.data.batch_size
         batches = train_batches(data.train, *size, config.seed)
         held_out = held_out_batches(data.held_out, *size)
         evaluate = make_evaluation(model, jax.device_put(list(held_out), by_row))
-        train_step = make_train_step(model, tx, replicated)
-        diagnose = make_diagnosis(model, replicated)
+        train_step = make_train_step(model, tx, abstract)
+        diagnose = make_diagnosis(model, layout.replicated(mesh))
         factored = any(leaf.is_factored for leaf in memory.leaves)
         console.print(opening_line(config, data, start), soft_wrap=True)
 
@@ -105,20 +106,6 @@ def train(config: Config, console: Console | None = None) -> Result:
             checkpoint=checkpoints.path(config.steps),
             already_finished=start == config.steps,
         )
-
-
-def make_shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
-    """A whole copy on every device, and the rows of a batch divided among them."""
-    devices = np.asarray(jax.devices())
-    if batch_size % devices.size:
-        raise ValueError(
-            f"batch_size ({batch_size}) must be a multiple of the number of devices "
-            f"({devices.size})"
-        )
-    mesh = Mesh(devices, ("data",))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    by_row = NamedSharding(mesh, PartitionSpec("data"))
-    return replicated, by_row
 
 
 def load_data_of_run(config: Config, resumed: bool) -> TextData:

@@ -52,11 +52,11 @@ def text_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_config(text_folder, tmp_path):
-    """Makes a configuration of a few cheap steps; keywords replace its parts."""
+@pytest.fixture(scope="session")
+def make_config(text_folder):
+    """`make_config(workdir, optimizer, ...)`: a few cheap steps of a tiny model."""
 
-    def make(optimizer: str = "adamw", **changes) -> Config:
+    def make(workdir: Path, optimizer: str = "adamw", **changes) -> Config:
         model = TINY_MODEL
         if optimizer == "galore":
             model = dataclasses.replace(model, scan_layers=False)
@@ -68,11 +68,19 @@ def tiny_config(text_folder, tmp_path):
             eval_every=6,
             checkpoint_every=6,
             log_every=6,
-            workdir=tmp_path / "run",
+            workdir=workdir,
         )
         return dataclasses.replace(config, **changes)
 
     return make
+
+
+@pytest.fixture
+def tiny_config(make_config, tmp_path):
+    """Such a configuration in this test's own folder; keywords replace its parts."""
+    return lambda optimizer="adamw", **changes: make_config(
+        tmp_path / "run", optimizer, **changes
+    )
 
 
 @pytest.fixture(scope="session")

@@ -143,3 +143,32 @@ def test_bfloat16_changes_activations_only():
 def test_impossible_shapes_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**settings)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize(
+    "changes", [{"remat": "all"}, {"remat": "all but products"}, {"loss_chunk": 3}]
+)
+def test_what_saves_memory_changes_no_gradient(changes, scan_layers):
+    plain = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 7))
+
+    def gradient(config):
+        model = PureLlama(config, VOCAB)
+
+        def loss(params):
+            return model.losses(params, tokens[:, :-1], tokens[:, 1:]).mean()
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    params = params_of(plain)
+    saving = gradient(dataclasses.replace(plain, **changes))
+    expected, actual = gradient(plain)(params), saving(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        actual,
+        expected,
+    )
+    text = str(saving.trace(params).jaxpr)
+    assert ("remat" if "remat" in changes else f"f32[2,3,{VOCAB}]") in text
+    assert (f"f32[2,6,{VOCAB}]" in text) == ("remat" in changes)

@@ -205,27 +205,52 @@ def command_line(config, *more, devices):
     )
 
 
-def test_eight_devices_from_the_command_line(tiny_config):
-    single = tiny_config()
-    run(single)
-    config = dataclasses.replace(single, workdir=single.workdir / "eight")
-    done = command_line(config, devices=8)
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory, make_config):
+    """The configuration of a run that was done from the command line."""
+    config = make_config(tmp_path_factory.mktemp("one"), "lorapre_adamw")
+    done = command_line(config, devices=1)
     assert done.returncode == 0, done.stderr
-    assert "8 device(s)" in done.stdout
+    assert "1 device(s)" in done.stdout
     assert "perplexity" in done.stdout
     assert done.stderr == ""
-    for one, eight in zip(losses(single), losses(config), strict=True):
-        assert one.keys() == eight.keys()
-        np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=1e-4)
-    # Eight devices can take up what one device left, and the other way round.
-    assert "done already" in run(config)[1]
+    return config
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=4,tensor=2"])
+def test_eight_devices(on_one_device, tmp_path, mesh):
+    one = on_one_device
+    config = dataclasses.replace(one, workdir=tmp_path / "eight", mesh=mesh)
+    _, printed = run(config)
+    assert "8 device(s)" in printed
+    for single, eight in zip(losses(one), losses(config), strict=True):
+        assert single.keys() == eight.keys()
+        numbers = [name for name in single if not name.startswith("diagnostics/")]
+        np.testing.assert_allclose(
+            [eight[name] for name in numbers],
+            [single[name] for name in numbers],
+            rtol=1e-3,
+        )
+
+
+def test_a_run_goes_on_on_another_mesh(on_one_device, tmp_path, monkeypatch):
+    config = dataclasses.replace(on_one_device, workdir=tmp_path / "run", mesh="fsdp=8")
+    with monkeypatch.context() as context:
+        interrupt_at(9, context)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    _, printed = run(dataclasses.replace(config, mesh="fsdp=2,tensor=4"))
+    assert "going on after step 6" in printed
+    ends = (losses(on_one_device)[-1], losses(config)[-1])
+    held_out = [record["held_out_loss"] for record in ends]
+    np.testing.assert_allclose(held_out[1], held_out[0], rtol=1e-3)
+    # One device can take up what eight left.
+    assert "done already" in command_line(config, devices=1).stdout
 
 
 def test_an_indivisible_batch_is_refused_before_anything_is_done(tiny_config):
     done = command_line(tiny_config(), "--batch-size=4", devices=8)
     assert done.returncode == 1
-    assert "batch_size (4) must be a multiple of the number of devices (8)" in (
-        done.stderr
-    )
+    assert "batch_size (4) must be a multiple of the 8 devices" in done.stderr
     assert "Traceback" not in done.stderr
     assert not tiny_config().workdir.exists()

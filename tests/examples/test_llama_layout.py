@@ -1,0 +1,80 @@
+"""Meshes from text, and what of the published models they divide."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from examples.llama import layout
+from examples.llama.config import PRESETS, Config
+from examples.llama.model import PureLlama
+
+# Parameters with 32,000 tokens; the names of the models round them freely.
+MILLIONS = {"60m": 58, "130m": 134, "350m": 368, "1b": 1339, "7b": 6738}
+
+
+def specs(preset, mesh):
+    """Specs by path, and the exceptions, of a preset on eight devices."""
+    model = PureLlama(PRESETS[preset], 32_000)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    mesh = layout.make_mesh(mesh, jax.devices())
+    placed = jax.tree.leaves_with_path(layout.param_shardings(mesh, params))
+    by_path = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
+        for path, sharding in placed
+    }
+    return by_path, layout.exceptions(mesh, params)
+
+
+@pytest.mark.parametrize("preset", MILLIONS)
+def test_presets_have_the_size_of_their_names(preset):
+    model = PureLlama(PRESETS[preset], 32_000)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert round(count / 1e6) == MILLIONS[preset]
+
+
+def test_a_layout_divides_both_axes():
+    found, exceptions = specs("350m", "fsdp=4,tensor=2")
+    assert not exceptions
+    assert found["embed/embedding"] == P("tensor", "fsdp")
+    assert found["head/kernel"] == P("fsdp", "tensor")
+    assert found["layers/attention/q/kernel"] == P(None, "fsdp", "tensor")
+    assert found["layers/attention/o/kernel"] == P(None, "tensor", "fsdp")
+    assert found["layers/mlp/down/kernel"] == P(None, "tensor", "fsdp")
+    assert found["layers/mlp_norm/scale"] == P(None, None)
+
+
+def test_5461_is_left_whole_and_said_so():
+    found, exceptions = specs("1b", "fsdp=4,tensor=2")
+    assert found["layers/mlp/up/kernel"] == P(None, ("fsdp", "tensor"), None)
+    assert found["layers/mlp/down/kernel"] == P(None, None, ("fsdp", "tensor"))
+    assert len(exceptions) == 3
+    assert "layers/mlp/up/kernel (24, 2048, 5461) lies as" in "".join(exceptions)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fsdp", "'fsdp' is not one of data=N, fsdp=N, tensor=N"),
+        ("model=2", "'model=2' is not one of"),
+        ("fsdp=0", "N at least 1"),
+    ],
+)
+def test_a_bad_mesh_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Config(mesh=text)
+
+
+def test_a_mesh_has_all_devices():
+    assert layout.make_mesh(None, jax.devices()).shape["data"] == 8
+    with pytest.raises(ValueError, match="takes 4 devices, but there are 8"):
+        layout.make_mesh("fsdp=2,tensor=2", jax.devices())
+
+
+def test_a_preset_is_the_default_of_the_others():
+    from examples.llama.__main__ import parse
+
+    config = parse(["--preset", "1b", "--num-layers", "2", "--mesh", "fsdp=2"])
+    assert config.model.width == 2048
+    assert config.model.num_layers == 2
+    assert config.mesh == "fsdp=2"
