@@ -2,6 +2,7 @@
 
 from lorapre_jax._adam import lorapre_adamw, scale_by_lorapre_adam
 from lorapre_jax._budget import rank_for_budget
+from lorapre_jax._convert import convert_state
 from lorapre_jax._diagnostics import diagnostics
 from lorapre_jax._ema import lorapre_ema
 from lorapre_jax._matrix_view import MatrixAxes
@@ -16,6 +17,7 @@ __all__ = [
     "MatrixAxes",
     "OnlineRegression",
     "RankOne",
+    "convert_state",
     "describe",
     "diagnostics",
     "lorapre_adamw",

@@ -73,6 +73,7 @@ def test_nothing_else_is_public():
         "MatrixAxes",
         "OnlineRegression",
         "RankOne",
+        "convert_state",
         "describe",
         "diagnostics",
         "lorapre_adamw",

@@ -1,0 +1,96 @@
+"""Representations of ONE matrix, turned into one another: dense, factors, row x column.
+
+A pair of factors means `left @ right`; a `RowColumn` of r and c, the outer product of r
+and `c / rms(r)`. What only needs factors never forms a (p, q) array.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorapre_jax import _online_regression as regression
+from lorapre_jax._methods import FactorPair, RowColumn, random_rows
+
+Matrix = jax.Array | FactorPair | RowColumn
+
+_OVERSAMPLING = 8
+_POWER_ITERATIONS = 3
+
+
+def as_dense(x: Matrix) -> jax.Array:
+    if isinstance(x, RowColumn):
+        x = _outer(x)
+    return regression.dot(*x) if isinstance(x, FactorPair) else x
+
+
+def as_factors(x: Matrix, rank: int) -> FactorPair:
+    """The best pair of that rank, its left factor orthonormal; of a dense `x` nearly.
+
+    Randomised SVD (Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1).
+    """
+    if isinstance(x, RowColumn):
+        x = _outer(x)
+    return _truncated(_sketched(x, rank) if isinstance(x, jax.Array) else x, rank)
+
+
+def as_row_column(x: Matrix) -> RowColumn:
+    """Root mean squares of the rows and columns of `x`."""
+    if isinstance(x, RowColumn):
+        return x
+    if isinstance(x, FactorPair):
+        # The rows of U S, and the columns of S V^T, have the norms of the product's.
+        left, right = _truncated(x, x.left.shape[1])
+        rows = left * jnp.linalg.norm(right, axis=1)
+        return RowColumn(
+            jnp.linalg.norm(rows, axis=1) / jnp.sqrt(right.shape[1]),
+            jnp.linalg.norm(right, axis=0) / jnp.sqrt(len(left)),
+        )
+    rms = regression.root_mean_square
+    return RowColumn(rms(x, 1), rms(x, 0))
+
+
+def over_batch(fn: Any, ndim: int) -> Any:
+    """`fn` on every matrix of `ndim` leading axes, one after the other.
+
+    One matrix in memory at a time; and batched LAPACK calls may hang on CPUs, see
+    `inverse_cholesky`.
+    """
+    for _ in range(ndim):
+        fn = _mapped(fn)
+    return fn
+
+
+def _mapped(fn: Any) -> Any:
+    return lambda x: jax.lax.map(fn, x)
+
+
+def _outer(x: RowColumn) -> FactorPair:
+    total = regression.root_mean_square(x.row)
+    column = x.column / jnp.where(total > 0, total, 1)
+    return FactorPair(x.row[:, None], column[None, :])
+
+
+def _sketched(x: jax.Array, rank: int) -> FactorPair:
+    size = min(rank + _OVERSAMPLING, *x.shape)
+    v = random_rows(0, size, x.shape[1]).astype(x.dtype).T
+    for _ in range(_POWER_ITERATIONS):
+        left = regression.orthonormal_columns(regression.dot(x, v))
+        v = regression.orthonormal_columns(regression.dot(x.T, left))
+    left = regression.orthonormal_columns(regression.dot(x, v))
+    return FactorPair(left, regression.dot(left.T, x))
+
+
+def _truncated(pair: FactorPair, rank: int) -> FactorPair:
+    """Rank r' <= r: the largest singular triples; else padded with zeros."""
+    u = regression.orthonormal_columns(pair.left)
+    v = regression.orthonormal_columns(pair.right.T)
+    core = regression.dot(regression.dot(u.T, pair.left), regression.dot(pair.right, v))
+    inner_u, s, inner_vt = jnp.linalg.svd(core)
+    left = regression.dot(u, inner_u)[:, :rank]
+    right = regression.dot(s[:, None] * inner_vt, v.T)[:rank]
+    missing = rank - len(right)
+    if missing > 0:
+        left = jnp.pad(left, ((0, 0), (0, missing)))
+        right = jnp.pad(right, ((0, missing), (0, 0)))
+    return FactorPair(left, right)

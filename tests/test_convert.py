@@ -1,0 +1,262 @@
+"""States carried over to other ranks, methods and transforms, against NumPy's SVD."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract_cases import assert_close, random_tree, run
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lorapre_jax as lp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SHAPES = {"bias": (8,), "heads": (16, 8, 4), "stack": (3, 16, 32), "w": (16, 32)}
+MATRICES = lp.select_matrices(
+    axes={"^heads$": lp.MatrixAxes(0, (1, 2)), "^(stack|w)$": lp.MatrixAxes()}
+)
+PAPER = lp.OnlineRegression.paper()
+BETAS: Any = {"b1": 0.9, "b2": 0.95}
+STEPS = 5
+
+
+def adam(rank=4, **fields: Any):
+    return lp.scale_by_lorapre_adam(rank, **BETAS, matrices=MATRICES, **fields)
+
+
+def gradients(shapes=SHAPES):
+    """Of rank two and some noise, so that truncation means something."""
+    for seed in range(STEPS):
+        trees = [random_tree(shapes, 3 * seed + i) for i in range(2)]
+        yield jax.tree.map(
+            lambda x, y: x[..., :1] * x[..., :1, :] + 0.1 * y if x.ndim > 1 else x,
+            *trees,
+        )
+
+
+def trained(tx) -> Any:
+    params = random_tree(SHAPES)
+    return params, run(tx, params, gradients(), jit=True)[1]
+
+
+def matrices(name, x):
+    """`(batch, 16, 32)` float64."""
+    return np.asarray(x, np.float64).reshape(-1, 16, 32)
+
+
+def product(pair):
+    return np.asarray(pair.left, np.float64) @ np.asarray(pair.right, np.float64)
+
+
+def truncated(x, rank):
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+
+
+def rank_one(root):
+    """Adafactor's estimate of the square of `root`, as a root."""
+    v = root**2
+    row, column = v.mean(-1, keepdims=True), v.mean(-2, keepdims=True)
+    return np.sqrt(row * column / row.mean(-2, keepdims=True))
+
+
+@pytest.mark.parametrize("rank", [2, 7])
+def test_another_rank_is_the_best_one(rank):
+    params, state = trained(adam(second_moment=lp.OnlineRegression()))
+    new = lp.convert_state(
+        state, adam(rank, second_moment=lp.OnlineRegression()), params
+    )
+    assert new.count == STEPS
+    assert_close(new.mu["bias"], state.mu["bias"])
+    for moment in ("mu_factors", "nu_factors"):
+        for name, pair in getattr(new, moment).items():
+            before = product(getattr(state, moment)[name])
+            assert pair.left.shape[-1] == rank
+            expected = truncated(before, rank)
+            np.testing.assert_allclose(product(pair), expected, atol=1e-5)
+
+
+def test_nothing_of_the_size_of_a_matrix_is_formed_to_change_a_rank():
+    from lorapre_jax import _low_rank
+    from lorapre_jax._methods import FactorPair, RowColumn
+
+    pair = FactorPair(jnp.ones((100, 6)), jnp.ones((6, 90)))
+    for fn in (lambda x: _low_rank.as_factors(x, 4), _low_rank.as_row_column):
+        assert "100,90" not in str(jax.make_jaxpr(fn)(pair))
+    assert "100,90" in str(jax.make_jaxpr(_low_rank.as_dense)(pair))
+    row_column = RowColumn(jnp.ones(100), jnp.ones(90))
+    as_factors = jax.make_jaxpr(lambda x: _low_rank.as_factors(x, 4))(row_column)
+    assert "100,90" not in str(as_factors)
+
+
+def averages(tx):
+    """Bias-corrected first moments and roots of the second, of optax's Adam."""
+    params, state = trained(tx)
+    mu, nu = (optax.tree_utils.tree_get(state, name) for name in ("mu", "nu"))
+    names = ("heads", "stack", "w")
+    m = {k: matrices(k, mu[k]) / (1 - 0.9**STEPS) for k in names}
+    root = {k: np.sqrt(matrices(k, nu[k]) / (1 - 0.95**STEPS)) for k in names}
+    return params, state, m, root
+
+
+def test_from_optax_adamw_with_its_schedule():
+    def alias(make, **kwargs):
+        rate = optax.linear_schedule(1e-2, 0.0, 100)
+        return optax.chain(optax.clip_by_global_norm(1e9), make(rate, **kwargs))
+
+    params, state, m, root = averages(alias(optax.adamw, **BETAS, weight_decay=0.1))
+    new_tx = alias(
+        lp.lorapre_adamw, rank=4, matrices=MATRICES, weight_decay=0.1, **BETAS
+    )
+    new: Any = lp.convert_state(state, new_tx, params, **BETAS)
+    assert jax.tree.structure(new) == jax.tree.structure(new_tx.init(params))
+    ours, schedule = new[1][0], new[1][-1]
+    assert ours.count == schedule.count == STEPS
+    assert_close(ours.nu["bias"], state[1][0].nu["bias"])
+    for name, pair in ours.mu_factors.items():
+        best = truncated(m[name], 4)
+        error = np.linalg.norm(product(pair).reshape(best.shape) - m[name])
+        assert error < 1.01 * np.linalg.norm(best - m[name])
+        row, column = ours.nu_factors[name]
+        row, column = np.asarray(row)[..., None], np.asarray(column)[..., None, :]
+        total = np.sqrt((row**2).mean(-2, keepdims=True))
+        found = (row * column / total).reshape(best.shape)
+        np.testing.assert_allclose(found, rank_one(root[name]), rtol=1e-4)
+    updates, _ = new_tx.update(params, new, params)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+METHODS = {
+    "default": {},
+    "both factored": {"second_moment": lp.OnlineRegression()},
+    "paper": {"first_moment": PAPER, "second_moment": PAPER},
+    "dense": {"first_moment": lp.Dense(), "second_moment": lp.Dense()},
+}
+
+
+@pytest.mark.parametrize("fields", METHODS.values(), ids=METHODS)
+def test_to_optax_adam_as_the_update_reads_it(fields):
+    """The next update of a zero gradient is the old average, decayed once."""
+    params, state = trained(adam(**fields))
+    theirs = optax.scale_by_adam(**BETAS)
+    new: Any = lp.convert_state(state, theirs, params, **BETAS)
+    assert jax.tree.structure(new) == jax.tree.structure(theirs.init(params))
+    for name in ("heads", "stack", "w"):
+        m = matrices(name, new.mu[name]) / (1 - 0.9**STEPS)
+        root = np.sqrt(matrices(name, new.nu[name]) / (1 - 0.95**STEPS))
+        assert_reads(state, name, m, root, fields)
+
+
+def assert_reads(state, name, m, root, fields):
+    if fields.get("first_moment") == lp.Dense():
+        np.testing.assert_array_equal(
+            m, matrices(name, state.mu[name]) / (1 - 0.9**STEPS)
+        )
+        return
+    is_paper = fields.get("first_moment") == PAPER
+    held = product(state.mu_factors[name]).reshape(m.shape)
+    corrected = held / (1 - 0.9**STEPS) if is_paper else held
+    np.testing.assert_allclose(m, corrected, rtol=1e-4, atol=1e-5)
+    nu = state.nu_factors[name]
+    if hasattr(nu, "left"):
+        held = np.abs(product(nu).reshape(root.shape))
+        corrected = held / (1 - 0.95 ** (STEPS / 2)) if is_paper else held
+        np.testing.assert_allclose(root, corrected, rtol=1e-4, atol=1e-5)
+
+
+def test_there_and_back_again():
+    """Factors that hold a moment exactly give it back."""
+    params, state = trained(adam(second_moment=lp.OnlineRegression()))
+    dense = lp.convert_state(state, optax.scale_by_adam(**BETAS), params, **BETAS)
+    again = lp.convert_state(
+        dense, adam(second_moment=lp.OnlineRegression()), params, **BETAS
+    )
+    for name, pair in again.mu_factors.items():
+        expected = product(state.mu_factors[name])
+        np.testing.assert_allclose(product(pair), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_paper_can_go_on_from_a_lower_rank():
+    """Directions that the old state lacks are open, not dead."""
+    paper = {"first_moment": PAPER, "second_moment": PAPER}
+    params, state = trained(adam(2, **paper))
+    new = lp.convert_state(state, adam(4, **paper), params)
+    np.testing.assert_allclose(
+        product(new.mu_factors["w"]), product(state.mu_factors["w"]), atol=1e-6
+    )
+    update = jax.jit(adam(4, **paper).update)
+    for _ in range(60):
+        _, new = update(random_tree(SHAPES, 9), new)
+    assert np.linalg.matrix_rank(product(new.mu_factors["w"]), 1e-3) == 4
+
+
+def test_a_fresh_state_becomes_a_fresh_state():
+    params = random_tree(SHAPES)
+    state = optax.scale_by_adam(**BETAS).init(params)
+    new = lp.convert_state(state, adam(), params, **BETAS)
+    assert new.count == 0
+    for pair in new.mu_factors.values():
+        assert not product(pair).any()
+
+
+def test_muon_and_average():
+    params = {k: v for k, v in random_tree(SHAPES).items() if k != "bias"}
+    shapes = {k: v.shape for k, v in params.items()}
+    ema = lp.lorapre_ema(0.9, 4, matrices=MATRICES)
+    _, state = run(ema, params, gradients(shapes))
+    muon = lp.scale_by_lorapre_muon(3, matrices=MATRICES)
+    new = lp.convert_state(state, muon, params)
+    for name, pair in new.momentum_factors.items():
+        expected = truncated(product(state.ema_factors[name]), 3)
+        np.testing.assert_allclose(product(pair), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded(kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (kind, kind))
+    specs = {"heads": P("x", "y"), "stack": P(None, "x", "y"), "w": P("x", "y")}
+    places = {n: NamedSharding(mesh, specs.get(n, P())) for n in SHAPES}
+    params, state = trained(optax.scale_by_adam(**BETAS))
+    expected = lp.convert_state(state, adam(), params, **BETAS)
+    params = jax.device_put(params, places)
+    state = jax.device_put(
+        state, lp.state_sharding(optax.scale_by_adam(**BETAS), params)
+    )
+    new = lp.convert_state(state, adam(), params, **BETAS)
+    for x, place in zip(
+        jax.tree.leaves(new),
+        jax.tree.leaves(lp.state_sharding(adam(), params)),
+        strict=True,
+    ):
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+    for name, pair in new.mu_factors.items():
+        np.testing.assert_allclose(
+            product(pair), product(expected.mu_factors[name]), atol=1e-4
+        )
+
+
+def test_what_cannot_be_converted():
+    params, state = trained(optax.scale_by_adam(**BETAS))
+    with pytest.raises(ValueError, match=r"Leaf 'heads': its first moment.* Pass b1="):
+        lp.convert_state(state, adam(), params)
+    with pytest.raises(ValueError, match=r"Leaf 'heads': its second.* Pass b2="):
+        lp.convert_state(state, adam(first_moment=lp.Dense()), params, b1=0.9)
+    ema = lp.lorapre_ema(0.9, 4, matrices=MATRICES).init(params)
+    with pytest.raises(ValueError, match="'bias': the old state keeps no second"):
+        lp.convert_state(ema, adam(), params)
+    with pytest.raises(ValueError, match="keeps two first moments"):
+        lp.convert_state((state, state), adam(), params)
+    with pytest.raises(ValueError, match="'mini_step' of shape"):
+        lp.convert_state(
+            state, optax.MultiSteps(adam(), 2).gradient_transformation(), params
+        )
+    transposed = lp.select_matrices(
+        axes={"^heads$": lp.MatrixAxes((0, 1), 2), "^(stack|w)$": lp.MatrixAxes()}
+    )
+    other = lp.scale_by_lorapre_adam(2, **BETAS, matrices=transposed)
+    with pytest.raises(ValueError, match="'heads': its factors are of other matrices"):
+        lp.convert_state(trained(adam())[1], other, params)
