@@ -1,6 +1,9 @@
 """The run's folder: which run lives there, and its checkpoints."""
 
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +11,38 @@ import orbax.checkpoint as ocp
 
 from examples.llama.config import Config, as_fields, differences
 
+_UNFINISHED = "its saving was interrupted"
+
 
 class RunMismatch(ValueError):
     """The folder holds a run with other settings or other data."""
 
 
+class DamagedCheckpoint(ValueError):
+    """No checkpoint of the run is what was saved."""
+
+
 class Checkpoints:
-    """Orbax checkpoints in ``workdir/checkpoints``, by number of steps done."""
+    """Orbax checkpoints in ``workdir/checkpoints``, by number of steps done.
+
+    Orbax commits one by renaming its folder, but keeps no checksums of arrays. So the
+    digests of all files are written after the commit, and compared before anything is
+    restored. A checkpoint that differs, or has none because the process was killed just
+    there, is moved to ``workdir/damaged``, and the one before it is the latest.
+
+    Attributes:
+      set_aside: What was moved there and why, one line each.
+    """
 
     def __init__(self, workdir: Path):
+        self._folder = workdir.resolve() / "checkpoints"
+        self._digests = workdir.resolve() / "digests"
+        self.set_aside = self._set_aside(workdir.resolve() / "damaged")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
             # The next step donates the very buffers a background save would read.
             enable_async_checkpointing=False,
         )
-        self._folder = workdir.resolve() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -40,14 +60,67 @@ class Checkpoints:
 
     def save(self, step: int, state: Any) -> None:
         """Write ``state``, a pytree of arrays; nothing happens if it is there."""
-        if step != self.latest_step:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+        if step == self.latest_step:
+            return
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+        self._digests.mkdir(exist_ok=True)
+        _write(self._digests / f"{step}.json", _digests_of(self.path(step)))
+        for file in self._digests.glob("*.json"):
+            if int(file.stem) not in self._manager.all_steps():
+                file.unlink()
 
     def restore(self, abstract_state: Any) -> Any:
         """The latest state, with the shapes, dtypes and shardings asked for."""
         return self._manager.restore(
             self.latest_step, args=ocp.args.StandardRestore(abstract_state)
         )
+
+    def _set_aside(self, damaged: Path) -> list[str]:
+        steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
+        faults = {path: self._fault(path) for path in steps}
+        faults = {path: fault for path, fault in faults.items() if fault}
+        lines = [
+            f"checkpoint {path} refused: {fault}" for path, fault in faults.items()
+        ]
+        if len(faults) == len(steps) and any(map(_UNFINISHED.__ne__, faults.values())):
+            raise DamagedCheckpoint(
+                "\n".join([*lines, "None is left. Remove the folder to start anew."])
+            )
+        for path in faults:
+            damaged.mkdir(exist_ok=True)
+            shutil.rmtree(damaged / path.name, ignore_errors=True)
+            path.rename(damaged / path.name)
+        return [f"{line}; moved to {damaged}" for line in lines]
+
+    def _fault(self, path: Path) -> str:
+        """Why the checkpoint is not what was saved; empty where it is."""
+        file = self._digests / f"{path.name}.json"
+        if not file.exists():
+            return _UNFINISHED
+        different = differences(json.loads(file.read_text()), _digests_of(path))
+        names = ", ".join(sorted(different))
+        return f"{names} changed since it was saved" if names else ""
+
+
+def _digests_of(folder: Path) -> dict[str, str]:
+    """SHA-256 by path below ``folder``, of every file."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[str(path.relative_to(folder))] = digest
+    return digests
+
+
+def _write(path: Path, content: Any) -> None:
+    """All of it or nothing, also when the machine stops."""
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
 
 
 def check_same_run(config: Config, data_fingerprint: str | None = None) -> None:
@@ -77,7 +150,7 @@ def check_same_run(config: Config, data_fingerprint: str | None = None) -> None:
 def record_run(config: Config, data_fingerprint: str) -> None:
     """Write ``workdir/config.json``, which later runs are compared with."""
     record = _record_of(config, data_fingerprint)
-    _record_file(config).write_text(json.dumps(record, indent=2) + "\n")
+    _write(_record_file(config), record)
 
 
 def _record_of(config: Config, data_fingerprint: str | None) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def train(config: Config, console: Console | None = None) -> Result:
     by_row = layout.by_row(mesh, config.data.batch_size)
 
     with Checkpoints(config.workdir) as checkpoints:
+        for line in checkpoints.set_aside:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         start = checkpoints.latest_step or 0
         data = load_data_of_run(config, resumed=start > 0)
         model = PureLlama(config.model, data.vocab_size)

@@ -1,0 +1,103 @@
+"""Checkpoints that are not what was saved, on real files."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
+
+STATE = {"w": jnp.arange(4096.0), "step": jnp.asarray(0)}
+
+
+def state_of(step):
+    return jax.tree.map(lambda x: x + step, STATE)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Two checkpoints, of steps 6 and 12."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (3, 6, 12):
+            checkpoints.save(step, state_of(step))
+    return tmp_path
+
+
+def largest_file(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+    file = largest_file(folder)
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip_a_bit(folder):
+    file = largest_file(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def lose_a_file(folder):
+    largest_file(folder).unlink()
+
+
+def restored(checkpoints):
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), STATE)
+    return checkpoints.restore(abstract)
+
+
+def test_a_good_one_is_restored(workdir):
+    with Checkpoints(workdir) as checkpoints:
+        assert not checkpoints.set_aside
+        assert checkpoints.latest_step == 12
+        np.testing.assert_array_equal(restored(checkpoints)["w"], state_of(12)["w"])
+    kept = sorted(path.name for path in (workdir / "digests").iterdir())
+    assert kept == ["12.json", "6.json"]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_a_file])
+def test_a_damaged_one_is_refused_by_name_and_the_one_before_used(workdir, damage):
+    file = largest_file(workdir / "checkpoints" / "12")
+    damage(workdir / "checkpoints" / "12")
+    with Checkpoints(workdir) as checkpoints:
+        (line,) = checkpoints.set_aside
+        assert f"{workdir / 'checkpoints' / '12'} refused" in line
+        assert file.name in line
+        assert checkpoints.latest_step == 6
+        np.testing.assert_array_equal(restored(checkpoints)["w"], state_of(6)["w"])
+        checkpoints.save(12, state_of(12))  # The run comes by again.
+    assert (workdir / "damaged" / "12").is_dir()
+    with Checkpoints(workdir) as checkpoints:
+        assert not checkpoints.set_aside
+        assert checkpoints.latest_step == 12
+
+
+def test_one_whose_saving_was_interrupted_is_saved_again(workdir):
+    """Killed after Orbax's commit, before the digests."""
+    (workdir / "digests" / "12.json").unlink()
+    with Checkpoints(workdir) as checkpoints:
+        assert "saving was interrupted" in checkpoints.set_aside[0]
+        assert checkpoints.latest_step == 6
+
+
+def test_a_first_one_that_was_interrupted_is_no_loss(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, STATE)
+    shutil.rmtree(tmp_path / "digests")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step is None
+
+
+def test_where_none_is_good_nothing_is_begun_silently(workdir):
+    for step in ("6", "12"):
+        flip_a_bit(workdir / "checkpoints" / step)
+    for _ in range(2):
+        with pytest.raises(DamagedCheckpoint, match="None is left") as error:
+            Checkpoints(workdir)
+        for step in ("6", "12"):
+            assert f"{workdir / 'checkpoints' / step} refused" in str(error.value)
