@@ -7,6 +7,7 @@ import tyro
 from rich.console import Console
 
 from examples.llama.config import PRESETS, Config
+from examples.llama.stop import Stopped
 from examples.llama.train import Result, train
 
 
@@ -19,6 +20,9 @@ def main() -> int:
         console.stderr = True
         console.print(f"error: {error}", markup=False, highlight=False)
         return 1
+    except Stopped as stopped:
+        console.print(f"{stopped} Run the same command again to go on.")
+        return 143  # 128 + SIGTERM, as a shell reports it
     except KeyboardInterrupt:
         console.print("Interrupted. Run the same command again to go on.")
         return 130

@@ -25,6 +25,7 @@ from examples.llama.steps import (
     make_evaluation,
     make_train_step,
 )
+from examples.llama.stop import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def train(config: Config, console: Console | None = None) -> Result:
         console.print(opening_line(config, data, start), soft_wrap=True)
 
         with (
+            StopRequest() as stop,
             MetricsLog(config.workdir, start) as log,
             ProgressDisplay(start, config.steps, config.log_every, console) as display,
         ):
@@ -92,9 +94,13 @@ def train(config: Config, console: Console | None = None) -> Result:
                 report.trained(step, metrics | diagnosis)
                 if step % config.eval_every == 0 or step == config.steps:
                     report.evaluated(step, evaluate(state.params))
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                stopped = stop.received
+                last = stopped or step == config.steps
+                if last or step % config.checkpoint_every == 0:
                     report.flush()  # the log must never lag behind a checkpoint
                     checkpoints.save(step, state)
+                if stopped and step < config.steps:
+                    raise Stopped(step)
 
         plot = config.workdir / "loss.png"
         plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)

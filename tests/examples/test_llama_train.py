@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
+from examples.llama import __main__
 from examples.llama.checkpoint import RunMismatch
 from examples.llama.config import ModelConfig, OptimizerConfig
 from examples.llama.data import held_out_batches
 from examples.llama.metrics import MetricsLog
 from examples.llama.model import PureLlama
 from examples.llama.steps import make_evaluation
+from examples.llama.stop import Stopped
 from examples.llama.train import train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -246,6 +249,36 @@ def test_a_run_goes_on_on_another_mesh(on_one_device, tmp_path, monkeypatch):
     np.testing.assert_allclose(held_out[1], held_out[0], rtol=1e-3)
     # One device can take up what eight left.
     assert "done already" in command_line(config, devices=1).stdout
+
+
+def test_sigterm_saves_and_says_so(on_one_device, tmp_path, monkeypatch):
+    config = dataclasses.replace(on_one_device, workdir=tmp_path / "run")
+    write = MetricsLog.write
+
+    def terminated(self, record):
+        write(self, record)
+        if record["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", terminated)
+    with pytest.raises(Stopped, match="saved after step") as stopped:
+        run(config)
+    step = int(str(stopped.value).split()[-1].rstrip("."))
+    assert 4 <= step < 12
+    assert (config.workdir / "checkpoints" / str(step)).is_dir()
+    monkeypatch.undo()
+    assert f"going on after step {step}" in run(config)[1]
+    assert [record["step"] for record in losses(config)] == list(range(13))
+
+
+def test_the_command_line_reports_a_stop_by_its_code(monkeypatch, capsys):
+    def stop(*_):
+        raise Stopped(7)
+
+    monkeypatch.setattr(__main__, "train", stop)
+    monkeypatch.setattr("sys.argv", ["examples.llama"])
+    assert __main__.main() == 143
+    assert "saved after step 7. Run the same command" in capsys.readouterr().out
 
 
 def test_an_indivisible_batch_is_refused_before_anything_is_done(tiny_config):
