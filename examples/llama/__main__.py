@@ -6,6 +6,7 @@ import sys
 import tyro
 from rich.console import Console
 
+from examples.llama import hosts
 from examples.llama.config import PRESETS, Config
 from examples.llama.stop import Stopped
 from examples.llama.train import Result, train
@@ -13,6 +14,8 @@ from examples.llama.train import Result, train
 
 def main() -> int:
     config = parse(sys.argv[1:])
+    if config.distributed is not None:
+        hosts.join(config.distributed)
     console = Console()
     try:
         result = train(config, console)

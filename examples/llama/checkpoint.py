@@ -9,6 +9,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from examples.llama import hosts
 from examples.llama.config import Config, as_fields, differences
 
 _UNFINISHED = "its saving was interrupted"
@@ -37,7 +38,10 @@ class Checkpoints:
     def __init__(self, workdir: Path):
         self._folder = workdir.resolve() / "checkpoints"
         self._digests = workdir.resolve() / "digests"
-        self.set_aside = self._set_aside(workdir.resolve() / "damaged")
+        self.set_aside: list[str] = []
+        if hosts.is_first():
+            self.set_aside = self._set_aside(workdir.resolve() / "damaged")
+        hosts.wait_for_all("checkpoints are verified")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
             # The next step donates the very buffers a background save would read.
@@ -63,6 +67,8 @@ class Checkpoints:
         if step == self.latest_step:
             return
         self._manager.save(step, args=ocp.args.StandardSave(state))
+        if not hosts.is_first():
+            return
         self._digests.mkdir(exist_ok=True)
         _write(self._digests / f"{step}.json", _digests_of(self.path(step)))
         for file in self._digests.glob("*.json"):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from examples.llama.hosts import parse_job
 from examples.llama.layout import parse_mesh
 
 OptimizerName = Literal["lorapre_adamw", "lorapre_muon", "adamw", "muon", "galore"]
@@ -194,6 +195,9 @@ class Config:
     """Seed of the initial weights and of the order of the rows."""
     mesh: str | None = None
     """Devices along data, fsdp and tensor: fsdp=4,tensor=2 (none: all along data)."""
+    distributed: str | None = None
+    """One job of several processes: auto (TPU pods, SLURM, Kubernetes), or
+    host:port,processes,own number (none: this process alone)."""
     workdir: Path = Path("runs/llama")
     """Folder for checkpoints, metrics and plot; a run found there goes on."""
     eval_every: int = 100
@@ -209,6 +213,7 @@ class Config:
         _require_positive(self, "steps", "eval_every", "checkpoint_every")
         _require_positive(self, "diagnostics_every", "log_every")
         parse_mesh(self.mesh or "")
+        parse_job(self.distributed or "auto")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         chunk, length = self.model.loss_chunk, self.data.seq_len
         _require(
@@ -226,6 +231,7 @@ class Config:
 _FREE = (
     "workdir",
     "mesh",
+    "distributed",
     "eval_every",
     "checkpoint_every",
     "diagnostics_every",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -28,11 +28,14 @@ class TextData(NamedTuple):
 
 
 class HeldOutBatch(NamedTuple):
-    """``mask`` is 1 where the target counts and 0 where it is padding."""
+    """``mask`` is 1 where the target counts and 0 where it is padding.
 
-    inputs: np.ndarray  # (batch, seq) int32
-    targets: np.ndarray  # (batch, seq) int32
-    mask: np.ndarray  # (batch, seq) float32
+    Arrays of NumPy, or of JAX once they lie on devices.
+    """
+
+    inputs: Any  # (batch, seq) int32
+    targets: Any  # (batch, seq) int32
+    mask: Any  # (batch, seq) float32
 
 
 def load_text(config: DataConfig, cache_folder: Path) -> TextData:
@@ -81,16 +84,23 @@ class Rows:
         return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
 
 
+def train_rows(
+    tokens: np.ndarray, seq_len: int, seed: int
+) -> grain.MapDataset[np.ndarray]:
+    """Endless rows (seq + 1,) int32, in another order every epoch.
+
+    Random access makes a row a pure function of (seed, number): a resumed run goes on
+    with exactly the tokens it would have seen, and a host reads its own rows alone.
+    """
+    rows = grain.MapDataset.source(Rows(tokens, seq_len)).seed(seed)
+    return rows.shuffle().repeat()
+
+
 def train_batches(
     tokens: np.ndarray, seq_len: int, batch_size: int, seed: int
 ) -> grain.MapDataset[np.ndarray]:
-    """Endless batches (batch, seq + 1) int32; number ``step`` is ``batches[step]``.
-
-    Random access makes a batch a pure function of (seed, step): a resumed run goes
-    on with exactly the tokens it would have seen. Each epoch has its own order.
-    """
-    rows = grain.MapDataset.source(Rows(tokens, seq_len)).seed(seed)
-    return rows.shuffle().repeat().batch(batch_size)
+    """Endless batches (batch, seq + 1) int32; number ``step`` is ``batches[step]``."""
+    return train_rows(tokens, seq_len, seed).batch(batch_size)
 
 
 def held_out_batches(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,17 +17,21 @@ class MetricsLog:
     """``workdir/metrics.jsonl`` and TensorBoard events, from after ``start_step``.
 
     What an interrupted run wrote past its last checkpoint is dropped, since those
-    steps are about to run again; ``start_step`` 0 drops everything.
+    steps are about to run again; ``start_step`` 0 drops everything. Where not
+    ``to_disk``, there are only ``records``.
     """
 
-    def __init__(self, workdir: Path, start_step: int):
+    def __init__(self, workdir: Path, start_step: int, to_disk: bool = True):
         path = workdir / "metrics.jsonl"
         kept = _read(path) if start_step else []
+        path = path if to_disk else Path(os.devnull)
         self.records = [record for record in kept if record["step"] <= start_step]
         path.write_text("".join(map(_line, self.records)))
         self._file = path.open("a")
         self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1
+            str(workdir / "tensorboard"),
+            purge_step=start_step + 1,
+            write_to_disk=to_disk,
         )
 
     def __enter__(self) -> "MetricsLog":

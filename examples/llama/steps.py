@@ -108,7 +108,9 @@ def make_diagnosis(
 
 
 def make_evaluation(
-    model: PureLlama, batches: Sequence[HeldOutBatch]
+    model: PureLlama,
+    batches: Sequence[HeldOutBatch],
+    replicated: Sharding | None = None,
 ) -> Callable[[Any], float]:
     """``evaluate(params)``: the exact mean loss in nats over all tokens of ``batches``.
 
@@ -116,7 +118,7 @@ def make_evaluation(
     averaging the batches' means would give a short last batch too much weight.
     """
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=replicated)
     def sum_and_count(params: Any, batch: HeldOutBatch) -> tuple[jax.Array, jax.Array]:
         losses = model.losses(params, batch.inputs, batch.targets)
         return jnp.sum(losses * batch.mask), jnp.sum(batch.mask)

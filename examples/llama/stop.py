@@ -3,6 +3,9 @@
 import signal
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Stopped(Exception):
     """The run saved and stopped, as it was asked to."""
@@ -12,17 +15,26 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Within it, SIGTERM only sets ``received``."""
+    """Within it, SIGTERM only makes ``received`` true."""
 
     def __init__(self):
-        self.received = False
+        self._received = False
+
+    def received(self, step: int) -> bool:
+        """Of several processes, all hear of it at the same step."""
+        if jax.process_count() > 1:
+            # JAX's own runtime has caught the signal, on whatever host it came.
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
 
     def _receive(self, *_: Any) -> None:
-        self.received = True
+        self._received = True
 
     def __enter__(self) -> "StopRequest":
-        self._before = signal.signal(signal.SIGTERM, self._receive)
+        if jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._before)

@@ -9,10 +9,16 @@ import jax
 from rich.console import Console
 
 import lorapre_jax as lp
-from examples.llama import layout
+from examples.llama import hosts, layout
 from examples.llama.checkpoint import Checkpoints, check_same_run, record_run
 from examples.llama.config import Config
-from examples.llama.data import TextData, held_out_batches, load_text, train_batches
+from examples.llama.data import (
+    HeldOutBatch,
+    TextData,
+    held_out_batches,
+    load_text,
+    train_rows,
+)
 from examples.llama.metrics import MetricsLog, perplexity, plot_losses
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
@@ -43,7 +49,7 @@ class Result:
 
 def train(config: Config, console: Console | None = None) -> Result:
     """Train until ``config.steps``; what ``config.workdir`` has done is not redone."""
-    console = console or Console()
+    console = (console or Console()) if hosts.is_first() else Console(quiet=True)
     mesh = layout.make_mesh(config.mesh, jax.devices())
     by_row = layout.by_row(mesh, config.data.batch_size)
 
@@ -68,9 +74,14 @@ def train(config: Config, console: Console | None = None) -> Result:
             state = init(jax.random.key(config.seed))
 
         size = config.data.seq_len, config.data.batch_size
-        batches = train_batches(data.train, *size, config.seed)
-        held_out = held_out_batches(data.held_out, *size)
-        evaluate = make_evaluation(model, jax.device_put(list(held_out), by_row))
+        all_rows = train_rows(data.train, config.data.seq_len, config.seed)
+        held_out = [
+            HeldOutBatch(
+                *(hosts.batch_from_rows(x.__getitem__, len(x), by_row) for x in batch)
+            )
+            for batch in held_out_batches(data.held_out, *size)
+        ]
+        evaluate = make_evaluation(model, held_out, layout.replicated(mesh))
         train_step = make_train_step(model, tx, abstract)
         diagnose = make_diagnosis(model, layout.replicated(mesh))
         factored = any(leaf.is_factored for leaf in memory.leaves)
@@ -78,14 +89,19 @@ def train(config: Config, console: Console | None = None) -> Result:
 
         with (
             StopRequest() as stop,
-            MetricsLog(config.workdir, start) as log,
+            MetricsLog(config.workdir, start, hosts.is_first()) as log,
             ProgressDisplay(start, config.steps, config.log_every, console) as display,
         ):
             report = Reporter(log, display, tokens_per_step=math.prod(size))
             if start == 0:
                 report.evaluated(0, evaluate(state.params))
             for step in range(start + 1, config.steps + 1):
-                rows = jax.device_put(batches[step - 1], by_row)
+                first = (step - 1) * config.data.batch_size
+                rows = hosts.batch_from_rows(
+                    lambda i, first=first: all_rows[first + i],
+                    config.data.batch_size,
+                    by_row,
+                )
                 diagnosis = {}
                 if factored and step % config.diagnostics_every == 0:
                     report.flush()  # the rate of steps leaves this out
@@ -94,7 +110,7 @@ def train(config: Config, console: Console | None = None) -> Result:
                 report.trained(step, metrics | diagnosis)
                 if step % config.eval_every == 0 or step == config.steps:
                     report.evaluated(step, evaluate(state.params))
-                stopped = stop.received
+                stopped = stop.received(step)
                 last = stopped or step == config.steps
                 if last or step % config.checkpoint_every == 0:
                     report.flush()  # the log must never lag behind a checkpoint
@@ -103,7 +119,8 @@ def train(config: Config, console: Console | None = None) -> Result:
                     raise Stopped(step)
 
         plot = config.workdir / "loss.png"
-        plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
+        if hosts.is_first():
+            plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
         held_out_loss = log.last("held_out_loss")
         return Result(
             held_out_loss=held_out_loss,
@@ -123,7 +140,7 @@ def load_data_of_run(config: Config, resumed: bool) -> TextData:
     data = load_text(config.data, cache_folder=config.workdir)
     if resumed:
         check_same_run(config, data.fingerprint())
-    else:
+    elif hosts.is_first():
         record_run(config, data.fingerprint())
     return data
 

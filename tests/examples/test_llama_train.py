@@ -7,13 +7,12 @@ import math
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from command_line import start
 from rich.console import Console
 
 from examples.llama import __main__
@@ -25,8 +24,6 @@ from examples.llama.model import PureLlama
 from examples.llama.steps import make_evaluation
 from examples.llama.stop import Stopped
 from examples.llama.train import train
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def run(config):
@@ -164,8 +161,8 @@ def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
     assert len(batches) == 3
 
     plain, expected = jax.tree.map(np.asarray, params), []
-    for start in range(0, len(tokens) - 1, 8):
-        row = tokens[start : start + 9]
+    for i in range(0, len(tokens) - 1, 8):
+        row = tokens[i : i + 9]
         logits = numpy_logits(plain, row[:-1], head_dim=16)
         log_z = np.log(np.exp(logits).sum(-1))
         expected += list(log_z - logits[np.arange(len(row) - 1), row[1:]])
@@ -175,37 +172,10 @@ def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
 
 
 def command_line(config, *more, devices):
-    """Runs tiny_config's run as one would by hand."""
-    options = {
-        "data": config.data.path,
-        "workdir": config.workdir,
-        "optimizer": config.optimizer.name,
-        "rank": config.optimizer.rank,
-        "steps": config.steps,
-        "eval-every": config.eval_every,
-        "checkpoint-every": config.checkpoint_every,
-        "seq-len": config.data.seq_len,
-        "batch-size": config.data.batch_size,
-        "eval-tokens": config.data.eval_tokens,
-        "width": config.model.width,
-        "ffn-width": config.model.ffn_width,
-        "num-layers": config.model.num_layers,
-        "num-heads": config.model.num_heads,
-    }
-    flags = [part for name, x in options.items() for part in (f"--{name}", str(x))]
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "examples.llama", *flags, *more],
-        cwd=REPOSITORY,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Runs a tiny run as one would by hand."""
+    done = start(config, *more, devices=devices)
+    stdout, stderr = done.communicate()
+    return subprocess.CompletedProcess(done.args, done.returncode, stdout, stderr)
 
 
 @pytest.fixture(scope="module")

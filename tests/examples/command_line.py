@@ -1,0 +1,43 @@
+"""The example in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start(config, *more, devices) -> subprocess.Popen[str]:
+    """A tiny configuration as options; `more` go last."""
+    options = {
+        "data": config.data.path,
+        "workdir": config.workdir,
+        "optimizer": config.optimizer.name,
+        "rank": config.optimizer.rank,
+        "steps": config.steps,
+        "eval-every": config.eval_every,
+        "checkpoint-every": config.checkpoint_every,
+        "log-every": config.log_every,
+        "seq-len": config.data.seq_len,
+        "batch-size": config.data.batch_size,
+        "eval-tokens": config.data.eval_tokens,
+        "width": config.model.width,
+        "ffn-width": config.model.ffn_width,
+        "num-layers": config.model.num_layers,
+        "num-heads": config.model.num_heads,
+    }
+    flags = [part for name, x in options.items() for part in (f"--{name}", str(x))]
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "examples.llama", *flags, *more],
+        cwd=REPOSITORY,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

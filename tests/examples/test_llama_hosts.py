@@ -1,0 +1,118 @@
+"""Two processes with four CPU devices each, as one job."""
+
+import dataclasses
+import io
+import json
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+from command_line import start
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from examples.llama import hosts
+from examples.llama.config import Config
+from examples.llama.train import train
+
+MESH = "fsdp=4,tensor=2"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def two_processes(config):
+    port = free_port()
+    return [
+        start(
+            config, "--mesh", MESH, "--distributed", f"localhost:{port},2,{i}",
+            devices=4,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+def records(config):
+    path = config.workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in lines]
+
+
+def test_two_processes_have_the_losses_of_one(make_config, tmp_path):
+    one = make_config(tmp_path / "one", "lorapre_adamw", mesh=MESH)
+    train(one, Console(file=io.StringIO()))
+    two = dataclasses.replace(one, workdir=tmp_path / "two")
+    first, second = two_processes(two)
+    outputs = [process.communicate(timeout=240) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert "8 device(s)" in outputs[0][0]
+    assert "step 6/12" in outputs[0][0]
+    assert "step" not in outputs[1][0]  # Only the first one prints.
+    assert len(records(one)) == len(records(two)) == 13
+    for alone, together in zip(records(one), records(two), strict=True):
+        for name in ("train_loss", "held_out_loss"):
+            assert together.get(name) == pytest.approx(alone.get(name), rel=1e-4)
+
+
+def wait_for(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_job_that_lost_a_process_goes_on_as_another_job(make_config, tmp_path):
+    config = make_config(tmp_path / "run", "lorapre_adamw", steps=3000)
+    first, second = two_processes(config)
+    wait_for(lambda: len(records(config)) > 8)
+    second.kill()
+    _, errors = first.communicate(timeout=60)  # 15 s where nothing else runs.
+    assert first.returncode != 0, errors
+    second.communicate()
+
+    alone = start(config, "--mesh", "fsdp=4", devices=4)
+    lost = len(records(config))
+    wait_for(lambda: alone.poll() is not None or len(records(config)) > lost + 8)
+    alone.send_signal(signal.SIGTERM)
+    printed, errors = alone.communicate(timeout=60)
+    assert "going on after step" in printed, errors
+    assert alone.returncode == 143
+    steps = [record["step"] for record in records(config)]
+    assert steps == list(range(len(steps)))
+
+
+def test_each_process_reads_its_own_rows():
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    read = []
+
+    def row(i):
+        read.append(i)
+        return np.full(3, i)
+
+    batch = hosts.batch_from_rows(row, 8, NamedSharding(mesh, P("x")))
+    np.testing.assert_array_equal(batch, np.arange(8)[:, None] * np.ones(3))
+    assert set(read) == set(range(8))
+    assert batch.sharding.shard_shape(batch.shape) == (2, 3)
+
+
+@pytest.mark.parametrize("text", ["host", "host:1,2", "host:1,2,2", "host:1,two,0"])
+def test_a_bad_job_is_refused(text):
+    with pytest.raises(ValueError, match="neither auto nor like host0:1234,2,0"):
+        Config(distributed=text)
+
+
+def test_a_job_is_read():
+    assert hosts.parse_job("auto") == {}
+    assert hosts.parse_job("host0:1234,4,3") == {
+        "coordinator_address": "host0:1234",
+        "num_processes": 4,
+        "process_id": 3,
+    }
