@@ -117,7 +117,8 @@ def test_differences_are_paired_by_seed():
             *(row("muon", s, x) for s, x in enumerate((1.9, 2.1, 2.3))),
         ]
     )
-    best, adamw = report.summary(known)
+    best, adamw = report.summary(known, {"adamw": 0.1, "muon": 0.25})
+    assert best["time"] == "2.50"
     assert best["method"] == "muon"
     assert best["minus AdamW"] == "-0.1000 ± 0.0000"
     assert adamw["minus AdamW"] == ""

@@ -3,10 +3,11 @@
     python -m benchmarks.quality.report --scale a
 
 Differences are to AdamW on the same seed and text (the same rows in the same order);
-their 95 % interval is Student's, over seeds.
+their 95 % interval is Student's, over seeds. Times are those of timing.py.
 """
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,10 @@ _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 Rows = Mapping[Key, Row]
 
 
-def summary(known: Rows, reference: str = "adamw") -> list[dict[str, Any]]:
-    """One line a method, the best first."""
+def summary(
+    known: Rows, times: Mapping[str, float], reference: str = "adamw"
+) -> list[dict[str, Any]]:
+    """One line a method, the best first; `times` of a step, as `seconds_a_step`."""
     by_method: dict[str, dict[int, tuple[Key, Row]]] = {}
     for key, row in known.items():
         by_method.setdefault(key.method, {})[key.seed] = key, row
@@ -52,7 +55,8 @@ def summary(known: Rows, reference: str = "adamw") -> list[dict[str, Any]]:
         for name in row["other_losses"]:
             others = [r["other_losses"].get(name, math.inf) for _, r in runs.values()]
             line[f"on {name}"] = statistics.fmean(others)
-        lines.append(line | _cost(row, base))
+        time = times.get(method, math.nan) / times.get(reference, math.nan)
+        lines.append(line | _cost(row, base) | {"time": f"{time:.2f}"})
     return sorted(lines, key=lambda line: line["held-out loss"])
 
 
@@ -80,8 +84,15 @@ def _cost(row: Row, base: Mapping[int, tuple[Key, Row]]) -> dict[str, Any]:
     return {
         "matrix state": f"{matrices / adamw['state_bytes']['matrices']:.3f}",
         "all state": f"{total / sum(adamw['state_bytes'].values()):.3f}",
-        "time": f"{row['seconds'] / adamw['seconds']:.2f}",
     }
+
+
+def seconds_a_step(scale: str) -> dict[str, float]:
+    path = rows.FOLDER / f"timing_{scale}.json"
+    if not path.exists():
+        return {}
+    lines = json.loads(path.read_text())["rows"]
+    return {line["method"]: line["seconds a step"] for line in lines}
 
 
 def searched(known: Rows) -> list[dict[str, Any]]:
@@ -119,7 +130,7 @@ def valley(losses: Mapping[float, float], depth: float = 0.05) -> float:
     return float(np.exp(inside[-1] - inside[0]))
 
 
-def plot(known: Rows, path: Path) -> None:
+def plot(known: Rows, times: Mapping[str, float], path: Path) -> None:
     """Held-out loss against step, bytes of matrix state, and seconds."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -132,7 +143,8 @@ def plot(known: Rows, path: Path) -> None:
         dashes = ("-", "--", ":")[number // 10 % 3]
         at, losses = np.asarray(row["curve"]).T
         steps.plot(at, losses, dashes, **style)
-        clock.plot(at * row["seconds"] / key.steps, losses, dashes, **style)
+        if key.method in times:
+            clock.plot(at * times[key.method], losses, dashes, **style)
         state.plot(row["state_bytes"]["matrices"], row["loss"], "o", **style)
     best = min(rows.loss_of(row) for row in known.values())
     steps.set(
@@ -140,7 +152,7 @@ def plot(known: Rows, path: Path) -> None:
     )
     state.set(xlabel="state of the matrices (bytes)", xscale="log")
     clock.set(xlabel="seconds on one core")
-    clock.legend(fontsize="x-small", ncols=2)
+    steps.legend(fontsize="x-small", ncols=2)
     for axes in (steps, state, clock):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +164,8 @@ def sections(table: Rows, scale: str) -> list[str]:
     parts = []
     for condition in dict.fromkeys(key.condition for key in table):
         chosen = {k: v for k, v in table.items() if k.condition == condition}
-        parts.append(f"## {condition}\n\n{_record.table(summary(chosen))}")
+        lines = summary(chosen, seconds_a_step(scale))
+        parts.append(f"## {condition}\n\n{_record.table(lines)}")
     for kind in ("search", "ablations"):
         known = rows.read(rows.FOLDER / f"{kind}_{scale}.jsonl")
         if known:
@@ -174,7 +187,7 @@ def main() -> None:
     text = "\n\n".join(sections(known, args.scale)) + "\n"
     path.with_suffix(".md").write_text(text)
     plain = {k: v for k, v in known.items() if k.condition == "plain"}
-    plot(plain, path.with_suffix(".png"))
+    plot(plain, seconds_a_step(args.scale), path.with_suffix(".png"))
     print(text)
 
 

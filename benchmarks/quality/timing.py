@@ -1,0 +1,68 @@
+"""Seconds of a training step, all methods side by side in one process on one core.
+
+    python -m benchmarks.quality.timing --scale a
+
+The seconds in the rows of the other commands come from machines that did other work at
+the same time; the report takes its times from here. Nothing else may run beside it.
+"""
+
+import os
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import _record
+from benchmarks.quality import jobs
+from benchmarks.quality.conditions import Condition
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.run import Race
+from benchmarks.quality.scales import SCALES, load_texts
+from examples.llama.data import train_batches
+
+ROUNDS, STEPS = 15, 2
+
+
+def main() -> None:
+    args = jobs.parser(__doc__).parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    scale = SCALES[args.scale]
+    texts = load_texts(scale, args.data, "choose", args.cache)
+    batches = train_batches(texts.train, scale.seq_len, scale.batch_size, 0)
+    runs: dict[str, list[Any]] = {}
+    for name in args.methods or METHODS:
+        race = Race(scale, METHODS[name], Condition(), texts)
+        runs[name] = [race, race.init(0), []]
+        _steps(runs[name], batches)  # Compiles.
+    for _ in range(ROUNDS):
+        for run in runs.values():
+            run[2].append(_steps(run, batches))
+    medians = {name: statistics.median(run[2]) for name, run in runs.items()}
+    lines = [
+        {
+            "method": name,
+            "seconds a step": round(median, 5),
+            "to AdamW": round(median / medians["adamw"], 3),
+        }
+        for name, median in medians.items()
+    ]
+    print(_record.table(lines))
+    print(_record.save(f"quality/timing_{args.scale}", lines))
+
+
+def _steps(run: list[Any], batches: Any) -> float:
+    """Seconds of one step; its state is the run's new one."""
+    race, state, _ = run
+    rates = dict.fromkeys(race.rules, np.float32(1e-3))
+    start = time.perf_counter()
+    for step in range(STEPS):
+        state, loss = race.train_step(state, batches[step], rates)
+    jax.block_until_ready(loss)
+    run[1] = state
+    return (time.perf_counter() - start) / STEPS
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The README's code, as printed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(section: str) -> list[str]:
+    text = README.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_on_a_pod(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    first, second = blocks("On a pod")
+    exec(first, names)
+    spec = names["state"][0].mu_factors["down"].left.sharding.spec
+    assert tuple(spec) == ("tensor", None)
+    before = jax.device_get(names["params"])
+    exec(second, names)
+    assert names["params"]["up"].sharding.mesh.shape == {"fsdp": 2}
+    jax.tree.map(np.testing.assert_array_equal, names["params"], before)
+    adam = names["state"][0]
+    assert adam.count == 1
+    assert adam.mu["up"].sharding.spec == jax.sharding.PartitionSpec("fsdp")
+    assert np.linalg.matrix_rank(adam.mu["up"], 1e-4) <= 8
