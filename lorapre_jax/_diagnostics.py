@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lorapre_jax import _online_regression as regression
 from lorapre_jax._methods import FactorPair, at_least_float32
-from lorapre_jax._plan import LeafPlan, Plan
+from lorapre_jax._plan import LeafPlan, has_plan
 from lorapre_jax._selection import named_leaves
 from lorapre_jax._sharding import replicated_result
 
@@ -68,7 +68,7 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
     """
     by_path = dict(named_leaves(grads))
     found: dict[str, dict[str, FactorDiagnostics]] = {}
-    for ours in filter(_has_plan, jax.tree.leaves(state, is_leaf=_has_plan)):
+    for ours in filter(has_plan, jax.tree.leaves(state, is_leaf=has_plan)):
         for leaf in ours.plan.leaves:
             _check_gradient(leaf, by_path)
             for moment, pair in _factor_pairs(ours, leaf.path):
@@ -86,10 +86,6 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
             "nothing to diagnose. `describe` says why each leaf is dense."
         )
     return found
-
-
-def _has_plan(node: Any) -> bool:
-    return isinstance(getattr(node, "plan", None), Plan)
 
 
 def _factor_pairs(state: Any, path: str) -> list[tuple[str, FactorPair]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax._methods import Dense, FactorPair, RowColumn
-from lorapre_jax._plan import LeafPlan, Plan
+from lorapre_jax._plan import LeafPlan, Plan, has_plan
 from lorapre_jax._selection import named_leaves
 
 
@@ -144,14 +144,17 @@ def _bytes_by_leaf(state, leaves) -> dict[str | None, int]:
     """Bytes of the state's arrays by the parameter they belong to; None: to none."""
     paths = {path for path, _ in leaves}
     nbytes: dict[str | None, int] = dict.fromkeys([*paths, None], 0)
-    for owner, node in parts(state, paths):
+    for owner, _, node in parts(state, paths):
         for array in jax.tree.leaves(node):
             nbytes[owner] += math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
     return nbytes
 
 
-def parts(state: Any, paths: Collection[str]) -> list[tuple[str | None, Any]]:
-    """The state's arrays in tree order, factors together, each with its parameter.
+Part = tuple[str | None, LeafPlan | None, Any]
+
+
+def parts(state: Any, paths: Collection[str]) -> list[Part]:
+    """The state's arrays in tree order, factors together: owner, its plan, array.
 
     An array belongs to a parameter where its path ends with the parameter's (a tree
     shaped like the parameters); factors, where it is their key. Others belong to None.
@@ -163,8 +166,16 @@ def parts(state: Any, paths: Collection[str]) -> list[tuple[str | None, Any]]:
         suffixes = ("/".join(keys[i:]) for i in range(len(keys) + 1))
         return next((suffix for suffix in suffixes if suffix in paths), None)
 
-    nodes = named_leaves(state, is_leaf=is_factors)
-    return [(owner(name), node) for name, node in nodes]
+    found: list[Part] = []
+    for name, node in named_leaves(state, is_leaf=has_plan):
+        if not has_plan(node):
+            found.append((owner(name), None, node))
+            continue
+        plans = {leaf.path: leaf for leaf in node.plan.leaves}
+        for inner_name, inner in named_leaves(node, is_leaf=is_factors):
+            path = owner(inner_name)
+            found.append((path, plans.get(path or ""), inner))
+    return found
 
 
 def is_factors(node: Any) -> bool:

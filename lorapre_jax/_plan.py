@@ -20,8 +20,8 @@ from lorapre_jax._methods import FACTORED, Dense, at_least_float32
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 from lorapre_jax._sharding import (
     batch_shards,
+    known_sharding,
     like_parameter,
-    named_sharding,
     with_auto_axes,
 )
 
@@ -85,6 +85,11 @@ class Plan:
                     f"optimizer state was initialised for {leaf.shape}."
                 )
         return plans
+
+
+def has_plan(node: Any) -> bool:
+    """Whether it is the state of one of our transforms."""
+    return isinstance(getattr(node, "plan", None), Plan)
 
 
 def make_plan(
@@ -155,7 +160,7 @@ def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]
         if not leaf.methods:
             dense.append(optax.MaskedNode())
         elif not leaf.is_factored or isinstance(leaf.methods[index], Dense):
-            dtype, sharding = at_least_float32(param.dtype), named_sharding(param)
+            dtype, sharding = at_least_float32(param.dtype), known_sharding(param)
             dense.append(jnp.zeros(leaf.shape, dtype, device=sharding))
         else:
             dense.append(optax.MaskedNode())

@@ -5,13 +5,13 @@ its batch axes; the rank axis is replicated.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from lorapre_jax._matrix_view import MatrixView
 
@@ -20,7 +20,7 @@ def like_parameter(
     init: Callable[[], Any], param: Any, path: str, view: MatrixView
 ) -> Any:
     """`init()`, a factored state, placed as `param` is where that is known."""
-    sharding = named_sharding(param)
+    sharding = known_sharding(param)
     if sharding is None:
         return init()
     shardings = factor_shardings(sharding, path, view, type(jax.eval_shape(init)))
@@ -38,24 +38,24 @@ def factor_shardings(
         return kind(*[sharding] * len(kind.axes))
     spec = (*sharding.spec, *[None] * (len(view.shape) - len(sharding.spec)))
     side = {
-        "row": _fused(spec, view.row_axes, path, view),
-        "column": _fused(spec, view.column_axes, path, view),
+        "row": _fused(sharding.mesh, spec, view.row_axes, path, view),
+        "column": _fused(sharding.mesh, spec, view.column_axes, path, view),
         "rank": None,
     }
     batch = [spec[axis] for axis in view.batch_axes]
     return kind(
         *(
-            NamedSharding(sharding.mesh, PartitionSpec(*batch, *map(side.get, axes)))
+            sharding.update(spec=PartitionSpec(*batch, *map(side.get, axes)))
             for axes in kind.axes
         )
     )
 
 
-def _fused(spec: Sequence[Any], axes: Sequence[int], path: str, view: MatrixView):
+def _fused(mesh: Any, spec: Sequence[Any], axes, path: str, view: MatrixView):
     """The entry of a fused side: that of its first axis with more than one element."""
     first, *rest = [axis for axis in axes if view.shape[axis] > 1] or axes[:1]
     for axis in rest:
-        if spec[axis] not in (None, ()):
+        if _parts(mesh, spec[axis]) > 1:
             raise ValueError(
                 f"Leaf '{path}' of shape {view.shape}: axis {axis} is sharded over "
                 f"mesh axis {spec[axis]!r}, but its matrix fuses it behind axis "
@@ -68,29 +68,45 @@ def _fused(spec: Sequence[Any], axes: Sequence[int], path: str, view: MatrixView
 
 def replicated_zero(params: Any) -> jax.Array:
     """A counter, `()` int32, on all devices of the parameters' mesh, if known."""
-    known = map(named_sharding, jax.tree.leaves(params))
-    meshes = [sharding.mesh for sharding in known if sharding is not None]
-    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    return jnp.zeros([], jnp.int32, device=everywhere)
+    known = filter(None, map(known_sharding, jax.tree.leaves(params)))
+    return jnp.zeros([], jnp.int32, device=replicated(known))
+
+
+def replicated(known: Iterable[Sharding]) -> Sharding | None:
+    """On all devices of the first mesh among them; else that of the first at all."""
+    shardings = list(known)
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    if meshes:
+        return NamedSharding(meshes[0], PartitionSpec())
+    return shardings[0] if shardings else None
 
 
 def batch_shards(param: Any, view: MatrixView) -> int:
     """Over how many devices the first batch axis is sharded, as far as is known."""
-    sharding = named_sharding(param)
-    if sharding is None or not view.batch_axes:
+    sharding = known_sharding(param)
+    if not isinstance(sharding, NamedSharding) or not view.batch_axes:
         return 1
     spec = (*sharding.spec, *[None] * len(view.shape))[view.batch_axes[0]]
-    axes = spec if isinstance(spec, tuple) else (spec,)
-    return math.prod(sharding.mesh.shape[axis] for axis in axes if axis is not None)
+    return _parts(sharding.mesh, spec)
 
 
-def named_sharding(param: Any) -> NamedSharding | None:
-    """The mesh sharding of an array, abstract value or tracer that knows its own."""
+def _parts(mesh: Any, entry: Any) -> int:
+    """Into how many an entry of a spec divides its axis."""
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(mesh.shape[axis] for axis in axes if axis is not None)
+
+
+def known_sharding(param: Any) -> Sharding | None:
+    """Where an array, abstract value or tracer lies, if that was anyone's choice."""
     if isinstance(param, jax.core.Tracer):
         sharding = jax.typeof(param).sharding
         return sharding if sharding.mesh.explicit_axes else None
     sharding = getattr(param, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) else None
+    if isinstance(sharding, NamedSharding):
+        return sharding
+    # JAX moves what was not committed to a device to where others are.
+    chosen = isinstance(param, jax.Array) and param.committed
+    return sharding if chosen and isinstance(sharding, SingleDeviceSharding) else None
 
 
 def with_auto_axes(fn: Callable[..., Any], g: jax.Array, states: Any) -> Any:

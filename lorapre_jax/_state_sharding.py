@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
-from lorapre_jax._memory import is_factors, parts, plans_by_path
+from lorapre_jax._memory import is_factors, parts
+from lorapre_jax._plan import LeafPlan
 from lorapre_jax._selection import named_leaves
-from lorapre_jax._sharding import factor_shardings
+from lorapre_jax._sharding import factor_shardings, known_sharding, replicated
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -27,6 +28,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
     Args:
       tx: Any optax transform.
       params: Arrays, or `jax.ShapeDtypeStruct`s with `sharding=`. Nothing is allocated.
+        An array that was never placed counts as replicated on the mesh of the others.
 
     Returns:
       A tree like the state, of `jax.sharding.Sharding`s.
@@ -36,38 +38,36 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
         its share; the message names the leaf and the mesh axis.
       What `tx.init` raises.
     """
-    shardings = {path: _known(path, leaf) for path, leaf in named_leaves(params)}
+    leaves = named_leaves(params)
+    if not leaves:
+        raise ValueError("The parameters have no leaves, so nothing says where to be.")
+    everywhere = replicated(filter(None, (known_sharding(x) for _, x in leaves)))
+    shardings = {path: _known(path, leaf, everywhere) for path, leaf in leaves}
+    everywhere = everywhere or next(iter(shardings.values()))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    shapes = {path: leaf.shape for path, leaf in named_leaves(abstract)}
+    shapes = {path: leaf.shape for path, leaf in leaves}
     state = jax.eval_shape(tx.init, abstract)
-    plans = plans_by_path(state)
-    everywhere = _replicated(next(iter(shardings.values())))
 
-    def place(owner: str | None, node: Any) -> Any:
+    def place(owner: str | None, plan: LeafPlan | None, node: Any) -> Any:
         if owner is None:
             return everywhere
-        sharding = shardings[owner]
         if is_factors(node):
-            view: Any = plans[owner].view
-            return factor_shardings(sharding, owner, view, type(node))
-        return sharding if node.shape == shapes[owner] else _replicated(sharding)
+            view: Any = plan and plan.view
+            return factor_shardings(shardings[owner], owner, view, type(node))
+        return shardings[owner] if node.shape == shapes[owner] else everywhere
 
-    placed = [place(owner, node) for owner, node in parts(state, shapes)]
+    placed = [place(*part) for part in parts(state, shapes)]
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(placed))
 
 
-def _known(path: str, leaf: Any) -> Sharding:
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, (NamedSharding, SingleDeviceSharding)):
-        return sharding
+def _known(path: str, leaf: Any, everywhere: Sharding | None) -> Sharding:
+    if (known := known_sharding(leaf)) is not None:
+        return known
+    if isinstance(leaf, jax.Array):  # Not placed by anyone: with the others.
+        return everywhere or leaf.sharding
+    if isinstance(getattr(leaf, "sharding", None), SingleDeviceSharding):
+        return leaf.sharding
     raise ValueError(
-        f"Leaf '{path}' carries no sharding that tells what each axis is divided over "
-        f"(it has {sharding!r}). Pass arrays that were placed with a NamedSharding, or "
-        "jax.ShapeDtypeStructs with sharding=."
+        f"Leaf '{path}' carries no sharding that tells what each axis is divided over. "
+        "Pass arrays, or jax.ShapeDtypeStructs with sharding=NamedSharding(...)."
     )
-
-
-def _replicated(sharding: Sharding) -> Sharding:
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec())
-    return sharding

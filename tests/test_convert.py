@@ -126,8 +126,14 @@ def test_from_optax_adamw_with_its_schedule():
         total = np.sqrt((row**2).mean(-2, keepdims=True))
         found = (row * column / total).reshape(best.shape)
         np.testing.assert_allclose(found, rank_one(root[name]), rtol=1e-4)
-    updates, _ = new_tx.update(params, new, params)
-    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+    step_with_donation(new_tx, new, params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))  # Still there.
+
+
+def step_with_donation(tx, state, params):
+    """What a training loop does next."""
+    updates, after = jax.jit(tx.update, donate_argnums=1)(params, state, params)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves((updates, after)))
 
 
 METHODS = {
@@ -215,6 +221,35 @@ def test_muon_and_average():
         np.testing.assert_allclose(product(pair), expected, atol=1e-5)
 
 
+def test_a_branch_without_leaves_and_a_leaf_without_elements():
+    muon = lp.lorapre_muon(1e-3, 2, matrices=lp.MatrixAxes(0, 1))
+    params = random_tree({"w": (16, 32)})
+    step_with_donation(muon, lp.convert_state(muon.init(params), muon, params), params)
+    params = random_tree({"w": (16, 32), "empty": (0, 4)})
+    ours = lp.scale_by_lorapre_adam(2, matrices=lp.MatrixAxes())
+    theirs = optax.scale_by_adam()
+    state = lp.convert_state(ours.init(params), theirs, params, **BETAS)
+    again = lp.convert_state(state, ours, params, **BETAS)
+    step_with_donation(theirs, state, params)
+    step_with_donation(ours, again, params)
+
+
+def test_from_factors_of_transposed_matrices_to_dense():
+    """A dense leaf has a view too; the factors' own counts."""
+    params = random_tree({"w": (16, 32)})
+    ours = lp.scale_by_lorapre_adam(2, matrices=lp.MatrixAxes(0, 1))
+    _, state = run(ours, params, gradients({"w": (16, 32)}))
+    new_tx = lp.scale_by_lorapre_adam(
+        2,
+        first_moment=lp.Dense(),
+        second_moment=lp.Dense(),
+        matrices=lp.MatrixAxes(1, 0),
+    )
+    new = lp.convert_state(state, new_tx, params, **BETAS)
+    expected = product(state.mu_factors["w"]) * (1 - 0.9**STEPS)
+    np.testing.assert_allclose(new.mu["w"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded(kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), (kind, kind))
@@ -227,6 +262,13 @@ def test_sharded(kind):
         state, lp.state_sharding(optax.scale_by_adam(**BETAS), params)
     )
     new = lp.convert_state(state, adam(), params, **BETAS)
+    rate = optax.linear_schedule(1e-2, 0.0, 100)
+    theirs = optax.adamw(rate, **BETAS)
+    for tx in (theirs, lp.lorapre_adamw(rate, 4, **BETAS, matrices=MATRICES)):
+        started: Any = theirs.init(params)
+        started = (state, *started[1:])
+        converted = lp.convert_state(started, tx, params, **BETAS)
+        step_with_donation(tx, converted, params)
     for x, place in zip(
         jax.tree.leaves(new),
         jax.tree.leaves(lp.state_sharding(adam(), params)),
@@ -241,9 +283,9 @@ def test_sharded(kind):
 
 def test_what_cannot_be_converted():
     params, state = trained(optax.scale_by_adam(**BETAS))
-    with pytest.raises(ValueError, match=r"Leaf 'heads': its first moment.* Pass b1="):
+    with pytest.raises(ValueError, match=r"'heads': .* its first moment .*Pass .* b1="):
         lp.convert_state(state, adam(), params)
-    with pytest.raises(ValueError, match=r"Leaf 'heads': its second.* Pass b2="):
+    with pytest.raises(ValueError, match=r"'heads': .* its second moment .* b2="):
         lp.convert_state(state, adam(first_moment=lp.Dense()), params, b1=0.9)
     ema = lp.lorapre_ema(0.9, 4, matrices=MATRICES).init(params)
     with pytest.raises(ValueError, match="'bias': the old state keeps no second"):
@@ -254,6 +296,16 @@ def test_what_cannot_be_converted():
         lp.convert_state(
             state, optax.MultiSteps(adam(), 2).gradient_transformation(), params
         )
+    with pytest.raises(ValueError, match="different numbers of steps"):
+        lp.convert_state(
+            (state, optax.ema(0.9).init({"x": params["w"]})), adam(), params
+        )
+    other = jax.tree.map(lambda x: x.T if x.shape == (16, 32) else x, state)
+    with pytest.raises(ValueError, match=r"'w': the old moment is of shape \(32, 16\)"):
+        lp.convert_state(other, adam(), params, **BETAS)
+    elsewhere = jax.device_put(state, jax.devices()[1])
+    with pytest.raises(ValueError, match="'heads': its moment lies on other devices"):
+        lp.convert_state(elsewhere, adam(), params, **BETAS)
     transposed = lp.select_matrices(
         axes={"^heads$": lp.MatrixAxes((0, 1), 2), "^(stack|w)$": lp.MatrixAxes()}
     )

@@ -156,6 +156,31 @@ def test_one_device():
     params = random_tree(SHAPES)
     found = lp.state_sharding(make("adam"), params)
     assert set(jax.tree.leaves(found)) == {params["w"].sharding}
+    third = jax.device_put(params, jax.devices()[3])
+    assert_lies(make("adam").init(third), lp.state_sharding(make("adam"), third))
+    assert all(
+        x.devices() == {jax.devices()[3]}
+        for x in jax.tree.leaves(make("adam").init(third))
+    )
+
+
+def test_what_was_never_placed_is_with_the_others():
+    params = LAYOUTS["rows"].shard(random_tree(SHAPES), AUTO) | {"bias": jnp.ones(8)}
+    tx = make("adam")
+    found = lp.state_sharding(tx, params)
+    assert found.count.spec == found.mu["bias"].spec == P()
+    assert_lies(jax.jit(tx.init, out_shardings=found)(params), found)
+
+
+def test_two_views_of_one_leaf():
+    """Each transform's factors lie as its own matrices do."""
+    layout = dataclasses.replace(LAYOUTS["columns"], heads=P("tensor"))
+    params = layout.shard(random_tree({"heads": (16, 8, 4)}), AUTO)
+    tx = optax.chain(
+        lp.lorapre_ema(0.9, 2, matrices=lp.MatrixAxes(0, (1, 2))),
+        lp.scale_by_lorapre_adam(2, matrices=lp.MatrixAxes((1, 2), 0)),
+    )
+    assert_lies(tx.init(params), lp.state_sharding(tx, params))
 
 
 def train(tx, params, grads, shardings=None):
@@ -205,6 +230,12 @@ def test_an_axis_that_no_factor_can_follow(method):
         method(make("adam"), params)
 
 
+def test_a_mesh_axis_of_one_device_divides_nothing():
+    layout = Layout({"fsdp": 4, "tensor": 1}, P("fsdp", None, "tensor"), P(), P())
+    state: Any = make("adam").init(layout.shard(random_tree(SHAPES), AUTO))
+    assert state.mu_factors["heads"].left.sharding.spec == P("fsdp", None)
+
+
 def test_an_axis_behind_one_of_a_single_element_is_followed():
     layout = dataclasses.replace(LAYOUTS["both"], heads=P("fsdp", None, "tensor"))
     shapes = SHAPES | {"heads": (16, 1, 32)}
@@ -219,6 +250,8 @@ def test_parameters_without_a_place():
         lp.state_sharding(make("adam", matrices=lp.MatrixAxes()), abstract)
     with pytest.raises(ValueError, match="Leaf 'w' carries no sharding"):
         lp.state_sharding(optax.adam(1e-3), {"w": np.zeros((16, 32))})
+    with pytest.raises(ValueError, match="no leaves"):
+        lp.state_sharding(optax.adam(1e-3), {})
 
 
 # Traffic.

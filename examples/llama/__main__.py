@@ -24,11 +24,13 @@ def main() -> int:
         console.print(f"error: {error}", markup=False, highlight=False)
         return 1
     except Stopped as stopped:
+        console.quiet = not hosts.is_first()
         console.print(f"{stopped} Run the same command again to go on.")
         return 143  # 128 + SIGTERM, as a shell reports it
     except KeyboardInterrupt:
         console.print("Interrupted. Run the same command again to go on.")
         return 130
+    console.quiet = not hosts.is_first()
     console.print(summary(result), markup=False, highlight=False, soft_wrap=True)
     return 0
 

@@ -38,10 +38,8 @@ class Checkpoints:
     def __init__(self, workdir: Path):
         self._folder = workdir.resolve() / "checkpoints"
         self._digests = workdir.resolve() / "digests"
-        self.set_aside: list[str] = []
-        if hosts.is_first():
-            self.set_aside = self._set_aside(workdir.resolve() / "damaged")
-        hosts.wait_for_all("checkpoints are verified")
+        damaged = workdir.resolve() / "damaged"
+        self.set_aside = hosts.on_first(lambda: self._set_aside(damaged)) or []
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
             # The next step donates the very buffers a background save would read.
@@ -83,12 +81,15 @@ class Checkpoints:
 
     def _set_aside(self, damaged: Path) -> list[str]:
         steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
-        faults = {path: self._fault(path) for path in steps}
+        newest = max(steps, key=lambda path: int(path.name), default=None)
+        faults = {path: self._fault(path, path == newest) for path in steps}
         faults = {path: fault for path, fault in faults.items() if fault}
-        lines = [
-            f"checkpoint {path} refused: {fault}" for path, fault in faults.items()
-        ]
-        if len(faults) == len(steps) and any(map(_UNFINISHED.__ne__, faults.values())):
+        lines = [f"checkpoint {path} refused: {why}" for path, why in faults.items()]
+        # The very first one may have been interrupted: then nothing is lost.
+        if len(faults) == len(steps) and list(faults.values()) not in (
+            [],
+            [_UNFINISHED],
+        ):
             raise DamagedCheckpoint(
                 "\n".join([*lines, "None is left. Remove the folder to start anew."])
             )
@@ -98,13 +99,16 @@ class Checkpoints:
             path.rename(damaged / path.name)
         return [f"{line}; moved to {damaged}" for line in lines]
 
-    def _fault(self, path: Path) -> str:
+    def _fault(self, path: Path, is_newest: bool) -> str:
         """Why the checkpoint is not what was saved; empty where it is."""
         file = self._digests / f"{path.name}.json"
         if not file.exists():
-            return _UNFINISHED
-        different = differences(json.loads(file.read_text()), _digests_of(path))
-        names = ", ".join(sorted(different))
+            return _UNFINISHED if is_newest else f"{file} is missing"
+        try:
+            recorded = json.loads(file.read_text())
+        except ValueError:
+            return f"{file} cannot be read"
+        names = ", ".join(sorted(differences(recorded, _digests_of(path))))
         return f"{names} changed since it was saved" if names else ""
 
 

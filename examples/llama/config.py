@@ -213,7 +213,8 @@ class Config:
         _require_positive(self, "steps", "eval_every", "checkpoint_every")
         _require_positive(self, "diagnostics_every", "log_every")
         parse_mesh(self.mesh or "")
-        parse_job(self.distributed or "auto")
+        if self.distributed is not None:
+            parse_job(self.distributed)
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         chunk, length = self.model.loss_chunk, self.data.seq_len
         _require(

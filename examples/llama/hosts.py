@@ -1,5 +1,7 @@
 """Several processes as one job, on JAX's own multi-host runtime."""
 
+import functools
+import hashlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -42,16 +44,42 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(why: str) -> None:
+def on_first(work: Callable[[], Any]) -> Any:
+    """What `work` returns, done by the first process while the others wait; None there.
+
+    Where it raises `ValueError`, so do all.
+    """
+    result, error = None, None
+    if is_first():
+        try:
+            result = work()
+        except ValueError as raised:
+            error = raised
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(why)
+        failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+        if failed and not is_first():
+            raise ValueError("the first process has stopped; it says why")
+    if error is not None:
+        raise error
+    return result
+
+
+def check_same(text: str, what: str) -> None:
+    """On all processes."""
+    if jax.process_count() > 1:
+        code = np.frombuffer(hashlib.sha256(text.encode()).digest()[:4], np.int32)
+        if len(np.unique(multihost_utils.process_allgather(code))) > 1:
+            raise ValueError(f"{what} is not the same on all hosts")
 
 
 def batch_from_rows(
     row: Callable[[int], Any], count: int, by_row: Sharding
 ) -> jax.Array:
     """(count, ...) of which each process reads the rows of its own devices alone."""
-    shape = (count, *row(0).shape)
+    row = functools.cache(row)  # Devices that hold the same rows share them.
+    mine: Any = by_row.addressable_devices_indices_map((count,))
+    some = next(iter(mine.values()))[0].start or 0
+    shape = (count, *row(some).shape)
 
     def part(index: Any) -> np.ndarray:
         rows = range(*index[0].indices(count))

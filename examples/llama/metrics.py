@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
+from examples.llama import hosts
+
 Record = dict[str, float]
 
 
@@ -24,6 +26,7 @@ class MetricsLog:
     def __init__(self, workdir: Path, start_step: int, to_disk: bool = True):
         path = workdir / "metrics.jsonl"
         kept = _read(path) if start_step else []
+        hosts.on_first(lambda: None)  # All have read before the first one writes.
         path = path if to_disk else Path(os.devnull)
         self.records = [record for record in kept if record["step"] <= start_step]
         path.write_text("".join(map(_line, self.records)))

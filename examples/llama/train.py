@@ -138,6 +138,7 @@ def load_data_of_run(config: Config, resumed: bool) -> TextData:
     if resumed:
         check_same_run(config)  # already before the data is read, which may take long
     data = load_text(config.data, cache_folder=config.workdir)
+    hosts.check_same(data.fingerprint(), "the text")
     if resumed:
         check_same_run(config, data.fingerprint())
     elif hosts.is_first():

@@ -101,3 +101,16 @@ def test_where_none_is_good_nothing_is_begun_silently(workdir):
             Checkpoints(workdir)
         for step in ("6", "12"):
             assert f"{workdir / 'checkpoints' / step} refused" in str(error.value)
+
+
+def test_older_ones_without_digests_are_not_taken_for_interrupted(workdir):
+    shutil.rmtree(workdir / "digests")
+    with pytest.raises(DamagedCheckpoint, match=r"6\.json is missing"):
+        Checkpoints(workdir)
+
+
+def test_digests_that_cannot_be_read(workdir):
+    (workdir / "digests" / "12.json").write_text("{")
+    with Checkpoints(workdir) as checkpoints:
+        assert "12.json cannot be read" in checkpoints.set_aside[0]
+        assert checkpoints.latest_step == 6

@@ -1,0 +1,166 @@
+"""One moment of one leaf, from one way of keeping it to another."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorapre_jax import _low_rank as low_rank
+from lorapre_jax._matrix_view import MatrixView
+from lorapre_jax._methods import (
+    AlgorithmOne,
+    Dense,
+    FactorPair,
+    OnlineRegression,
+    RankOne,
+    at_least_float32,
+    mass,
+    random_rows,
+)
+
+
+class Moment(NamedTuple):
+    """As a state keeps it."""
+
+    path: str
+    kind: str  # "first" or "second".
+    method: Any
+    value: Any  # Shaped like the leaf, or factors of its matrices.
+    view: MatrixView | None
+    count: jax.Array
+
+    @property
+    def is_factored(self) -> bool:
+        return not isinstance(self.method, Dense)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the leaf."""
+        return self.view.shape if self.view and self.is_factored else self.value.shape
+
+    @property
+    def devices(self) -> set[Any]:
+        return {d for x in jax.tree.leaves(self.value) for d in x.devices()}
+
+
+def translated(old: Moment, new: Moment, decay: float | None) -> Any:
+    """A value for `new` that means what that of `old` means."""
+    if old.shape != new.shape:
+        raise ValueError(
+            f"Leaf '{old.path}': the old moment is of shape {old.shape}, the new one "
+            f"of {new.shape}."
+        )
+    if not old.is_factored and not new.is_factored:
+        return old.value
+    if old.is_factored and new.is_factored and old.view != new.view:
+        raise ValueError(
+            f"Leaf '{old.path}': its factors are of other matrices, {old.view}, than "
+            f"the new ones, {new.view}. Convert to `Dense()` first, then to these."
+        )
+    if old.devices != new.devices:
+        raise ValueError(
+            f"Leaf '{old.path}': its moment lies on other devices than the parameter. "
+            "Move the state first: jax.device_put(state, state_sharding(tx, params))."
+        )
+    view: Any = old.view if old.is_factored else new.view
+    program = _program(
+        (type(old.method), type(new.method)),
+        new.kind,
+        view,
+        new.value.right.shape[-2] if isinstance(new.value, FactorPair) else None,
+        jax.tree.map(lambda x: x.dtype, new.value),
+        jax.tree.map(lambda x: x.sharding, new.value),
+    )
+    return program(old.value, jnp.asarray(_ratio(old, new.method, decay)))
+
+
+def forget_programs() -> None:
+    _program.cache_clear()
+
+
+@functools.lru_cache(maxsize=1024)  # Layers that are alike are compiled once.
+def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
+    """`(value, ratio) -> value`, compiled."""
+    old, new = methods
+    squared = kind == "second"
+
+    def run(value, ratio):
+        compute = at_least_float32(*(x.dtype for x in jax.tree.leaves(value)))
+        value = jax.tree.map(lambda x: x.astype(compute), value)
+        if old is Dense:
+            value = view.to_matrix(jnp.sqrt(value) if squared else value)
+
+        def on_matrix(x):
+            return _scaled(_kept_by(new, x, rank), ratio.astype(compute))
+
+        value = low_rank.over_batch(on_matrix, len(view.batch))(value)
+        if new is Dense:
+            value = view.from_matrix(jnp.square(value) if squared else value)
+        return jax.tree.map(lambda x, dtype: x.astype(dtype), value, dtypes)
+
+    program: Any = run
+    meshes = [getattr(place, "mesh", None) for place in jax.tree.leaves(places)]
+    if any(mesh is not None and mesh.explicit_axes for mesh in meshes):
+        program = jax.sharding.auto_axes(run, out_sharding=places)
+    return jax.jit(program, out_shardings=places)
+
+
+def _kept_by(method: type, x: low_rank.Matrix, rank: int | None) -> low_rank.Matrix:
+    if method is Dense:
+        return low_rank.as_dense(x)
+    if method is RankOne:
+        return low_rank.as_row_column(x)
+    assert rank is not None
+    pair = low_rank.as_factors(x, rank)
+    if method is AlgorithmOne:
+        # Its step cannot leave a pair of zeros.
+        noise = 0.02 * random_rows(0, *pair.right.shape).astype(pair.right.dtype)
+        empty = jnp.all(pair.right == 0, axis=1, keepdims=True)
+        return FactorPair(
+            jnp.where(empty.T, 0, pair.left), jnp.where(empty, noise, pair.right)
+        )
+    return pair
+
+
+def _scaled(x: low_rank.Matrix, ratio: jax.Array) -> low_rank.Matrix:
+    if isinstance(x, FactorPair):
+        return x._replace(right=ratio * x.right)
+    return jax.tree.map(lambda part: ratio * part, x)
+
+
+def _ratio(old: Moment, method: Any, decay: float | None) -> Any:
+    """Of the new value to the old one; of second moments, of their roots."""
+    if _start(old.method, old.kind) == _start(method, old.kind):
+        return 1.0
+    if decay is None:
+        name = {"first": "b1", "second": "b2"}[old.kind]
+        raise ValueError(
+            f"Leaf '{old.path}': the two ways to keep its {old.kind} moment differ by "
+            f"the bias correction. Pass the decay rate, {name}=, to translate."
+        )
+    rate = jnp.asarray(decay, jnp.float32)
+    new, before = (
+        _mass(_start(m, old.kind), rate, old.count) for m in (method, old.method)
+    )
+    return new / before
+
+
+def _start(method: Any, kind: str) -> str:
+    """What an average that was never updated is part of the way from."""
+    if isinstance(method, (OnlineRegression, RankOne)):
+        return "nowhere"  # The average itself is held.
+    if kind == "first":
+        return "zero"
+    return "zero of |g|" if isinstance(method, AlgorithmOne) else "zero of g^2"
+
+
+def _mass(start: str, decay: jax.Array, count: jax.Array) -> jax.Array:
+    """What the value has of the average, or its root of the average's root."""
+    total = {
+        "nowhere": jnp.ones(()),
+        "zero": mass(decay, count),
+        "zero of |g|": mass(jnp.sqrt(decay), count),
+        "zero of g^2": jnp.sqrt(mass(decay, count)),
+    }[start]
+    return jnp.where(count > 0, total, 1)
