@@ -59,8 +59,9 @@ def test_two_processes_have_the_losses_of_one(make_config, tmp_path):
     assert "perplexity" not in outputs[1][0]
     assert len(records(one)) == len(records(two)) == 13
     for alone, together in zip(records(one), records(two), strict=True):
-        for name in ("train_loss", "held_out_loss"):
-            assert together.get(name) == pytest.approx(alone.get(name), rel=1e-4)
+        assert together.keys() == alone.keys()
+        for name in alone.keys() & {"train_loss", "held_out_loss"}:
+            assert together[name] == pytest.approx(alone[name], rel=1e-4)
 
 
 def wait_for(condition, seconds=240):
