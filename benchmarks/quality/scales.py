@@ -45,7 +45,7 @@ SCALES = {
         ModelConfig(width=256, ffn_width=688, num_layers=6, scan_layers=False),
         folder="text",
         vocab_size=4096,
-        steps=1200,
+        steps=600,
         batch_size=16,
         seq_len=128,
     ),
