@@ -1,11 +1,13 @@
 """A whole run: new, or gone on with from its last checkpoint."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh, Sharding
 from rich.console import Console
 
 import lorapre_jax as lp
@@ -25,6 +27,7 @@ from examples.llama.optimizers import make_optimizer
 from examples.llama.progress import ProgressDisplay
 from examples.llama.report import Reporter
 from examples.llama.steps import (
+    TrainState,
     abstract_state,
     init_state,
     make_diagnosis,
@@ -50,74 +53,21 @@ class Result:
 def train(config: Config, console: Console | None = None) -> Result:
     """Train until ``config.steps``; what ``config.workdir`` has done is not redone."""
     console = (console or Console()) if hosts.is_first() else Console(quiet=True)
+    # What the devices do not allow is refused before anything is done.
     mesh = layout.make_mesh(config.mesh, jax.devices())
     by_row = layout.by_row(mesh, config.data.batch_size)
-
     with Checkpoints(config.workdir) as checkpoints:
-        for line in checkpoints.set_aside:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        start = checkpoints.latest_step or 0
-        data = load_data_of_run(config, resumed=start > 0)
-        model = PureLlama(config.model, data.vocab_size)
-        tx = make_optimizer(config.optimizer, config.steps)
-
-        abstract = abstract_state(model, tx, mesh)
-        for line in layout.exceptions(mesh, abstract.params):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        memory = lp.describe(tx, abstract.params)
-        console.print(str(memory), markup=False, highlight=False, soft_wrap=True)
-        if start:
-            state = checkpoints.restore(abstract)
-        else:
-            shardings = jax.tree.map(lambda x: x.sharding, abstract)
-            init = jax.jit(partial(init_state, model, tx), out_shardings=shardings)
-            state = init(jax.random.key(config.seed))
-
-        size = config.data.seq_len, config.data.batch_size
-        all_rows = train_rows(data.train, config.data.seq_len, config.seed)
-        held_out = [
-            HeldOutBatch(
-                *(hosts.batch_from_rows(x.__getitem__, len(x), by_row) for x in batch)
-            )
-            for batch in held_out_batches(data.held_out, *size)
-        ]
-        evaluate = make_evaluation(model, held_out, layout.replicated(mesh))
-        train_step = make_train_step(model, tx, abstract)
-        diagnose = make_diagnosis(model, layout.replicated(mesh))
-        factored = any(leaf.is_factored for leaf in memory.leaves)
-        console.print(opening_line(config, data, start), soft_wrap=True)
-
+        run = prepare(config, mesh, by_row, checkpoints, console)
         with (
             StopRequest() as stop,
-            MetricsLog(config.workdir, start, hosts.is_first()) as log,
-            ProgressDisplay(start, config.steps, config.log_every, console) as display,
+            MetricsLog(config.workdir, run.start, hosts.is_first()) as log,
+            ProgressDisplay(
+                run.start, config.steps, config.log_every, console
+            ) as display,
         ):
-            report = Reporter(log, display, tokens_per_step=math.prod(size))
-            if start == 0:
-                report.evaluated(0, evaluate(state.params))
-            for step in range(start + 1, config.steps + 1):
-                first = (step - 1) * config.data.batch_size
-                rows = hosts.batch_from_rows(
-                    lambda i, first=first: all_rows[first + i],
-                    config.data.batch_size,
-                    by_row,
-                )
-                diagnosis = {}
-                if factored and step % config.diagnostics_every == 0:
-                    report.flush()  # the rate of steps leaves this out
-                    diagnosis = diagnose(state, rows)
-                state, metrics = train_step(state, rows)
-                report.trained(step, metrics | diagnosis)
-                if step % config.eval_every == 0 or step == config.steps:
-                    report.evaluated(step, evaluate(state.params))
-                stopped = stop.received(step)
-                last = stopped or step == config.steps
-                if last or step % config.checkpoint_every == 0:
-                    report.flush()  # the log must never lag behind a checkpoint
-                    checkpoints.save(step, state)
-                if stopped and step < config.steps:
-                    raise Stopped(step)
-
+            tokens = config.data.batch_size * config.data.seq_len
+            report = Reporter(log, display, tokens_per_step=tokens)
+            run_steps(config, run, checkpoints, report, stop)
         plot = config.workdir / "loss.png"
         if hosts.is_first():
             plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
@@ -125,12 +75,104 @@ def train(config: Config, console: Console | None = None) -> Result:
         return Result(
             held_out_loss=held_out_loss,
             held_out_perplexity=perplexity(held_out_loss),
-            state_bytes=memory.total_bytes,
-            state_ratio=memory.ratio,
+            state_bytes=run.memory.total_bytes,
+            state_ratio=run.memory.ratio,
             plot=plot,
             checkpoint=checkpoints.path(config.steps),
-            already_finished=start == config.steps,
+            already_finished=run.start == config.steps,
         )
+
+
+class Run(NamedTuple):
+    """A run that is ready to go: where it stands, and its compiled functions."""
+
+    start: int  # steps done
+    state: TrainState
+    memory: Any  # the state's, by `lp.describe`
+    batch: Callable[[int], jax.Array]  # of the step after so many
+    train_step: Callable[..., Any]
+    evaluate: Callable[[Any], float]
+    diagnose: Callable[..., dict[str, jax.Array]]
+
+
+def prepare(
+    config: Config,
+    mesh: Mesh,
+    by_row: Sharding,
+    checkpoints: Checkpoints,
+    console: Console,
+) -> Run:
+    """From its last checkpoint, or new."""
+
+    def say(*lines: str) -> None:
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(*checkpoints.set_aside)
+    start = checkpoints.latest_step or 0
+    data = load_data_of_run(config, resumed=start > 0)
+    model = PureLlama(config.model, data.vocab_size)
+    tx = make_optimizer(config.optimizer, config.steps)
+    abstract = abstract_state(model, tx, mesh)
+    memory = lp.describe(tx, abstract.params)
+    say(*layout.exceptions(mesh, abstract.params), str(memory))
+    if start:
+        state = checkpoints.restore(abstract)
+    else:
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        init = jax.jit(partial(init_state, model, tx), out_shardings=shardings)
+        state = init(jax.random.key(config.seed))
+    rows = train_rows(data.train, config.data.seq_len, config.seed)
+
+    def batch(step: int) -> jax.Array:
+        first, count = step * config.data.batch_size, config.data.batch_size
+        return hosts.batch_from_rows(lambda i: rows[first + i], count, by_row)
+
+    held_out = [
+        HeldOutBatch(*(hosts.batch_from_rows(x.__getitem__, len(x), by_row) for x in b))
+        for b in held_out_batches(
+            data.held_out, config.data.seq_len, config.data.batch_size
+        )
+    ]
+    console.print(opening_line(config, data, start), soft_wrap=True)
+    return Run(
+        start,
+        state,
+        memory,
+        batch,
+        make_train_step(model, tx, abstract),
+        make_evaluation(model, held_out, layout.replicated(mesh)),
+        make_diagnosis(model, layout.replicated(mesh)),
+    )
+
+
+def run_steps(
+    config: Config,
+    run: Run,
+    checkpoints: Checkpoints,
+    report: Reporter,
+    stop: StopRequest,
+) -> None:
+    """To the end, or until ``stop``; then raise ``Stopped``."""
+    state = run.state
+    factored = any(leaf.is_factored for leaf in run.memory.leaves)
+    if run.start == 0:
+        report.evaluated(0, run.evaluate(state.params))
+    for step in range(run.start + 1, config.steps + 1):
+        rows, diagnosis = run.batch(step - 1), {}
+        if factored and step % config.diagnostics_every == 0:
+            report.flush()  # the rate of steps leaves this out
+            diagnosis = run.diagnose(state, rows)
+        state, metrics = run.train_step(state, rows)
+        report.trained(step, metrics | diagnosis)
+        if step % config.eval_every == 0 or step == config.steps:
+            report.evaluated(step, run.evaluate(state.params))
+        stopped = stop.received(step)
+        if stopped or step == config.steps or step % config.checkpoint_every == 0:
+            report.flush()  # the log must never lag behind a checkpoint
+            checkpoints.save(step, state)
+        if stopped and step < config.steps:
+            raise Stopped(step)
 
 
 def load_data_of_run(config: Config, resumed: bool) -> TextData:
