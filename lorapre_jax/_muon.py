@@ -1,5 +1,6 @@
 """LoRA-Pre Muon."""
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients, orthogonalize
 from lorapre_jax._plan import Plan, init_moment, make_plan, map_leaves
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 from lorapre_jax._sharding import replicated_zero
+from lorapre_jax._shares import check_param_shardings, orthogonalize_shares
 
 
 class ScaleByLorapreMuonState(NamedTuple):
@@ -42,6 +44,7 @@ def scale_by_lorapre_muon(
     batch: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
+    param_shardings: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Muon does, with a momentum kept as thin factors.
 
@@ -71,13 +74,18 @@ def scale_by_lorapre_muon(
         2024); a number, 0.2 say, by `sqrt(max(p, q))` times it, so that the update's
         root mean square does not depend on the shape (Liu et al., 2025).
       moment: How the momentum is kept, `OnlineRegression(...)` or `Dense()`.
+      param_shardings: None leaves it to the compiler how a divided matrix is
+        orthogonalised; it gathers at every iteration. A tree of the parameters'
+        `NamedSharding`s (other leaves may be in it too) gives each device its share of
+        whole matrices: per step a device sends at most four times the bytes of that
+        share, and none for matrices that are not divided. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       TypeError, ValueError: As `scale_by_lorapre_adam`; and at `init`, for a leaf that
-        is not a matrix.
+        is not a matrix, or that `param_shardings` has no sharding for.
     """
     _checks.check_storage(rank, batch, factor_dtype)
     _checks.check_decay("beta", beta)
@@ -87,6 +95,7 @@ def scale_by_lorapre_muon(
     _checks.check_static("nesterov", nesterov)
     _checks.check_count("ns_steps", ns_steps)
     _checks.check_ns_coeffs(ns_coeffs, ns_steps)
+    rule = _Rule(nesterov, ns_steps, ns_coeffs)
 
     def init_fn(params):
         plan = make_plan(
@@ -98,6 +107,8 @@ def scale_by_lorapre_muon(
         )
         if isinstance(plan, Plan):
             _refuse_other_than_matrices(plan)
+            if param_shardings is not None:
+                check_param_shardings(plan, param_shardings)
         mu, factors = init_moment(plan, params, 0, factor_dtype, seed)
         return ScaleByLorapreMuonState(replicated_zero(params), mu, factors, plan)
 
@@ -113,54 +124,67 @@ def scale_by_lorapre_muon(
             "count": count,
             "seed": seed,
         }
-
-        def muon(leaf, hyper, g, mu):
-            is_split = isinstance(leaf.methods[0], OnlineRegression)
-            momentum = _split if is_split else _joint
-            b, count = jnp.asarray(hyper["beta"], g.dtype), hyper["count"]
-            now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
-
-            def look_ahead(m, g):
-                """The bias-corrected average as `optax.contrib.muon` looks ahead."""
-                return b * (now / ahead) * m + ((1 - b) / now) * g if nesterov else m
-
-            def polar(m):
-                return orthogonalize(m, ns_coeffs, ns_steps, hyper["eps"])
-
-            args = (mu, g, b, count, hyper["seed"])
-            update, mu = momentum(leaf.methods[0], args, look_ahead, polar)
-            scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
-            if leaf.is_factored:
-                scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)
-            return update * scale, mu
-
-        updates, (mu, factors) = map_leaves(
-            muon,
-            hyper,
-            state.plan,
-            updates,
-            [(state.momentum, state.momentum_factors)],
-            batch,
-        )
+        run = functools.partial(map_leaves, hyper=hyper, plan=state.plan, batch=batch)
+        moments = [(state.momentum, state.momentum_factors)]
+        if param_shardings is None or not isinstance(state.plan, Plan):
+            updates, (mu, factors) = run(rule.whole, updates=updates, moments=moments)
+        else:
+            rest, moment = run(rule.begin, updates=updates, moments=moments)
+            shardings = check_param_shardings(state.plan, param_shardings)
+            rest = orthogonalize_shares(rule.polar, eps, state.plan, rest, shardings)
+            updates, (mu, factors), _ = run(
+                rule.finish, updates=updates, moments=[moment, (rest, {})]
+            )
         return updates, ScaleByLorapreMuonState(count, mu, factors, state.plan)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _joint(method, args, look_ahead, polar):
-    """Momentum as a whole."""
-    m, mu = method.first_moment(*args)
-    return polar(look_ahead(m, args[1])), mu
+class _Rule(NamedTuple):
+    """Muon of one matrix, `whole`, in two parts around the costly orthogonalisation."""
 
+    nesterov: bool
+    ns_steps: int
+    ns_coeffs: Coefficients
 
-def _split(method, args, look_ahead, polar):
-    """What the factors hold, and the residual apart from it."""
-    new, residual = method.split_moment(*args)
-    b = args[2]
-    gain = method.complement_gain * jnp.sqrt((1 + b) / (1 - b))
-    # The left factor is orthonormal: it stays outside.
-    right = look_ahead(new.right, new.left.T @ args[1])
-    return new.left @ polar(right) + gain * polar(residual), new
+    def whole(self, leaf, hyper, g, mu):
+        rest, mu = self.begin(leaf, hyper, g, mu)
+        return self.finish(leaf, hyper, g, mu, self.polar(rest, hyper["eps"]))[:2]
+
+    def begin(self, leaf, hyper, g, mu):
+        """What is orthogonalised at its full size, and the new momentum."""
+        method, step = leaf.methods[0], (hyper["count"], hyper["seed"])
+        beta = jnp.asarray(hyper["beta"], g.dtype)
+        if isinstance(method, OnlineRegression):
+            mu, residual = method.split_moment(mu, g, beta, *step)
+            return residual, mu
+        m, mu = method.first_moment(mu, g, beta, *step)
+        return self.look_ahead(hyper, m, g), mu
+
+    def finish(self, leaf, hyper, g, mu, update):
+        """The update; the other two are handed on."""
+        orthogonal = update
+        if isinstance(leaf.methods[0], OnlineRegression):
+            beta = jnp.asarray(hyper["beta"], g.dtype)
+            gain = leaf.methods[0].complement_gain * jnp.sqrt((1 + beta) / (1 - beta))
+            # The left factor is orthonormal: it stays outside.
+            right = self.look_ahead(hyper, mu.right, mu.left.T @ g)
+            update = mu.left @ self.polar(right, hyper["eps"]) + gain * update
+        scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
+        if leaf.is_factored:
+            scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)
+        return update * scale, mu, orthogonal
+
+    def polar(self, x, eps):
+        return orthogonalize(x, self.ns_coeffs, self.ns_steps, eps)
+
+    def look_ahead(self, hyper, m, g):
+        """The bias-corrected average as `optax.contrib.muon` looks ahead."""
+        if not self.nesterov:
+            return m
+        b, count = jnp.asarray(hyper["beta"], g.dtype), hyper["count"]
+        now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
+        return b * (now / ahead) * m + ((1 - b) / now) * g
 
 
 def lorapre_muon(
@@ -182,6 +206,7 @@ def lorapre_muon(
     batch: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
+    param_shardings: Any | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_b1: jax.typing.ArrayLike = 0.9,
     adam_b2: jax.typing.ArrayLike = 0.999,
@@ -220,6 +245,7 @@ def lorapre_muon(
         batch=batch,
         factor_dtype=factor_dtype,
         seed=seed,
+        param_shardings=param_shardings,
     )
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate

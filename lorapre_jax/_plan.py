@@ -179,7 +179,7 @@ Moments = tuple[Any, Any]  # What init_moment returns.
 
 
 def map_leaves(
-    fn: Callable[..., tuple[jax.Array, ...]],
+    fn: Callable[..., tuple[Any, ...]],
     hyper: dict[str, Any],
     plan: Plan,
     updates: optax.Updates,
@@ -246,8 +246,8 @@ def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, batch):
         view = leaf.view
         if view is None:
             return on_matrix(hyper, g, *states)
-        # The gradient, and a moment kept densely, have the leaf's shape.
-        shaped = [True, *(isinstance(method, Dense) for method in leaf.methods)]
+        # All but factors have the leaf's shape.
+        shaped = [not isinstance(x, tuple) for x in (g, *states)]
         matrices = [
             view.to_matrix(x) if like_leaf else x
             for x, like_leaf in zip((g, *states), shaped, strict=True)

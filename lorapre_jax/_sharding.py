@@ -36,19 +36,28 @@ def factor_shardings(
     """A `kind` of shardings, from that of the parameter."""
     if not isinstance(sharding, NamedSharding):
         return kind(*[sharding] * len(kind.axes))
-    spec = (*sharding.spec, *[None] * (len(view.shape) - len(sharding.spec)))
-    side = {
-        "row": _fused(sharding.mesh, spec, view.row_axes, path, view),
-        "column": _fused(sharding.mesh, spec, view.column_axes, path, view),
-        "rank": None,
-    }
-    batch = [spec[axis] for axis in view.batch_axes]
+    batch, row, column = entries_of(sharding, path, view)
+    side = {"row": row, "column": column, "rank": None}
     return kind(
         *(
             sharding.update(spec=PartitionSpec(*batch, *map(side.get, axes)))
             for axes in kind.axes
         )
     )
+
+
+def entries_of(sharding: NamedSharding, path: str, view: MatrixView):
+    """Of the spec: those of the batch axes, that of the rows, that of the columns."""
+    spec = _full_spec(sharding, view)
+    row, column = (
+        _fused(sharding.mesh, spec, axes, path, view)
+        for axes in (view.row_axes, view.column_axes)
+    )
+    return tuple(spec[axis] for axis in view.batch_axes), row, column
+
+
+def _full_spec(sharding: NamedSharding, view: MatrixView) -> tuple[Any, ...]:
+    return (*sharding.spec, *[None] * (len(view.shape) - len(sharding.spec)))
 
 
 def _fused(mesh: Any, spec: Sequence[Any], axes, path: str, view: MatrixView):
@@ -86,14 +95,18 @@ def batch_shards(param: Any, view: MatrixView) -> int:
     sharding = known_sharding(param)
     if not isinstance(sharding, NamedSharding) or not view.batch_axes:
         return 1
-    spec = (*sharding.spec, *[None] * len(view.shape))[view.batch_axes[0]]
-    return _parts(sharding.mesh, spec)
+    return _parts(sharding.mesh, _full_spec(sharding, view)[view.batch_axes[0]])
 
 
 def _parts(mesh: Any, entry: Any) -> int:
     """Into how many an entry of a spec divides its axis."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a spec names."""
     axes = entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(mesh.shape[axis] for axis in axes if axis is not None)
+    return tuple(axis for axis in axes if axis is not None)
 
 
 def known_sharding(param: Any) -> Sharding | None:

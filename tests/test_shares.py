@@ -1,0 +1,124 @@
+"""Muon with each device's own share of the matrices to orthogonalise."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from contract_cases import CASES, PAPER, assert_close, random_tree, run
+from jax.sharding import PartitionSpec as P
+from test_sharding import (
+    AUTO,
+    EXPLICIT,
+    LARGE,
+    LAYOUTS,
+    MATRICES,
+    SHAPES,
+    compiled_update,
+    make,
+    train,
+)
+
+import lorapre_jax as lp
+from benchmarks._collectives import collectives
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Two leaves of one matrix size share a stack; its five matrices leave devices idle.
+LEAVES = SHAPES | {"again": (2, 2, 16, 32)}
+ALL = lp.select_matrices(
+    axes={
+        "^heads$": lp.MatrixAxes(0, (1, 2)),
+        "^(stack|w|again)$": lp.MatrixAxes(),
+    }
+)
+MOMENTS = (lp.OnlineRegression(complement_gain=0.6), PAPER, lp.Dense())
+TRIPLES = [
+    (layout, MOMENTS[i % 3], (AUTO, EXPLICIT)[i % 2])
+    for i, layout in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize(("layout", "moment", "kind"), TRIPLES)
+def test_trajectories_are_those_of_one_device(layout, moment, kind):
+    fields = {"matrices": ALL, "moment": moment, "ns_steps": 2}
+    params, *grads = (random_tree(LEAVES, seed) for seed in range(4))
+    expected, expected_state = run(
+        make("scale_by_muon", **fields), params, grads, jit=True
+    )
+    layout = LAYOUTS[layout]
+    shardings = layout.shardings(params, kind)
+    tx = make("scale_by_muon", param_shardings=shardings, **fields)
+    params, *grads = (layout.shard(x, kind) for x in (params, *grads))
+    updates, state = train(tx, params, grads, lp.state_sharding(tx, params))
+    assert_close(updates, expected[-1], rtol=1e-3, atol=2e-3)
+    assert_close(state, expected_state, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_matrices_are_exchanged_and_nothing_is_gathered(layout):
+    """At most four times the share of a device, and what the factors reduce."""
+    layout = LAYOUTS[layout]
+    shardings = layout.shardings(LARGE, AUTO)
+    tx = make("scale_by_muon", ns_steps=1, param_shardings=shardings)
+    found = collectives(compiled_update(tx, layout))
+    assert {x.kind for x in found} <= {"all-to-all", "all-reduce"}
+    exchanged = sum(x.nbytes for x in found if x.kind == "all-to-all")
+    assert exchanged <= 4 * 4 * sum(padded_share(layout, name) for name in LARGE)
+    sides = [x for x in found if x.kind == "all-reduce"]
+    assert all(math.prod(x.shape) <= 8 * 128 * 3 for x in sides), sides
+
+
+def padded_share(layout, name) -> int:
+    """Elements of a leaf on one device, with whole matrices for all that share it."""
+    spec = layout.shardings(LARGE, AUTO)[name].spec
+    *batch, p, q = (8, 64, 128) if name == "stack" else (64, 128)
+    split = math.prod(
+        layout.mesh[axis]
+        for entry in spec[len(batch) :]
+        for axis in (entry if isinstance(entry, tuple) else (entry,))
+        if axis is not None
+    )
+    here = math.prod(batch) // (layout.mesh.get("layers", 1) if batch else 1)
+    here //= layout.mesh.get("expert", 1) if batch else 1
+    return math.ceil(here / split) * p * q
+
+
+def test_the_alias_and_other_leaves():
+    layout = LAYOUTS["both"]
+    tree = random_tree(SHAPES | {"bias": (8,)})
+    shardings = layout.shardings(tree, AUTO)
+    make_alias = CASES["muon"].make
+    fields: Any = {"rank": 3, "matrices": MATRICES, "ns_steps": 2}
+    one = make_alias(**fields)
+    expected, _ = run(one, tree, [tree], jit=True)
+    params = layout.shard(tree, AUTO)
+    tx = make_alias(param_shardings=shardings, **fields)
+    updates, _ = train(tx, params, [params], lp.state_sharding(tx, params))
+    assert_close(updates, expected[-1], rtol=1e-3, atol=2e-3)
+
+
+def test_half_precision_gradients_travel_as_such():
+    layout = LAYOUTS["both"]
+    shardings = layout.shardings(LARGE, AUTO)
+    tx = make("scale_by_muon", ns_steps=2, param_shardings=shardings)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(LARGE))
+    params = layout.shard(half, AUTO)
+    updates, _ = train(tx, params, [params], lp.state_sharding(tx, params))
+    expected, _ = run(make("scale_by_muon", ns_steps=2), half, [half], jit=True)
+    assert_close(updates, expected[-1], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("sharding", [None, P("fsdp"), "missing"])
+def test_a_leaf_without_a_sharding(sharding):
+    layout = LAYOUTS["both"]
+    params = random_tree(SHAPES)
+    shardings: Any = layout.shardings(params, AUTO) | {"w": sharding}
+    if sharding == "missing":
+        del shardings["w"]
+    tx = make("scale_by_muon", param_shardings=shardings)
+    message = re.escape("Leaf 'w': `param_shardings` has") + ".*not a NamedSharding"
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
