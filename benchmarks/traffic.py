@@ -1,4 +1,4 @@
-"""What one update sends between 8 devices, by the program that XLA's CPU compiler makes.
+"""What one update sends between 8 devices, by the program of XLA's CPU compiler.
 
     python -m benchmarks.traffic
 
