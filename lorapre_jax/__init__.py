@@ -10,6 +10,7 @@ from lorapre_jax._memory import describe
 from lorapre_jax._methods import Dense, OnlineRegression, RankOne
 from lorapre_jax._muon import lorapre_muon, scale_by_lorapre_muon
 from lorapre_jax._selection import select_matrices
+from lorapre_jax._state_record import check_state_record, state_record
 from lorapre_jax._state_sharding import state_sharding
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MatrixAxes",
     "OnlineRegression",
     "RankOne",
+    "check_state_record",
     "convert_state",
     "describe",
     "diagnostics",
@@ -27,5 +29,6 @@ __all__ = [
     "scale_by_lorapre_adam",
     "scale_by_lorapre_muon",
     "select_matrices",
+    "state_record",
     "state_sharding",
 ]

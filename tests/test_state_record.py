@@ -1,0 +1,111 @@
+"""Restoring as another state than was saved: one error that lists what differs."""
+
+import json
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import lorapre_jax as lp
+
+SHAPES = {"bias": (8,), "square": (16, 16), "stack": (2, 16, 32)}
+PARAMS = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
+AXES = {"square": lp.MatrixAxes(0, 1), "stack": lp.MatrixAxes()}
+
+
+def state(params=PARAMS, rank: int | Fraction = 4, axes=AXES, exclude=(), **fields):
+    matrices = lp.select_matrices(axes=axes, exclude=exclude)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        lp.lorapre_adamw(1e-3, rank, matrices=matrices, **fields),
+    )
+    return jax.eval_shape(tx.init, params)
+
+
+RECORD = json.loads(json.dumps(lp.state_record(state())))
+
+
+def test_the_same_fits():
+    lp.check_state_record(RECORD, state())
+    lp.check_state_record(RECORD, state(rank=Fraction(1, 4)))  # As much here.
+    assert {
+        "1/0": {
+            "bias": {"shape": [8], "matrices": None, "rank": None,
+                     "moments": ["Dense()", "Dense()"]},
+            "square": {"shape": [16, 16], "matrices": "rows [0], columns [1]",
+                       "rank": 4, "moments": [repr(lp.OnlineRegression()),
+                                              "RankOne()"]},
+            "stack": {"shape": [2, 16, 32], "matrices": "rows [1], columns [2]",
+                      "rank": 4, "moments": [repr(lp.OnlineRegression()), "RankOne()"]},
+        }
+    } == RECORD  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "lines"),
+    [
+        (
+            {"rank": 2},
+            ["square: rank 4 there, 2 here", "stack: rank 4 there, 2 here"],
+        ),
+        ({"exclude": ["square"]}, ["square: rank 4 there, dense here"]),
+        (
+            {"axes": AXES | {"square": lp.MatrixAxes(1, 0)}},
+            ["square: matrices rows [0], columns [1] there, rows [1], columns [0]"],
+        ),
+        (
+            {"second_moment": lp.OnlineRegression()},
+            ["square: moments [", "'RankOne()'] there, [", "stack: moments ["],
+        ),
+        (
+            {"params": PARAMS | {"bias": jax.ShapeDtypeStruct((9,), jnp.float32)}},
+            ["bias: shape [8] there, [9] here", "another model"],
+        ),
+        (
+            {"params": {n: x for n, x in PARAMS.items() if n != "bias"}},
+            ["bias: only there"],
+        ),
+    ],
+)
+def test_another_one_does_not(other, lines):
+    """Shapes agree in two of these."""
+    with pytest.raises(ValueError, match="of another optimizer or model") as error:
+        lp.check_state_record(RECORD, state(**other))
+    for line in [*lines, "lorapre_jax.convert_state(state, tx, params)"]:
+        assert line in str(error.value)
+    same = {*SHAPES} - {line.split(":")[0] for line in lines}
+    assert not any(f"  {path}:" in str(error.value) for path in same)
+
+
+def test_a_state_of_optax_does_not():
+    adamw = jax.eval_shape(optax.adamw(1e-3).init, PARAMS)
+    assert lp.state_record(adamw) == {}
+    lp.check_state_record({}, adamw)
+    with pytest.raises(ValueError, match="stack: only here"):
+        lp.check_state_record(None, state())
+
+
+def test_a_part_of_a_chain_is_named():
+    average = lp.lorapre_ema(0.9, 4, matrices=lp.MatrixAxes())
+    params = {"square": PARAMS["square"]}
+    twice = jax.eval_shape(optax.chain(average, average).init, params)
+    once = jax.eval_shape(optax.chain(average, optax.identity()).init, params)
+    with pytest.raises(ValueError, match="square \\(of '1' in the state\\): only here"):
+        lp.check_state_record(lp.state_record(once), twice)
+
+
+def test_it_goes_with_an_orbax_checkpoint(tmp_path):
+    tx = lp.lorapre_adamw(1e-3, 4, matrices=lp.MatrixAxes())
+    params = {"square": jnp.ones((16, 16))}
+    saved = tx.init(params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        record = lp.state_record(saved)
+        checkpointer.save(tmp_path / "state", saved, custom_metadata=record)
+        checkpointer.wait_until_finished()
+        found = checkpointer.metadata(tmp_path / "state").custom_metadata
+        assert found is not None
+        lp.check_state_record(found, saved)
+        assert found == record
