@@ -1,0 +1,151 @@
+"""An AdamW run that goes over to LoRA-Pre and back: is there a bump?
+
+    python -m benchmarks.switch --data ../shared/data/c4
+
+The Llama of scale (a) of the race on a mesh of eight CPU devices, fsdp=4,tensor=2. The
+optimizer changes after a third and after two thirds of the steps: by `lp.convert_state`
+("converted"), and with a fresh state ("fresh"), beside AdamW and LoRA-Pre throughout.
+All take the same batches at one constant rate. A bump is the mean training loss of the
+20 steps after a change, less that of AdamW throughout over the same steps, less what
+that difference was over the 20 steps before. Rows, with the curves, go to
+results/switch.json, the picture to results/switch.png.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import lorapre_jax as lp
+from benchmarks import _record
+from benchmarks.quality.scales import SCALES
+from examples.llama import hosts, layout
+from examples.llama.corpus import load_corpus
+from examples.llama.data import join, train_rows
+from examples.llama.model import PureLlama
+from examples.llama.optimizers import MATRICES
+from examples.llama.steps import TrainState, abstract_state, init_state, make_train_step
+from examples.llama.tokenizer import ByteTokenizer
+
+RATE, RANK, WINDOW, B1, B2 = 1e-3, 16, 20, 0.9, 0.95
+Phase = tuple[str, bool]
+"""The optimizer of a third of the run; whether its state starts from nothing."""
+RUNS: dict[str, list[Phase]] = {
+    "AdamW": [("adamw", True), ("adamw", False), ("adamw", False)],
+    "LoRA-Pre": [("lorapre", True), ("lorapre", False), ("lorapre", False)],
+    "converted": [("adamw", True), ("lorapre", False), ("adamw", False)],
+    "fresh": [("adamw", True), ("lorapre", True), ("adamw", True)],
+}
+
+
+def optimizer(name: str) -> optax.GradientTransformation:
+    matrices = lp.select_matrices(MATRICES, axes=lp.MatrixAxes(-2, -1))
+    rules = {
+        "adamw": optax.adamw(RATE, B1, B2, weight_decay=0.0),
+        "lorapre": lp.lorapre_adamw(RATE, RANK, B1, B2, matrices=matrices),
+    }
+    return optax.chain(optax.clip_by_global_norm(1.0), rules[name])
+
+
+class Trainer:
+    """The model on its mesh, and the batches that every run takes."""
+
+    def __init__(self, data: Path | None, steps: int):
+        scale = SCALES["a"]
+        self.steps, tokenizer = steps, ByteTokenizer()
+        tokens = join(load_corpus(data).train[: 20 * steps], tokenizer)
+        self.model = PureLlama(scale.model, tokenizer.vocab_size)
+        self.mesh = layout.make_mesh("fsdp=4,tensor=2", jax.devices())
+        self._rows = train_rows(tokens, scale.seq_len, 0)
+        self._size = scale.batch_size
+
+    def batch(self, step: int) -> jax.Array:
+        by_row = layout.by_row(self.mesh, self._size)
+        first = step * self._size
+        return hosts.batch_from_rows(
+            lambda i: self._rows[first + i], self._size, by_row
+        )
+
+    def run(self, phases: list[Phase]) -> np.ndarray:
+        """The training loss of every step."""
+        losses, state = [], None
+        third = self.steps // len(phases)
+        for i, (name, fresh) in enumerate(phases):
+            tx = optimizer(name)
+            abstract = abstract_state(self.model, tx, self.mesh)
+            state = self._begin(state, tx, abstract, fresh)
+            step = make_train_step(self.model, tx, abstract)
+            for now in range(i * third, (i + 1) * third):
+                state, metrics = step(state, self.batch(now))
+                losses.append(metrics["train_loss"])
+        return np.asarray(jax.device_get(losses), np.float64)
+
+    def _begin(
+        self, state: Any, tx: Any, abstract: TrainState, fresh: bool
+    ) -> TrainState:
+        places = jax.tree.map(lambda x: x.sharding, abstract)
+        if state is None:
+            init = functools.partial(init_state, self.model, tx)
+            return jax.jit(init, out_shardings=places)(jax.random.key(0))
+        if fresh:
+            init = jax.jit(tx.init, out_shardings=places.opt_state)
+            return state._replace(opt_state=init(state.params))
+        converted = lp.convert_state(state.opt_state, tx, state.params, b1=B1, b2=B2)
+        return state._replace(opt_state=converted)
+
+
+def bump(losses: np.ndarray, reference: np.ndarray, change: int) -> float:
+    excess = losses - reference
+    after = excess[change : change + WINDOW].mean()
+    return float(after - excess[change - WINDOW : change].mean())
+
+
+def plot(curves: dict[str, np.ndarray], path: Path) -> None:
+    """The excess over AdamW throughout, in means over WINDOW steps."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, losses in curves.items():
+        excess = (losses - curves["AdamW"]).reshape(-1, WINDOW).mean(1)
+        axes.plot(np.arange(1, len(excess) + 1) * WINDOW, excess, label=name)
+    for change in (len(losses) // 3, 2 * len(losses) // 3):
+        axes.axvline(change, color="grey", linewidth=0.5)
+    axes.set(xlabel="step", ylabel="training loss minus AdamW's, nats per byte")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="default: Python's own library")
+    parser.add_argument("--steps", type=int, default=360)
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    matplotlib.use("agg")
+    trainer = Trainer(args.data, args.steps)
+    curves = {name: trainer.run(phases) for name, phases in RUNS.items()}
+    third = args.steps // 3
+    rows = [
+        {
+            "run": name,
+            "bump at the first change": bump(losses, curves["AdamW"], third),
+            "at the second": bump(losses, curves["AdamW"], 2 * third),
+            "last 20 steps": float(losses[-WINDOW:].mean()),
+            "losses": [round(loss, 5) for loss in losses.tolist()],
+        }
+        for name, losses in curves.items()
+    ]
+    print(_record.table([{k: v for k, v in r.items() if k != "losses"} for r in rows]))
+    plot(curves, _record.RESULTS / "switch.png")
+    print(_record.save("switch", rows))
+
+
+if __name__ == "__main__":
+    main()
