@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,6 +253,104 @@ def test_parameters_without_a_place():
         lp.state_sharding(optax.adam(1e-3), {"w": np.zeros((16, 32))})
     with pytest.raises(ValueError, match="no leaves"):
         lp.state_sharding(optax.adam(1e-3), {})
+
+
+# Inside of shard_map, and by Linen's logical axes.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inside_shard_map_every_device_has_layers_of_its_own(name):
+    tx = make(name, matrices=lp.MatrixAxes())
+    shapes = {"stack": SHAPES["stack"]}
+    params, *grads = (random_tree(shapes, seed) for seed in range(3))
+    expected, expected_state = run(tx, params, grads, jit=True)
+    mesh = jax.make_mesh((8,), ("layers",), (AUTO,))
+    local = {"stack": jax.ShapeDtypeStruct((1, 16, 32), jnp.float32)}
+    specs = jax.tree.map(
+        lambda x: P("layers") if x.ndim else P(), jax.eval_shape(tx.init, local)
+    )
+    init = jax.shard_map(tx.init, mesh=mesh, in_specs=P("layers"), out_specs=specs)
+    update = jax.shard_map(
+        tx.update,
+        mesh=mesh,
+        in_specs=(P("layers"), specs),
+        out_specs=(P("layers"), specs),
+    )
+    state = jax.jit(init)(params)
+    for grad in grads:
+        updates, state = jax.jit(update)(grad, state)
+    assert_close(updates, expected[-1], rtol=1e-3, atol=2e-3)
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True)
+    for x, y in leaves:
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inside_shard_map_the_batch_is_divided(name):
+    """Gradients are summed over devices; the state stays the same on all of them."""
+    tx = make(name, matrices=lp.MatrixAxes())
+    params = random_tree({"w": SHAPES["w"]})
+    rows = random_tree({"x": (32, 16)}, 1)["x"]
+
+    def step(params, state, rows):
+        grads = jax.grad(lambda p: jnp.mean(jnp.tanh(rows @ p["w"]) ** 2))(params)
+        grads = jax.tree.map(lambda g: g / jax.lax.axis_size("data"), grads)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def alone(params, state, rows):
+        grads = jax.grad(lambda p: jnp.mean(jnp.tanh(rows @ p["w"]) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    mesh = jax.make_mesh((8,), ("data",), (AUTO,))
+    divided = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()
+    )
+    expected, state = params, tx.init(params)
+    expected_state = state
+    for _ in range(2):
+        params, state = jax.jit(divided)(params, state, rows)
+        expected, expected_state = jax.jit(alone)(expected, expected_state, rows)
+    assert_close(params, expected, rtol=1e-3, atol=2e-3)
+    assert_close(state, expected_state, rtol=1e-3, atol=1e-3)
+
+
+def test_logical_axes_of_linen():
+    """`nn.logical_to_mesh_sharding` says where parameters lie; the state follows."""
+
+    class Mlp(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name, size, axes in (
+                ("up", 32, ("embed", "ffn")),
+                ("down", 16, ("ffn", "embed")),
+            ):
+                init: Any = nn.initializers.lecun_normal()
+                init = nn.with_logical_partitioning(init, axes)
+                x = nn.Dense(size, kernel_init=init, use_bias=False, name=name)(x)
+            return x
+
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (AUTO,) * 2)
+    rules = [("embed", "fsdp"), ("ffn", "tensor")]
+    tx = make("adam", matrices=lp.MatrixAxes())
+
+    def init(key):
+        return Mlp().init(key, jnp.ones((1, 16)))["params"]
+
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    where = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
+    params = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=where)(
+        jax.random.key(0)
+    )
+    places = lp.state_sharding(tx, params)
+    assert places.mu_factors["up/kernel"].left.spec == P("fsdp", None)
+    assert places.mu_factors["down/kernel"].right.spec == P(None, "fsdp")
+    state = jax.jit(tx.init, out_shardings=places)(params)
+    updates, state = jax.jit(tx.update, out_shardings=(where, places))(params, state)
+    assert_lies(state, places)
+    one, _ = run(tx, jax.device_get(params), [jax.device_get(params)])
+    assert_close(updates, one[-1], rtol=1e-3, atol=2e-3)
 
 
 # Traffic.
