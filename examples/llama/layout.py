@@ -1,12 +1,13 @@
 """Which mesh axis divides what: one table for the model's axes, one for the mesh's."""
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 
@@ -20,13 +21,15 @@ _LOGICAL_AXES = {
     r"^head/kernel$": ("embed", "vocab"),
     r"norm/scale$": ("norm",),
 }
-_RULES = {
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "ffn": "tensor",
-    "norm": None,
-    "layers": None,
+_RULES: dict[str | None, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "ffn": ("tensor",),
+    "norm": (),
+    "layers": (),
+    None: (),
 }
 
 
@@ -62,13 +65,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_row(mesh: Mesh, batch_size: int) -> NamedSharding:
     """Of a batch whose first axis is its rows."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = _parts(mesh, _RULES["batch"])
     if batch_size % parts:
         raise ValueError(
             f"batch_size ({batch_size}) must be a multiple of the {parts} devices that "
-            "divide its rows (mesh axes data and fsdp)"
+            f"divide its rows (mesh axes {' and '.join(_RULES['batch'])})"
         )
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(_RULES["batch"]))
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Within it, and a traced function, `constrain` divides over `mesh`."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, its axes divided as the table says; `x` itself where no mesh is in use.
+
+    Left to the compiler, activations follow the parameters: divided by features and
+    gathered by rows, so that every device holds the whole batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    wanted = [_RULES[axis] for axis in axes]
+    # What does not divide its axis leaves it whole.
+    spec = [
+        () if size % _parts(mesh, entry) else entry
+        for size, entry in zip(x.shape, wanted, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
@@ -93,8 +121,12 @@ def exceptions(mesh: Mesh, params: Any) -> list[str]:
     return lines
 
 
-def _wanted(path: Any, leaf: Any) -> list[str | None]:
-    """The mesh axis of each axis of a leaf, by the tables."""
+def _parts(mesh: Mesh | AbstractMesh, names: Sequence[str]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _wanted(path: Any, leaf: Any) -> list[tuple[str, ...]]:
+    """The mesh axes of each axis of a leaf, by the tables."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = next(axes for p, axes in _LOGICAL_AXES.items() if re.search(p, name))
     stacked = ("layers",) * (leaf.ndim - len(axes))
@@ -102,27 +134,17 @@ def _wanted(path: Any, leaf: Any) -> list[str | None]:
 
 
 def _spec(
-    wanted: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    wanted: Sequence[tuple[str, ...]], shape: Sequence[int], mesh: Mesh
 ) -> PartitionSpec:
-    """As wanted; a mesh axis that does not divide its own axis divides another more.
+    """As wanted; mesh axes that do not divide their own axis divide another more.
 
     The feed-forward width of the 1B model, 5461 = 43 x 127, is such an axis.
     """
-    spec: list[tuple[str, ...]] = [()] * len(shape)
-    homeless = []
-    for axis, entry in enumerate(wanted):
-        if entry is None:
-            continue
-        if shape[axis] % mesh.shape[entry]:
-            homeless.append(entry)
-        else:
-            spec[axis] = (entry,)
-    for entry in homeless:
-        for axis, entries in enumerate(spec):
-            parts = math.prod(mesh.shape[name] for name in (*entries, entry))
-            if entries and shape[axis] % parts == 0:
-                spec[axis] = (*entries, entry)
+    fits = [size % _parts(mesh, e) == 0 for size, e in zip(shape, wanted, strict=True)]
+    spec = [e if fit else () for e, fit in zip(wanted, fits, strict=True)]
+    for homeless in (e for e, fit in zip(wanted, fits, strict=True) if not fit):
+        for axis, entry in enumerate(spec):
+            if entry and shape[axis] % _parts(mesh, (*entry, *homeless)) == 0:
+                spec[axis] = (*entry, *homeless)
                 break
-    return PartitionSpec(
-        *(entries[0] if len(entries) == 1 else entries or None for entries in spec)
-    )
+    return PartitionSpec(*spec)

@@ -25,7 +25,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
+from examples.llama import layout
 from examples.llama.config import ModelConfig
 
 Params = dict[str, Any]
@@ -54,6 +56,11 @@ def _linear(fan_in: int, fan_out: int, dtype: Any, rngs: nnx.Rngs) -> Linear:
     return Linear(
         fan_in, fan_out, use_bias=False, dtype=dtype, kernel_init=_init, rngs=rngs
     )
+
+
+def _by_row(x: jax.Array) -> jax.Array:
+    """(b, s, d), divided by its rows alone."""
+    return layout.constrain(x, "batch", None, None)
 
 
 class RMSNorm(nnx.Module):
@@ -98,7 +105,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
         def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+            y = y.reshape(*y.shape[:-1], -1, self.head_dim)
+            return layout.constrain(y, "batch", None, "heads", None)
 
         q = rotate(heads(self.q(x)), tables)
         k = rotate(heads(self.k(x)), tables)
@@ -116,7 +124,8 @@ class MLP(nnx.Module):
         self.down = _linear(f, d, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+        hidden = nnx.silu(self.gate(x)) * self.up(x)
+        return self.down(layout.constrain(hidden, "batch", None, "ffn"))
 
 
 class Block(nnx.Module):
@@ -129,8 +138,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), tables)
-        return x + self.mlp(self.mlp_norm(x))
+        x = _by_row(x + self.attention(self.attention_norm(x), tables))
+        return _by_row(x + self.mlp(self.mlp_norm(x)))
 
 
 class Llama(nnx.Module):
@@ -158,11 +167,13 @@ class Llama(nnx.Module):
     def features(self, tokens: jax.Array) -> jax.Array:
         """(b, s) int32 to what the head reads, (b, s, d)."""
         tables = rotary_tables(tokens.shape[-1], self.config.head_dim)
-        return self.norm(self._through_layers(self.embed(tokens), tables))
+        x = _by_row(self.embed(tokens))
+        return self.norm(self._through_layers(x, tables))
 
     def logits(self, features: jax.Array) -> jax.Array:
         """(b, s, d) to (b, s, v) float32."""
-        return self.head(features).astype(jnp.float32)
+        logits = layout.constrain(self.head(features), "batch", None, "vocab")
+        return logits.astype(jnp.float32)
 
     def _through_layers(
         self, x: jax.Array, tables: tuple[jax.Array, jax.Array]
@@ -187,9 +198,13 @@ class Llama(nnx.Module):
 
 
 class PureLlama:
-    """The model as two pure functions over a plain nested dict of arrays."""
+    """The model as pure functions over a plain nested dict of arrays.
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    On a ``mesh`` they are for tracing alone, and divide activations as ``layout`` says.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, mesh: Mesh | None = None):
+        self._mesh = mesh
         self._loss_chunk = config.loss_chunk
         self._make = lambda rngs: Llama(config, vocab_size, rngs=rngs)
         abstract = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
@@ -201,7 +216,8 @@ class PureLlama:
 
     def apply(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Logits (b, s, v) float32 of ``tokens`` (b, s)."""
-        return nnx.merge(self._graph, params)(tokens)
+        with layout.use(self._mesh):
+            return nnx.merge(self._graph, params)(tokens)
 
     def losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
         """Cross-entropy in nats of each target, (b, s) float32; tokens (b, s) int32.
@@ -209,7 +225,10 @@ class PureLlama:
         Only ``loss_chunk`` positions of each row have their logits in memory at once;
         the backward pass computes them again.
         """
-        model = nnx.merge(self._graph, params)
+        with layout.use(self._mesh):
+            return self._losses(nnx.merge(self._graph, params), inputs, targets)
+
+    def _losses(self, model: Llama, inputs: Any, targets: Any) -> jax.Array:
         features = model.features(inputs)
 
         def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:

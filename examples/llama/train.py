@@ -111,7 +111,7 @@ def prepare(
     say(*checkpoints.set_aside)
     start = checkpoints.latest_step or 0
     data = load_data_of_run(config, resumed=start > 0)
-    model = PureLlama(config.model, data.vocab_size)
+    model = PureLlama(config.model, data.vocab_size, mesh)
     tx = make_optimizer(config.optimizer, config.steps)
     abstract = abstract_state(model, tx, mesh)
     memory = lp.describe(tx, abstract.params)

@@ -1,11 +1,15 @@
 """Meshes from text, and what of the published models they divide."""
 
+import re
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from examples.llama import layout
-from examples.llama.config import PRESETS, Config
+from examples.llama.config import PRESETS, Config, ModelConfig
 from examples.llama.model import PureLlama
 
 # Parameters with 32,000 tokens; the names of the models round them freely.
@@ -50,6 +54,58 @@ def test_5461_is_left_whole_and_said_so():
     assert found["layers/mlp/down/kernel"] == P(None, None, ("fsdp", "tensor"))
     assert len(exceptions) == 3
     assert "layers/mlp/up/kernel (24, 2048, 5461) lies as" in "".join(exceptions)
+
+
+def constrained(x, *axes, mesh="fsdp=4,tensor=2"):
+    devices = layout.make_mesh(mesh, jax.devices())
+
+    def fn(x):
+        with layout.use(devices):
+            return layout.constrain(x, *axes)
+
+    x = jax.device_put(x, layout.replicated(devices))
+    return jax.jit(fn)(x).sharding
+
+
+def test_activations_follow_the_table():
+    x = jnp.zeros((8, 3, 4, 5))
+    rows = constrained(x, "batch", None, "heads", None)
+    assert rows.shard_shape(x.shape) == (2, 3, 2, 5)
+    rows = constrained(x, "batch", None, None, None, mesh="data=2,fsdp=4")
+    assert rows.shard_shape(x.shape) == (1, 3, 4, 5)
+    three_heads = constrained(x, "batch", "heads", None, None)
+    assert three_heads.shard_shape(x.shape) == (2, 3, 4, 5)
+    assert layout.constrain(x, "batch", None, None, None) is x
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 5])
+def test_no_device_holds_the_whole_batch(loss_chunk):
+    """But for what the divided embedding finds, before it is sent to the rows."""
+    rows, length = 8, 15
+    config = ModelConfig(width=64, ffn_width=96, num_layers=2, loss_chunk=loss_chunk)
+    tokens = np.zeros((rows, length + 1), np.int32)
+
+    def program(mesh, constrained):
+        model = PureLlama(config, 48, mesh if constrained else None)
+
+        def loss(params, tokens):
+            return model.losses(params, tokens[:, :-1], tokens[:, 1:]).mean()
+
+        abstract = jax.eval_shape(model.init, jax.random.key(0))
+        places = layout.param_shardings(mesh, abstract), layout.by_row(mesh, rows)
+        step = jax.jit(jax.grad(loss), in_shardings=places, out_shardings=places[0])
+        return step.lower(abstract, tokens).compile().as_text() or ""
+
+    def largest(text):
+        """Elements, for each token, of arrays that have the axes of all tokens."""
+        whole = rf"f32\[(?:{rows},{length}|{rows * length})((?:,\d+)*)\]"
+        found = re.findall(whole, text)
+        return max(np.prod([int(n) for n in x.split(",")[1:]]) for x in ["", *found])
+
+    mesh = layout.make_mesh("fsdp=4,tensor=2", jax.devices())
+    found = config.width // mesh.shape["fsdp"]
+    assert largest(program(mesh, constrained=True)) <= found
+    assert largest(program(mesh, constrained=False)) > found
 
 
 @pytest.mark.parametrize(
