@@ -74,7 +74,11 @@ def make_train_step(
     def step(
         state: TrainState, rows: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads = jax.value_and_grad(loss_of)(state.params, rows)
+        # The loss comes before the update. With the loss in chunks the gradients do not
+        # need it, and its logits would stand beside what the update holds.
+        loss, grads = jax.lax.optimization_barrier(
+            jax.value_and_grad(loss_of)(state.params, rows)
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"train_loss": loss, "grad_norm": optax.tree.norm(grads)}
