@@ -34,6 +34,13 @@ def save(name: str, rows: Sequence[Row]) -> Path:
     return path
 
 
+def rows_of_this_commit(name: str) -> list[dict[str, Any]]:
+    """What `save` has left in `results/<name>.json`; none if another commit did."""
+    path = RESULTS / f"{name}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"commit": None}
+    return record["rows"] if record["commit"] == commit() else []
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     head = list(rows[0])

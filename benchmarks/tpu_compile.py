@@ -3,10 +3,20 @@
     python -m benchmarks.tpu_compile --topology v5e:2x2 --preset 350m --mesh fsdp=4
 
 Needs `libtpu` (`pip install '.[examples,tpu]'`) and no TPU. The step is the example's:
-model, gradients, clipping, optimizer, state donated. Reported, in bytes of one device:
-what the arguments take, what the compiler adds, what collectives leave there. Where the
-memory does not suffice, the compiler says so, and that is the row. Without options, all
-of CELLS, each in a process of its own, into results/tpu_compile.json.
+model, gradients, clipping, optimizer, state donated. Where the memory does not suffice,
+the compiler says so, and that is the row. Else, in bytes of one device:
+
+    parameters, optimizer state   what a step starts from, as it is divided
+    gradients                     as the parameters; a part of the temporaries
+    temporaries                   the most that is alive at once beside the arguments
+    temporaries, packed           what the compiler sets aside for them
+    peak                          arguments and temporaries
+    collectives                   what each kind leaves here, a loop's body counted once
+
+The compiler is asked for little effort (see `prepare`). Without options, all of `cells`,
+each in a process of its own, into results/tpu_compile.json; what is there of the same
+commit is not compiled again. There, rows with an AdamW beside them also say how much of
+what their state saves is saved at the peak.
 """
 
 import dataclasses
@@ -17,6 +27,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -30,7 +41,9 @@ from examples.llama import layout
 from examples.llama.config import PRESETS, OptimizerConfig, OptimizerName
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
-from examples.llama.steps import abstract_state, make_train_step
+from examples.llama.steps import TrainState, abstract_state, make_train_step
+
+VOCABULARY = 32_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,45 +55,87 @@ class Cell:
     mesh: str | None = None
     optimizer: OptimizerName = "lorapre_adamw"
     rank: int = 128
+    layers_at_once: int | None = None
     batch_size: int = 16
     seq_len: int = 256
     remat: Literal["nothing", "all but products", "all"] | None = None
 
 
-OPTIMIZERS: list[tuple[OptimizerName, int]] = [
-    ("adamw", 1),
-    ("lorapre_adamw", 128),
-    ("lorapre_adamw", 16),
+# Preset, slice, mesh, rows of a step (16 for each part of them), and what is computed
+# again where what the preset keeps is too much.
+SLICES = [
+    ("60m", "v5e:1x1", "fsdp=1", 16, None),
+    ("60m", "v5e:2x2", "fsdp=4", 64, None),
+    ("60m", "v5e:4x4", "fsdp=4,tensor=4", 64, None),
+    ("350m", "v5e:1x1", "fsdp=1", 16, None),
+    ("350m", "v5e:4x4", "fsdp=4,tensor=4", 64, None),
+    ("1b", "v5e:1x1", "fsdp=1", 16, "all"),
+    ("1b", "v5e:2x2", "fsdp=4", 64, None),
+    ("1b", "v5e:4x4", "fsdp=16", 256, None),
+    ("7b", "v5e:2x4", "fsdp=4,tensor=2", 64, "all"),
+    ("7b", "v5p:2x2x1", "fsdp=4", 64, None),
 ]
-CELLS = [
-    Cell("60m", topology, mesh, optimizer, rank)
-    for topology, mesh in (("v5e:2x2", "fsdp=4"), ("v5e:4x4", "fsdp=8,tensor=2"))
-    for optimizer, rank in OPTIMIZERS
-]
+PUBLISHED_RANK = {"60m": 128, "350m": 256, "1b": 512, "7b": 1024}
 
 
-def compiled(cell: Cell) -> dict[str, Any]:
-    """The row of a cell, in this process."""
-    topology: Any = topologies.get_topology_desc(
-        platform="tpu", topology_name=cell.topology
-    )
+def cells() -> Iterator[Cell]:
+    for preset, topology, mesh, batch_size, remat in SLICES:
+        cell = Cell(preset, topology, mesh, batch_size=batch_size, remat=remat)
+        yield dataclasses.replace(cell, optimizer="adamw", rank=1)
+        for rank in (PUBLISHED_RANK[preset], PUBLISHED_RANK[preset] // 8):
+            # Of all layers at once, what such factors need for their update is more
+            # than what the forward and backward pass leave.
+            few = 4 if rank >= 512 else None
+            yield dataclasses.replace(cell, rank=rank, layers_at_once=few)
+
+
+def prepare() -> None:
+    """To be called before the compiler is loaded."""
+    # No TPU is looked for, and several processes may load the library.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+
+
+def devices_of(topology: str) -> Any:
+    """The TPUs of `v5e:4x4`; of what is smaller than a host, a part of one."""
+    sizes = [int(n) for n in topology.partition(":")[2].split("x")]
+    host = (*(min(n, 2) for n in sizes[:2]), 1)
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, chips_per_host_bounds=host
+    ).devices
+
+
+def lowered(cell: Cell) -> tuple[TrainState, jax.stages.Lowered]:
+    """The state that a step takes, abstract, and the step."""
     config = PRESETS[cell.preset]
     if cell.remat is not None:
         config = dataclasses.replace(config, remat=cell.remat)
-    mesh = layout.make_mesh(cell.mesh, topology.devices)
-    tx = make_optimizer(OptimizerConfig(cell.optimizer, rank=cell.rank), 10_000)
-    model = PureLlama(config, 32_000)
+    mesh = layout.make_mesh(cell.mesh, devices_of(cell.topology))
+    optimizer = OptimizerConfig(
+        cell.optimizer, rank=cell.rank, layers_at_once=cell.layers_at_once
+    )
+    tx = make_optimizer(optimizer, 10_000)
+    model = PureLlama(config, VOCABULARY, mesh)
     state = abstract_state(model, tx, mesh)
     rows = jax.ShapeDtypeStruct(
         (cell.batch_size, cell.seq_len + 1),
         np.int32,
         sharding=layout.by_row(mesh, cell.batch_size),
     )
-    row: dict[str, Any] = dataclasses.asdict(cell) | {"devices": mesh.size}
-    row |= {"parameters": _on_one_device(state.params)}
-    row |= {"optimizer state": _on_one_device(state.opt_state)}
+    return state, make_train_step(model, tx, state).lower(state, rows)
+
+
+def measured(cell: Cell) -> dict[str, Any]:
+    """The row of a cell, in this process."""
+    state, step = lowered(cell)
+    row: dict[str, Any] = dataclasses.asdict(cell) | {
+        "parameters": on_one_device(state.params),
+        "optimizer state": on_one_device(state.opt_state),
+        "gradients": on_one_device(state.params),
+    }
     try:
-        program = make_train_step(model, tx, state).lower(state, rows).compile()
+        program = step.compile()
     except jax.errors.JaxRuntimeError as error:
         return row | {"refused": _why(str(error))}
     memory: Any = program.memory_analysis()
@@ -90,16 +145,15 @@ def compiled(cell: Cell) -> dict[str, Any]:
     return row | {
         "arguments": memory.argument_size_in_bytes,
         "outputs not aliased": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "HBM": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        "temporaries": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
+        "temporaries, packed": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
         "collectives": dict(sent),
     }
 
 
-def _on_one_device(tree: Any) -> int:
+def on_one_device(tree: Any) -> int:
+    """Bytes of abstract arrays with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -128,19 +182,37 @@ def in_own_process(cell: Cell) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def with_saved(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each row, beside AdamW's where both compiled, with what it saves."""
+    of_adamw, done = {}, []
+    for row in rows:
+        place = tuple(row[name] for name in ("preset", "topology", "mesh"))
+        if row["optimizer"] == "adamw":
+            of_adamw[place] = row
+        row, other = dict(row), of_adamw.get(place, {})
+        if row["optimizer"] != "adamw" and "peak" in row and "peak" in other:
+            state = other["optimizer state"] - row["optimizer state"]
+            peak = other["peak"] - row["peak"]
+            row |= {"saved by the state": state, "saved at the peak": peak}
+        done.append(row)
+    return done
+
+
 def main() -> None:
-    # No TPU is looked for, and several processes may load the library.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    prepare()
     if sys.argv[1:]:
-        print(json.dumps(compiled(tyro.cli(Cell, description=__doc__))))
+        print(json.dumps(measured(tyro.cli(Cell, description=__doc__))))
         return
+    fields = [field.name for field in dataclasses.fields(Cell)]
+    there = {
+        Cell(**{name: row[name] for name in fields}): row
+        for row in _record.rows_of_this_commit("tpu_compile")
+    }
     rows = []
-    for cell in CELLS:
-        rows.append(in_own_process(cell))
+    for cell in cells():
+        rows.append(there.get(cell) or in_own_process(cell))
         print(rows[-1], flush=True)
-    print(_record.save("tpu_compile", rows))
+        print(_record.save("tpu_compile", with_saved(rows)))
 
 
 if __name__ == "__main__":

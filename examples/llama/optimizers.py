@@ -104,6 +104,7 @@ def _lorapre_adamw(config: OptimizerConfig, rate: Any, _: Any) -> Any:
         weight_decay=config.weight_decay,
         mask=lambda params: _is_matrix(config, params),
         matrices=_selection(config),
+        batch=config.layers_at_once,
     )
 
 
@@ -118,6 +119,7 @@ def _lorapre_muon(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
         adam_learning_rate=dense_rate,
         adam_b1=config.b1,
         adam_b2=config.b2,
+        batch=config.layers_at_once,
     )
 
 
