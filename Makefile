@@ -3,13 +3,18 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bootstrap bench-memory bench-quality bench-device
+.PHONY: demo test test-tpu lint bootstrap bench-memory bench-quality bench-device
 
 demo: bootstrap  ## Pretrain a small Llama on text that is on this machine.
 	$(BIN)/python -m examples.llama
 
 test: bootstrap  ## The whole test suite.
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# libtpu is large and has a licence of its own, so it stays out of the other tests.
+TPU_VENV ?= .venv-tpu
+test-tpu: $(TPU_VENV)/.installed  ## A training step by the TPU's compiler; needs no TPU.
+	$(TPU_VENV)/bin/python -m pytest tests/test_tpu_compile.py
 
 lint: bootstrap
 	$(BIN)/ruff check .
@@ -39,4 +44,10 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(TPU_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(TPU_VENV)/bin/python -m pip install --quiet --editable '.[examples,tpu]' pytest
 	touch $@
