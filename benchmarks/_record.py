@@ -37,7 +37,9 @@ def save(name: str, rows: Sequence[Row]) -> Path:
 def rows_of_this_commit(name: str) -> list[dict[str, Any]]:
     """What `save` has left in `results/<name>.json`; none if another commit did."""
     path = RESULTS / f"{name}.json"
-    record = json.loads(path.read_text()) if path.exists() else {"commit": None}
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
     return record["rows"] if record["commit"] == commit() else []
 
 

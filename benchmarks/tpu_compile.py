@@ -13,7 +13,7 @@ the compiler says so, and that is the row. Else, in bytes of one device:
     peak                          arguments and temporaries
     collectives                   what each kind leaves here, a loop's body counted once
 
-The compiler is asked for little effort (see `prepare`). Without options, all of `cells`,
+The compiler is asked for little effort (see `prepare`). Without options, all `cells`,
 each in a process of its own, into results/tpu_compile.json; what is there of the same
 commit is not compiled again. There, rows with an AdamW beside them also say how much of
 what their state saves is saved at the peak.
