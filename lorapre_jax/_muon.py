@@ -16,7 +16,7 @@ from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients, orthogonalize
 from lorapre_jax._plan import Plan, init_moment, make_plan, map_leaves
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 from lorapre_jax._sharding import replicated_zero
-from lorapre_jax._shares import check_param_shardings, orthogonalize_shares
+from lorapre_jax._shares import orthogonalize_shares, plan_shares
 
 
 class ScaleByLorapreMuonState(NamedTuple):
@@ -108,7 +108,7 @@ def scale_by_lorapre_muon(
         if isinstance(plan, Plan):
             _refuse_other_than_matrices(plan)
             if param_shardings is not None:
-                check_param_shardings(plan, param_shardings)
+                plan_shares(plan, param_shardings)
         mu, factors = init_moment(plan, params, 0, factor_dtype, seed)
         return ScaleByLorapreMuonState(replicated_zero(params), mu, factors, plan)
 
@@ -126,15 +126,17 @@ def scale_by_lorapre_muon(
         }
         run = functools.partial(map_leaves, hyper=hyper, plan=state.plan, batch=batch)
         moments = [(state.momentum, state.momentum_factors)]
-        if param_shardings is None or not isinstance(state.plan, Plan):
-            updates, (mu, factors) = run(rule.whole, updates=updates, moments=moments)
-        else:
+        shares = None
+        if param_shardings is not None and isinstance(state.plan, Plan):
+            shares = plan_shares(state.plan, param_shardings)
+        if shares:
             rest, moment = run(rule.begin, updates=updates, moments=moments)
-            shardings = check_param_shardings(state.plan, param_shardings)
-            rest = orthogonalize_shares(rule.polar, eps, state.plan, rest, shardings)
+            rest = orthogonalize_shares(rule.polar, eps, shares, rest, param_shardings)
             updates, (mu, factors), _ = run(
                 rule.finish, updates=updates, moments=[moment, (rest, {})]
             )
+        else:
+            updates, (mu, factors) = run(rule.whole, updates=updates, moments=moments)
         return updates, ScaleByLorapreMuonState(count, mu, factors, state.plan)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -35,28 +35,40 @@ class _Group(NamedTuple):
         return math.prod(self.mesh.shape[axis] for axis in self.rows + self.columns)
 
 
-def check_param_shardings(plan: Plan, shardings: Any) -> dict[str, NamedSharding]:
-    """The sharding of every leaf of the plan, by path."""
-    given = dict(named_leaves(shardings, is_leaf=lambda x: x is None))
-    found = {}
+Shares = Mapping[_Group, Mapping[str, MatrixView]]
+"""Of each group its leaves, by path."""
+
+
+def plan_shares(plan: Plan, param_shardings: Any) -> Shares:
+    """Who stands in a stack with whom; nothing where no matrix is divided."""
+    given = dict(named_leaves(param_shardings, is_leaf=lambda x: x is None))
+    groups: dict[_Group, dict[str, MatrixView]] = {}
     for leaf in plan.leaves:
-        sharding = given.get(leaf.path)
-        if not isinstance(sharding, NamedSharding):
+        place = given.get(leaf.path)
+        if not isinstance(place, NamedSharding):
             raise ValueError(
-                f"Leaf '{leaf.path}': `param_shardings` has {sharding!r} for it, and "
+                f"Leaf '{leaf.path}': `param_shardings` has {place!r} for it, and "
                 "not a NamedSharding. Give a tree like the parameters, such as "
                 "jax.tree.map(lambda x: x.sharding, params)."
             )
-        found[leaf.path] = sharding
-    return found
+        if leaf.view is None:
+            continue  # No elements.
+        batch, row, column = entries_of(place, leaf.path, leaf.view)
+        group = _Group(
+            place.mesh,
+            frozenset(axis for entry in batch for axis in mesh_axes(entry)),
+            mesh_axes(row),
+            mesh_axes(column),
+            leaf.view.p,
+            leaf.view.q,
+            leaf.dtype,
+        )
+        groups.setdefault(group, {})[leaf.path] = leaf.view
+    return groups if any(group.parts > 1 for group in groups) else {}
 
 
 def orthogonalize_shares(
-    polar: Polar,
-    eps: jax.typing.ArrayLike,
-    plan: Plan,
-    updates: Any,
-    shardings: Mapping[str, NamedSharding],
+    polar: Polar, eps: jax.typing.ArrayLike, shares: Shares, tree: Any, places: Any
 ) -> Any:
     """`polar(matrix, eps)` of every matrix of the tree, each on one device.
 
@@ -66,24 +78,9 @@ def orthogonalize_shares(
     with zeros to as many matrices for each device. Leaves of one matrix size that are
     divided alike share a stack.
     """
-    leaves = dict(named_leaves(updates))
-    groups: dict[_Group, dict[str, MatrixView]] = {}
-    for leaf in plan.leaves:
-        if leaf.view is not None:
-            place = shardings[leaf.path]
-            batch, row, column = entries_of(place, leaf.path, leaf.view)
-            group = _Group(
-                place.mesh,
-                frozenset(axis for entry in batch for axis in mesh_axes(entry)),
-                mesh_axes(row),
-                mesh_axes(column),
-                leaf.view.p,
-                leaf.view.q,
-                leaves[leaf.path].dtype.name,
-            )
-            groups.setdefault(group, {})[leaf.path] = leaf.view
-    for group, views in groups.items():
-        specs = tuple(shardings[path].spec for path in views)
+    leaves, places = dict(named_leaves(tree)), dict(named_leaves(places))
+    for group, views in shares.items():
+        specs = tuple(places[path].spec for path in views)
         on_one_device = functools.partial(_of_group, polar, group, [*views.values()])
         in_group = jax.shard_map(
             on_one_device,
@@ -93,7 +90,7 @@ def orthogonalize_shares(
         )
         done = in_group(jnp.asarray(eps), *(leaves[path] for path in views))
         leaves |= zip(views, done, strict=True)
-    return jax.tree.unflatten(jax.tree.structure(updates), leaves.values())
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves.values())
 
 
 def _of_group(
@@ -122,6 +119,6 @@ def _of_group(
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
     done = jnp.split(stack, ends)[: len(views)]
     return tuple(
-        view.from_matrix(x.reshape(*view.batch, view.p, view.q))
-        for view, x in zip(views, done, strict=True)
+        view.from_matrix(x.reshape(*view.batch, view.p, view.q)).astype(block.dtype)
+        for view, x, block in zip(views, done, blocks, strict=True)
     )

@@ -339,7 +339,8 @@ def test_logical_axes_of_linen():
         return Mlp().init(key, jnp.ones((1, 16)))["params"]
 
     boxed = jax.eval_shape(init, jax.random.key(0))
-    where = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
+    logical = nn.get_partition_spec(boxed)
+    where = nn.logical_to_mesh_sharding(logical, mesh, rules)  # pyright: ignore
     params = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=where)(
         jax.random.key(0)
     )

@@ -38,14 +38,29 @@ DEFAULT_RATES: dict[OptimizerName, Rates] = {
 }
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The named optimizer behind global-norm clipping, for a run of ``steps``."""
+class _Given(NamedTuple):
+    """What a rule needs besides its configuration."""
+
+    rate: optax.Schedule
+    dense_rate: optax.Schedule
+    param_shardings: Any | None
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, param_shardings: Any | None = None
+) -> optax.GradientTransformation:
+    """The named optimizer behind global-norm clipping, for a run of ``steps``.
+
+    With ``param_shardings`` every device orthogonalises its share of the matrices for
+    lorapre_muon.
+    """
     defaults = DEFAULT_RATES[config.name]
-    rate = schedule(config.learning_rate or defaults.matrices, config.warmup, steps)
-    dense_rate = schedule(
-        config.dense_learning_rate or defaults.dense, config.warmup, steps
+    given = _Given(
+        schedule(config.learning_rate or defaults.matrices, config.warmup, steps),
+        schedule(config.dense_learning_rate or defaults.dense, config.warmup, steps),
+        param_shardings,
     )
-    rule = _RULES[config.name](config, rate, dense_rate)
+    rule = _RULES[config.name](config, given)
     if config.clip_norm is None:
         return rule
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
@@ -85,9 +100,9 @@ def _is_matrix(config: OptimizerConfig, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(chosen, params)
 
 
-def _adamw(config: OptimizerConfig, rate: Any, _: Any) -> Any:
+def _adamw(config: OptimizerConfig, given: _Given) -> Any:
     return optax.adamw(
-        rate,
+        given.rate,
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
@@ -95,9 +110,9 @@ def _adamw(config: OptimizerConfig, rate: Any, _: Any) -> Any:
     )
 
 
-def _lorapre_adamw(config: OptimizerConfig, rate: Any, _: Any) -> Any:
+def _lorapre_adamw(config: OptimizerConfig, given: _Given) -> Any:
     return lp.lorapre_adamw(
-        rate,
+        given.rate,
         config.rank,
         b1=config.b1,
         b2=config.b2,
@@ -108,25 +123,26 @@ def _lorapre_adamw(config: OptimizerConfig, rate: Any, _: Any) -> Any:
     )
 
 
-def _lorapre_muon(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
+def _lorapre_muon(config: OptimizerConfig, given: _Given) -> Any:
     return lp.lorapre_muon(
-        rate,
+        given.rate,
         config.rank,
         beta=MUON_BETA,
         weight_decay=config.weight_decay,
         consistent_rms=MUON_RMS,
         matrices=_selection(config),
-        adam_learning_rate=dense_rate,
+        adam_learning_rate=given.dense_rate,
         adam_b1=config.b1,
         adam_b2=config.b2,
         batch=config.layers_at_once,
+        param_shardings=given.param_shardings,
     )
 
 
-def _muon(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
+def _muon(config: OptimizerConfig, given: _Given) -> Any:
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     matrix_rule = optax.contrib.muon(
-        rate,
+        given.rate,
         beta=MUON_BETA,
         weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=lambda params: jax.tree.map(
@@ -134,23 +150,23 @@ def _muon(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
         ),
         consistent_rms=MUON_RMS,
     )
-    return _with_dense_adam(matrix_rule, config, dense_rate)
+    return _with_dense_adam(matrix_rule, config, given)
 
 
-def _galore(config: OptimizerConfig, rate: Any, dense_rate: Any) -> Any:
+def _galore(config: OptimizerConfig, given: _Given) -> Any:
     axes = optax.contrib.GaLoreDimensionNumbers(reduction_axis=0, output_axis=1)
     matrix_rule = optax.contrib.galore(
-        rate,
+        given.rate,
         rank=config.rank,
         update_proj_gap=GALORE_REFRESH,
         base_optimizer=optax.scale_by_adam(b1=config.b1, b2=config.b2),
         weight_decay=config.weight_decay,
         weight_dimension_numbers=axes,
     )
-    return _with_dense_adam(matrix_rule, config, dense_rate)
+    return _with_dense_adam(matrix_rule, config, given)
 
 
-def _with_dense_adam(matrix_rule: Any, config: OptimizerConfig, dense_rate: Any) -> Any:
+def _with_dense_adam(matrix_rule: Any, config: OptimizerConfig, given: _Given) -> Any:
     """``matrix_rule`` for the matrices and plain Adam for everything else.
 
     Their own fallbacks are not used: muon's is Nesterov Adam, and galore's holds
@@ -161,7 +177,7 @@ def _with_dense_adam(matrix_rule: Any, config: OptimizerConfig, dense_rate: Any)
         chosen = _is_matrix(config, params)
         return jax.tree.map(lambda yes: "matrix" if yes else "dense", chosen)
 
-    dense_rule = optax.adam(dense_rate, b1=config.b1, b2=config.b2)
+    dense_rule = optax.adam(given.dense_rate, b1=config.b1, b2=config.b2)
     return optax.partition({"matrix": matrix_rule, "dense": dense_rule}, labels)
 
 

@@ -112,7 +112,9 @@ def prepare(
     start = checkpoints.latest_step or 0
     data = load_data_of_run(config, resumed=start > 0)
     model = PureLlama(config.model, data.vocab_size, mesh)
-    tx = make_optimizer(config.optimizer, config.steps)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = layout.param_shardings(mesh, shapes)
+    tx = make_optimizer(config.optimizer, config.steps, shardings)
     abstract = abstract_state(model, tx, mesh)
     memory = lp.describe(tx, abstract.params)
     say(*layout.exceptions(mesh, abstract.params), str(memory))
