@@ -21,8 +21,13 @@ def main() -> int:
         result = train(config, console)
     except ValueError as error:  # bad settings or data: the message is enough
         console.stderr = True
-        console.print(f"error: {error}", markup=False, highlight=False)
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
+    except OSError as error:  # a full disk, above all
+        console.stderr = True
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print("What was saved is kept. Run the same command again to go on.")
+        return 74  # EX_IOERR of sysexits.h
     except Stopped as stopped:
         console.quiet = not hosts.is_first()
         console.print(f"{stopped} Run the same command again to go on.")

@@ -1,22 +1,23 @@
-"""The run's folder: which run lives there, and its checkpoints."""
+"""The checkpoints of a run: written in the background, verified before use."""
 
-import hashlib
 import json
-import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from examples.llama import hosts
-from examples.llama.config import Config, as_fields, differences
+from examples.llama import files, hosts
+from examples.llama.config import differences
 
 _UNFINISHED = "its saving was interrupted"
 
 
-class RunMismatch(ValueError):
-    """The folder holds a run with other settings or other data."""
+class SaveFailed(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -26,10 +27,11 @@ class DamagedCheckpoint(ValueError):
 class Checkpoints:
     """Orbax checkpoints in ``workdir/checkpoints``, by number of steps done.
 
-    Orbax commits one by renaming its folder, but keeps no checksums of arrays. So the
-    digests of all files are written after the commit, and compared before anything is
-    restored. A checkpoint that differs, or has none because the process was killed just
-    there, is moved to ``workdir/damaged``, and the one before it is the latest.
+    Orbax writes in the background and commits a checkpoint by renaming its folder, but
+    keeps no checksums of arrays. So the digests of all files are written after the
+    commit, and compared before anything is restored. A checkpoint that differs, or has
+    none because the process was killed just there, is moved to ``workdir/damaged``, and
+    the one before it is the latest.
 
     Attributes:
       set_aside: What was moved there and why, one line each.
@@ -42,42 +44,80 @@ class Checkpoints:
         self.set_aside = hosts.on_first(lambda: self._set_aside(damaged)) or []
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
-            # The next step donates the very buffers a background save would read.
-            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,  # Those of saves that were killed.
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._sealer = ThreadPoolExecutor(1)
+        self._sealing: Future[None] | None = None
+        self._saving = 0  # The step that is being saved, or was last.
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._sealer.shutdown()
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
+        """Of all that ``save`` was given, or that were there before."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> Path:
         return self._folder / str(step)
 
     def save(self, step: int, state: Any) -> None:
-        """Write ``state``, a pytree of arrays; nothing happens if it is there."""
+        """Begin to write ``state``, a pytree of arrays; nothing if it is there.
+
+        The arrays may be donated at once: by then accelerators have copied them to the
+        host. A CPU lends its own buffers to the writer, and JAX gives the results of a
+        donation fresh memory where a buffer is lent.
+
+        Raises ``SaveFailed`` also where the save before this one did not succeed.
+        """
         if step == self.latest_step:
             return
-        self._manager.save(step, args=ocp.args.StandardSave(state))
-        if not hosts.is_first():
-            return
-        self._digests.mkdir(exist_ok=True)
-        _write(self._digests / f"{step}.json", _digests_of(self.path(step)))
-        for file in self._digests.glob("*.json"):
-            if int(file.stem) not in self._manager.all_steps():
-                file.unlink()
+        self.wait()
+        self._saving = step
+        with self._failure_named():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+        if hosts.is_first():
+            self._sealing = self._sealer.submit(self._seal, step)
+
+    def wait(self) -> None:
+        """Until all that was given to ``save`` is safe on disk."""
+        with self._failure_named():
+            self._manager.wait_until_finished()
+            if self._sealing:
+                self._sealing.result()
 
     def restore(self, abstract_state: Any) -> Any:
         """The latest state, with the shapes, dtypes and shardings asked for."""
         return self._manager.restore(
             self.latest_step, args=ocp.args.StandardRestore(abstract_state)
         )
+
+    def _seal(self, step: int) -> None:
+        """Write the digests, once Orbax has committed."""
+        self._manager.wait_until_finished()
+        self._digests.mkdir(exist_ok=True)
+        found = json.dumps(files.digests(self.path(step)), indent=2)
+        files.write(self._digest_file(self.path(step)), found + "\n")
+        for file in self._digests.glob("*.json"):
+            if int(file.stem) not in self._manager.all_steps():
+                file.unlink()
+
+    @contextmanager
+    def _failure_named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax passes on whatever its parts raise.
+            raise SaveFailed(
+                f"checkpoint {self.path(self._saving)} could not be written: {error}"
+            ) from error
 
     def _set_aside(self, damaged: Path) -> list[str]:
         steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
@@ -95,77 +135,23 @@ class Checkpoints:
             )
         for path in faults:
             damaged.mkdir(exist_ok=True)
+            # Or they would be taken for those of the checkpoint that replaces it.
+            self._digest_file(path).unlink(missing_ok=True)
             shutil.rmtree(damaged / path.name, ignore_errors=True)
             path.rename(damaged / path.name)
         return [f"{line}; moved to {damaged}" for line in lines]
 
+    def _digest_file(self, path: Path) -> Path:
+        return self._digests / f"{path.name}.json"
+
     def _fault(self, path: Path, is_newest: bool) -> str:
         """Why the checkpoint is not what was saved; empty where it is."""
-        file = self._digests / f"{path.name}.json"
+        file = self._digest_file(path)
         if not file.exists():
             return _UNFINISHED if is_newest else f"{file} is missing"
         try:
             recorded = json.loads(file.read_text())
         except ValueError:
             return f"{file} cannot be read"
-        names = ", ".join(sorted(differences(recorded, _digests_of(path))))
+        names = ", ".join(sorted(differences(recorded, files.digests(path))))
         return f"{names} changed since it was saved" if names else ""
-
-
-def _digests_of(folder: Path) -> dict[str, str]:
-    """SHA-256 by path below ``folder``, of every file."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[str(path.relative_to(folder))] = digest
-    return digests
-
-
-def _write(path: Path, content: Any) -> None:
-    """All of it or nothing, also when the machine stops."""
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
-def check_same_run(config: Config, data_fingerprint: str | None = None) -> None:
-    """Raise ``RunMismatch`` unless ``config`` can go on with the run in its workdir.
-
-    Without ``data_fingerprint`` only the settings are compared, which needs no data.
-    """
-    file = _record_file(config)
-    if not file.exists():
-        raise RunMismatch(f"{config.workdir} has checkpoints but no {file.name}")
-    recorded = json.loads(file.read_text())
-    here = _record_of(config, data_fingerprint)
-    if data_fingerprint is None:
-        here["data.fingerprint"] = recorded["data.fingerprint"]
-    different = differences(recorded, here)
-    if different:
-        listed = "".join(
-            f"\n  {name}: {there!r} there, {now!r} now"
-            for name, (there, now) in different.items()
-        )
-        raise RunMismatch(
-            f"{config.workdir} holds a run with other settings:{listed}\n"
-            "Give the same settings to go on with it, or another --workdir."
-        )
-
-
-def record_run(config: Config, data_fingerprint: str) -> None:
-    """Write ``workdir/config.json``, which later runs are compared with."""
-    record = _record_of(config, data_fingerprint)
-    _write(_record_file(config), record)
-
-
-def _record_of(config: Config, data_fingerprint: str | None) -> dict[str, Any]:
-    return as_fields(config) | {"data.fingerprint": data_fingerprint}
-
-
-def _record_file(config: Config) -> Path:
-    return config.workdir / "config.json"

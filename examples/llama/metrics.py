@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from examples.llama import hosts
+from examples.llama import files, hosts
 
 Record = dict[str, float]
 
@@ -29,7 +29,9 @@ class MetricsLog:
         hosts.on_first(lambda: None)  # All have read before the first one writes.
         path = path if to_disk else Path(os.devnull)
         self.records = [record for record in kept if record["step"] <= start_step]
-        path.write_text("".join(map(_line, self.records)))
+        self._to_disk = to_disk
+        if to_disk:  # Killed here, the run must not lose what it has logged.
+            files.write(path, "".join(map(_line, self.records)))
         self._file = path.open("a")
         self._board = SummaryWriter(
             str(workdir / "tensorboard"),
@@ -51,6 +53,11 @@ class MetricsLog:
         for name in record.keys() - {"step"}:
             if math.isfinite(record[name]):  # TensorBoard draws nothing else
                 self._board.add_scalar(name, record[name], int(record["step"]))
+
+    def sync(self) -> None:
+        """Wait for the disk: then the log outlasts the machine, as checkpoints do."""
+        if self._to_disk:
+            os.fsync(self._file.fileno())
 
     def last(self, name: str) -> float:
         return next(r[name] for r in reversed(self.records) if name in r)

@@ -41,6 +41,7 @@ class Reporter:
         """Write what is held back, as before a checkpoint or at the end."""
         before, self._held_back = self._held_back, {}
         self._write(before)
+        self._log.sync()
         self._stopwatch.pause()
 
     def _write(self, held_back: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from examples.llama import files
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -79,7 +81,7 @@ def train_bpe(
     )
     pieces.train_from_iterator(texts, trainer)
     cache_folder.mkdir(parents=True, exist_ok=True)
-    pieces.save(str(path))
+    files.write(path, pieces.to_str(pretty=True))
     return BPETokenizer(pieces)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import lorapre_jax as lp
 from examples.llama import hosts, layout
-from examples.llama.checkpoint import Checkpoints, check_same_run, record_run
+from examples.llama.checkpoint import Checkpoints
 from examples.llama.config import Config
 from examples.llama.data import (
     HeldOutBatch,
@@ -26,6 +26,7 @@ from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
 from examples.llama.progress import ProgressDisplay
 from examples.llama.report import Reporter
+from examples.llama.run_record import check_same_run, record_run
 from examples.llama.steps import (
     TrainState,
     abstract_state,
@@ -174,6 +175,7 @@ def run_steps(
             report.flush()  # the log must never lag behind a checkpoint
             checkpoints.save(step, state)
         if stopped and step < config.steps:
+            checkpoints.wait()
             raise Stopped(step)
 
 

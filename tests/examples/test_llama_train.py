@@ -16,11 +16,11 @@ from command_line import start
 from rich.console import Console
 
 from examples.llama import __main__
-from examples.llama.checkpoint import RunMismatch
 from examples.llama.config import ModelConfig, OptimizerConfig
 from examples.llama.data import held_out_batches
 from examples.llama.metrics import MetricsLog
 from examples.llama.model import PureLlama
+from examples.llama.run_record import RunMismatch
 from examples.llama.steps import make_evaluation
 from examples.llama.stop import Stopped
 from examples.llama.train import train

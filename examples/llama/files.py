@@ -1,0 +1,33 @@
+"""Files that survive a kill, and what proves that they are as they were written."""
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing, also when the machine stops.
+
+    Several processes may write the same file: the last one's stays.
+    """
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by path below ``folder``, of every file."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[str(path.relative_to(folder))] = digest
+    return found
