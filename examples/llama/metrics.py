@@ -3,12 +3,16 @@
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from examples.llama import files, hosts
 
@@ -27,40 +31,70 @@ class MetricsLog:
         path = workdir / "metrics.jsonl"
         kept = _read(path) if start_step else []
         hosts.on_first(lambda: None)  # All have read before the first one writes.
-        path = path if to_disk else Path(os.devnull)
         self.records = [record for record in kept if record["step"] <= start_step]
-        self._to_disk = to_disk
-        if to_disk:  # Killed here, the run must not lose what it has logged.
+        self._file = self._board = None
+        if to_disk:
+            # Killed here, the run must not lose what it has logged.
             files.write(path, "".join(map(_line, self.records)))
-        self._file = path.open("a")
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=start_step + 1,
-            write_to_disk=to_disk,
-        )
+            self._file = path.open("a")
+            self._board = TensorBoard(workdir / "tensorboard", start_step)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file and self._board:
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
 
     def write(self, record: Record) -> None:
         self.records.append(record)
-        self._file.write(_line(record))
-        self._file.flush()
-        for name in record.keys() - {"step"}:
-            if math.isfinite(record[name]):  # TensorBoard draws nothing else
-                self._board.add_scalar(name, record[name], int(record["step"]))
+        if self._file and self._board:
+            self._file.write(_line(record))
+            self._file.flush()
+            self._board.write(record)
 
     def sync(self) -> None:
         """Wait for the disk: then the log outlasts the machine, as checkpoints do."""
-        if self._to_disk:
+        if self._file and self._board:
             os.fsync(self._file.fileno())
+            self._board.sync()
 
     def last(self, name: str) -> float:
         return next(r[name] for r in reversed(self.records) if name in r)
+
+
+class TensorBoard:
+    """Events of the steps after ``start_step``; any that are there already are hidden.
+
+    They are written here and now. The thread in which tensorboardX likes to do it ends
+    when the disk is full, and the run would wait for it forever.
+    """
+
+    def __init__(self, folder: Path, start_step: int):
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, record: Record) -> None:
+        # Of numbers that are not finite it draws nothing.
+        values = [
+            Summary.Value(tag=name, simple_value=record[name])
+            for name in record.keys() - {"step"}
+            if math.isfinite(record[name])
+        ]
+        self._write(int(record["step"]), summary=Summary(value=values))
+
+    def sync(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def perplexity(loss: float) -> float:

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 REPOSITORY = Path(__file__).parents[2]
 
 
-def start(config, *more, devices) -> subprocess.Popen[str]:
-    """A tiny configuration as options; `more` go last."""
+def start(config, *more, devices, fault=None) -> subprocess.Popen[str]:
+    """A tiny configuration as options; `more` go last. See `faulty_run` for faults."""
     options = {
         "data": config.data.path,
         "workdir": config.workdir,
@@ -28,16 +30,26 @@ def start(config, *more, devices) -> subprocess.Popen[str]:
         "num-heads": config.model.num_heads,
     }
     flags = [part for name, x in options.items() for part in (f"--{name}", str(x))]
+    program = ["tests.examples.faulty_run", fault] if fault else ["examples.llama"]
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "examples.llama", *flags, *more],
+        [sys.executable, "-W", "error", "-m", *program, *flags, *more],
         cwd=REPOSITORY,
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def finish(config, *more, **options) -> subprocess.CompletedProcess[str]:
+    """The same, to its end."""
+    process = start(config, *more, **options)
+    stdout, stderr = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -2,17 +2,15 @@
 
 import dataclasses
 import io
-import json
 import math
 import os
 import signal
-import subprocess
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from command_line import start
+from command_line import finish
+from outcome import assert_same_trees, checkpoint, losses
 from rich.console import Console
 
 from examples.llama import __main__
@@ -33,25 +31,8 @@ def run(config):
     return result, output.getvalue()
 
 
-def losses(config):
-    """What the run logged, less the timings; half a line at the end is left out."""
-    lines = (config.workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: r[k] for k in r.keys() - {"tokens_per_second"}} for r in records]
-
-
 def diagnostics_of(record):
     return {name: x for name, x in record.items() if name.startswith("diagnostics/")}
-
-
-def checkpoint(path):
-    return ocp.StandardCheckpointer().restore(path / "default")
-
-
-def assert_same_trees(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def interrupt_at(step, monkeypatch):
@@ -77,12 +58,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(name, tiny_config, monkeypatch):
         interrupt_at(9, context)
         with pytest.raises(KeyboardInterrupt):
             run(parts)
-    assert [record["step"] for record in losses(parts)] == list(range(9))
+    assert [record["step"] for record in losses(parts.workdir)] == list(range(9))
     resumed, printed = run(parts)
     assert "going on after step 6" in printed
-    assert [record["step"] for record in losses(parts)] == list(range(13))
-    assert losses(parts) == losses(config)
-    looked = [record["step"] for record in losses(config) if diagnostics_of(record)]
+    assert [record["step"] for record in losses(parts.workdir)] == list(range(13))
+    assert losses(parts.workdir) == losses(config.workdir)
+    looked = [
+        record["step"] for record in losses(config.workdir) if diagnostics_of(record)
+    ]
     assert looked == ([4, 8, 12] if name == "lorapre_adamw" else [])
     assert resumed.held_out_loss == straight.held_out_loss
     assert_same_trees(checkpoint(resumed.checkpoint), checkpoint(straight.checkpoint))
@@ -96,10 +79,10 @@ def test_diagnostics_are_logged_and_change_nothing(tiny_config):
         without, diagnostics_every=1, workdir=without.workdir / "looking"
     )
     plain, looking = run(without)[0], run(config)[0]
-    logged = [diagnostics_of(record) for record in losses(config)]
+    logged = [diagnostics_of(record) for record in losses(config.workdir)]
     rest = [
         {name: record[name] for name in record.keys() - found.keys()}
-        for record, found in zip(losses(config), logged, strict=True)
+        for record, found in zip(losses(config.workdir), logged, strict=True)
     ]
     assert rest == losses(without)
     assert_same_trees(checkpoint(looking.checkpoint), checkpoint(plain.checkpoint))
@@ -127,11 +110,11 @@ def test_an_infinite_number_is_logged_without_a_warning(tmp_path, caplog):
 def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_config):
     config = tiny_config()
     first, _ = run(config)
-    before = losses(config)
+    before = losses(config.workdir)
     again, printed = run(config)
     assert "done already" in printed
     assert again == dataclasses.replace(first, already_finished=True)
-    assert losses(config) == before
+    assert losses(config.workdir) == before
 
     run(dataclasses.replace(config, log_every=1, eval_every=1))  # these may change
     other = dataclasses.replace(
@@ -171,18 +154,29 @@ def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
     np.testing.assert_allclose(actual, np.mean(expected), rtol=1e-5)
 
 
-def command_line(config, *more, devices):
-    """Runs a tiny run as one would by hand."""
-    done = start(config, *more, devices=devices)
-    stdout, stderr = done.communicate()
-    return subprocess.CompletedProcess(done.args, done.returncode, stdout, stderr)
+def test_a_log_is_not_lost_while_it_is_cut_back(tmp_path, monkeypatch):
+    with MetricsLog(tmp_path, 0) as log:
+        for step in range(4):
+            log.write({"step": step})
+    before = losses(tmp_path)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsLog(tmp_path, 2)
+    assert losses(tmp_path) == before
+    monkeypatch.undo()
+    with MetricsLog(tmp_path, 2):
+        assert losses(tmp_path) == before[:3]
 
 
 @pytest.fixture(scope="module")
 def on_one_device(tmp_path_factory, make_config):
     """The configuration of a run that was done from the command line."""
     config = make_config(tmp_path_factory.mktemp("one"), "lorapre_adamw")
-    done = command_line(config, devices=1)
+    done = finish(config, devices=1)
     assert done.returncode == 0, done.stderr
     assert "1 device(s)" in done.stdout
     assert "perplexity" in done.stdout
@@ -196,7 +190,7 @@ def test_eight_devices(on_one_device, tmp_path, mesh):
     config = dataclasses.replace(one, workdir=tmp_path / "eight", mesh=mesh)
     _, printed = run(config)
     assert "8 device(s)" in printed
-    for single, eight in zip(losses(one), losses(config), strict=True):
+    for single, eight in zip(losses(one.workdir), losses(config.workdir), strict=True):
         assert single.keys() == eight.keys()
         numbers = [name for name in single if not name.startswith("diagnostics/")]
         np.testing.assert_allclose(
@@ -214,11 +208,11 @@ def test_a_run_goes_on_on_another_mesh(on_one_device, tmp_path, monkeypatch):
             run(config)
     _, printed = run(dataclasses.replace(config, mesh="fsdp=2,tensor=4"))
     assert "going on after step 6" in printed
-    ends = (losses(on_one_device)[-1], losses(config)[-1])
+    ends = (losses(on_one_device.workdir)[-1], losses(config.workdir)[-1])
     held_out = [record["held_out_loss"] for record in ends]
     np.testing.assert_allclose(held_out[1], held_out[0], rtol=1e-3)
     # One device can take up what eight left.
-    assert "done already" in command_line(config, devices=1).stdout
+    assert "done already" in finish(config, devices=1).stdout
 
 
 def test_sigterm_saves_and_says_so(on_one_device, tmp_path, monkeypatch):
@@ -238,7 +232,7 @@ def test_sigterm_saves_and_says_so(on_one_device, tmp_path, monkeypatch):
     assert (config.workdir / "checkpoints" / str(step)).is_dir()
     monkeypatch.undo()
     assert f"going on after step {step}" in run(config)[1]
-    assert [record["step"] for record in losses(config)] == list(range(13))
+    assert [record["step"] for record in losses(config.workdir)] == list(range(13))
 
 
 def test_the_command_line_reports_a_stop_by_its_code(monkeypatch, capsys):
@@ -252,7 +246,7 @@ def test_the_command_line_reports_a_stop_by_its_code(monkeypatch, capsys):
 
 
 def test_an_indivisible_batch_is_refused_before_anything_is_done(tiny_config):
-    done = command_line(tiny_config(), "--batch-size=4", devices=8)
+    done = finish(tiny_config(), "--batch-size=4", devices=8)
     assert done.returncode == 1
     assert "batch_size (4) must be a multiple of the 8 devices" in done.stderr
     assert "Traceback" not in done.stderr

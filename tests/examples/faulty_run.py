@@ -1,0 +1,88 @@
+"""The example with one fault: `python -m tests.examples.faulty_run FAULT OPTIONS`.
+
+A fault happens at a fixed point of a run that saves after steps 6 and 12. Functions of
+the example and of the standard library are replaced for it; the rest is as it ships.
+"""
+
+import hashlib
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+from examples.llama.__main__ import main
+from examples.llama.checkpoint import Checkpoints
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_between_saves() -> None:
+    """The checkpoint of step 6 is just safe, and step 7 not yet begun."""
+    save = Checkpoints.save
+
+    def save_and_die(self, step, state):
+        save(self, step, state)
+        self.wait()
+        kill()
+
+    Checkpoints.save = save_and_die
+
+
+def killed_before_the_commit() -> None:
+    """Everything of checkpoint 12 is written but for the new name of its folder."""
+    rename = os.rename
+
+    def rename_or_die(source, target, **more):
+        if Path(target).name == "12":
+            kill()
+        rename(source, target, **more)
+
+    os.rename = rename_or_die
+
+
+def killed_before_the_digests() -> None:
+    """Checkpoint 12 is committed; its first file is about to be hashed."""
+    file_digest = hashlib.file_digest
+
+    def digest_or_die(file, *more):
+        if "12" in Path(file.name).parts:
+            kill()
+        return file_digest(file, *more)
+
+    hashlib.file_digest = digest_or_die
+
+
+def disk_full() -> None:
+    """From the save of step 12 on, files end after 32 kB; arrays need more.
+
+    A limit on the size of files needs no privileges and no second file system; the
+    system call that writes fails in the same way, by EFBIG instead of ENOSPC.
+    """
+    save = Checkpoints.save
+
+    def save_on_a_full_disk(self, step, state):
+        if step == 12:
+            self.wait()
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, hard))
+        save(self, step, state)
+
+    Checkpoints.save = save_on_a_full_disk
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        killed_between_saves,
+        killed_before_the_commit,
+        killed_before_the_digests,
+        disk_full,
+    )
+}
+
+if __name__ == "__main__":
+    FAULTS[sys.argv.pop(1)]()
+    sys.exit(main())
