@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from examples.llama import files, hosts
 from examples.llama.config import differences
 
+_KEPT = 2
 _UNFINISHED = "its saving was interrupted"
 
 
@@ -43,7 +44,7 @@ class Checkpoints:
         damaged = workdir.resolve() / "damaged"
         self.set_aside = hosts.on_first(lambda: self._set_aside(damaged)) or []
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2,
+            max_to_keep=_KEPT,
             cleanup_tmp_directories=True,  # Those of saves that were killed.
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -121,8 +122,8 @@ class Checkpoints:
 
     def _set_aside(self, damaged: Path) -> list[str]:
         steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
-        newest = max(steps, key=lambda path: int(path.name), default=None)
-        faults = {path: self._fault(path, path == newest) for path in steps}
+        steps.sort(key=lambda path: int(path.name))
+        faults = {path: self._fault(path, path == steps[-1]) for path in steps}
         faults = {path: fault for path, fault in faults.items() if fault}
         lines = [f"checkpoint {path} refused: {why}" for path, why in faults.items()]
         # The very first one may have been interrupted: then nothing is lost.
@@ -133,13 +134,18 @@ class Checkpoints:
             raise DamagedCheckpoint(
                 "\n".join([*lines, "None is left. Remove the folder to start anew."])
             )
-        for path in faults:
-            damaged.mkdir(exist_ok=True)
+        moved = []
+        for path, line in zip(faults, lines, strict=True):
             # Or they would be taken for those of the checkpoint that replaces it.
             self._digest_file(path).unlink(missing_ok=True)
+            if path in steps[:-_KEPT]:  # Orbax was deleting it, as was due.
+                shutil.rmtree(path)
+                continue
+            damaged.mkdir(exist_ok=True)
             shutil.rmtree(damaged / path.name, ignore_errors=True)
             path.rename(damaged / path.name)
-        return [f"{line}; moved to {damaged}" for line in lines]
+            moved.append(f"{line}; moved to {damaged}")
+        return moved
 
     def _digest_file(self, path: Path) -> Path:
         return self._digests / f"{path.name}.json"

@@ -98,6 +98,7 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_used(workdir, damag
         assert f"{workdir / 'checkpoints' / '12'} refused" in line
         assert file.name in line
         assert checkpoints.latest_step == 6
+        assert not (workdir / "digests" / "12.json").exists()
         np.testing.assert_array_equal(restored(checkpoints)["w"], state_of(6)["w"])
         checkpoints.save(12, state_of(12))  # The run comes by again.
     assert (workdir / "damaged" / "12").is_dir()
@@ -112,6 +113,18 @@ def test_one_whose_saving_was_interrupted_is_saved_again(workdir):
     with Checkpoints(workdir) as checkpoints:
         assert "saving was interrupted" in checkpoints.set_aside[0]
         assert checkpoints.latest_step == 6
+
+
+def test_one_whose_deletion_was_interrupted_is_no_damage(workdir):
+    """Killed after the third was committed, while the first was deleted."""
+    shutil.copytree(workdir / "checkpoints" / "12", workdir / "checkpoints" / "18")
+    lose_a_file(workdir / "checkpoints" / "6")
+    with Checkpoints(workdir) as checkpoints:
+        (line,) = checkpoints.set_aside
+        assert "18 refused: its saving was interrupted" in line
+        assert checkpoints.latest_step == 12
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["12"]
+    assert [path.name for path in (workdir / "digests").iterdir()] == ["12.json"]
 
 
 def test_a_first_one_that_was_interrupted_is_no_loss(tmp_path):
