@@ -71,9 +71,8 @@ SLICES = [
     ("350m", "v5e:4x4", "fsdp=4,tensor=4", 64, None),
     ("1b", "v5e:1x1", "fsdp=1", 16, "all"),
     ("1b", "v5e:2x2", "fsdp=4", 64, None),
-    ("1b", "v5e:4x4", "fsdp=16", 256, None),
     ("7b", "v5e:2x4", "fsdp=4,tensor=2", 64, "all"),
-    ("7b", "v5p:2x2x1", "fsdp=4", 64, None),
+    ("1b", "v5e:4x4", "fsdp=16", 256, None),
 ]
 PUBLISHED_RANK = {"60m": 128, "350m": 256, "1b": 512, "7b": 1024}
 

@@ -155,15 +155,20 @@ class OptimizerConfig:
     """Decoupled weight decay of the matrices; nothing else decays."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient (none: no clipping)."""
-    layers_at_once: int | None = None
-    """Stacked layers whose low-rank update is in memory at once (none: all)."""
     factor_embeddings: bool = False
     """Treat the embedding and the head as matrices too, instead of by Adam."""
+    layers_at_once: int | None = None
+    """Stacked layers whose low-rank update is in memory at once (none: all;
+    lorapre_adamw, lorapre_muon)."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "rank")
         if self.layers_at_once is not None:
             _require_positive(self, "layers_at_once")
+            _require(
+                self.name.startswith("lorapre"),
+                "layers_at_once is for lorapre_adamw and lorapre_muon",
+            )
         for name in ("learning_rate", "dense_learning_rate", "clip_norm"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be > 0, got {value}")

@@ -77,6 +77,29 @@ def test_low_rank_optimizers_keep_less_state_than_adamw(name):
     assert ratio(factor_embeddings=True) < ratio() < 0.5
 
 
+@pytest.mark.parametrize("name", ["lorapre_adamw", "lorapre_muon"])
+def test_few_layers_at_once_change_no_update(name):
+    params = params_for(name)
+    grads = optax.tree.random_like(jax.random.key(0), params)
+
+    def update(layers_at_once):
+        config = OptimizerConfig(name, rank=4, layers_at_once=layers_at_once)
+        tx = make_optimizer(config, steps=10)
+        step = jax.jit(tx.update)
+        state = tx.init(params)
+        return step(grads, state, params)[0], str(step.trace(grads, state).jaxpr)
+
+    (expected, together), (actual, one_by_one) = update(None), update(1)
+    assert one_by_one.count("scan") + one_by_one.count("while") > together.count(
+        "while"
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        actual,
+        expected,
+    )
+
+
 def test_schedule_rises_to_its_peak_and_falls_to_a_tenth():
     rate = schedule(1.0, warmup=0.1, steps=100)
     start, middle = np.asarray(rate(0)), np.asarray(rate(5))
@@ -106,6 +129,8 @@ def test_learns(name, tiny_config):
         ({"weight_decay": -1.0}, "must not be negative"),
         ({"dense_learning_rate": 0.1}, "has one learning rate"),
         ({"name": "adamw", "factor_embeddings": True}, "means nothing"),
+        ({"name": "muon", "layers_at_once": 1}, "is for lorapre_adamw and"),
+        ({"layers_at_once": 0}, "layers_at_once must be at least 1, got 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
