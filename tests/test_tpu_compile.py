@@ -18,10 +18,9 @@ pytest.importorskip("libtpu", reason="libtpu is an extra: make test-tpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    effort = jax.config.values["jax_exec_time_optimization_effort"]
     tpu_compile.prepare()
     yield
-    jax.config.update("jax_exec_time_optimization_effort", effort)
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 def test_a_training_step():
