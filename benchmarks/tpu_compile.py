@@ -84,7 +84,7 @@ def cells() -> Iterator[Cell]:
         for rank in (PUBLISHED_RANK[preset], PUBLISHED_RANK[preset] // 8):
             # Of all layers at once, what such factors need for their update is more
             # than what the forward and backward pass leave.
-            few = 4 if rank >= 512 else None
+            few = 4 if rank >= 256 else None
             yield dataclasses.replace(cell, rank=rank, layers_at_once=few)
 
 
@@ -190,9 +190,12 @@ def with_saved(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             of_adamw[place] = row
         row, other = dict(row), of_adamw.get(place, {})
         if row["optimizer"] != "adamw" and "peak" in row and "peak" in other:
-            state = other["optimizer state"] - row["optimizer state"]
-            peak = other["peak"] - row["peak"]
+            state, peak, packed = (
+                other[name] - row[name]
+                for name in ("optimizer state", "peak", "temporaries, packed")
+            )
             row |= {"saved by the state": state, "saved at the peak": peak}
+            row |= {"saved with temporaries packed": state + packed}
         done.append(row)
     return done
 
@@ -203,15 +206,17 @@ def main() -> None:
         print(json.dumps(measured(tyro.cli(Cell, description=__doc__))))
         return
     fields = [field.name for field in dataclasses.fields(Cell)]
-    there = {
+    done = {
         Cell(**{name: row[name] for name in fields}): row
         for row in _record.rows_of_this_commit("tpu_compile")
+        if "failed" not in row
     }
-    rows = []
     for cell in cells():
-        rows.append(there.get(cell) or in_own_process(cell))
-        print(rows[-1], flush=True)
-        print(_record.save("tpu_compile", with_saved(rows)))
+        if cell not in done:
+            done[cell] = in_own_process(cell)
+            print(done[cell], flush=True)
+        rows = [done[other] for other in cells() if other in done]
+        _record.save("tpu_compile", with_saved(rows))
 
 
 if __name__ == "__main__":
