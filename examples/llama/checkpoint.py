@@ -10,6 +10,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+import lorapre_jax as lp
 from examples.llama import files, hosts
 from examples.llama.config import differences
 
@@ -84,7 +85,11 @@ class Checkpoints:
         self.wait()
         self._saving = step
         with self._failure_named():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(state),
+                custom_metadata=lp.state_record(state),
+            )
         if hosts.is_first():
             self._sealing = self._sealer.submit(self._seal, step)
 
@@ -96,7 +101,12 @@ class Checkpoints:
                 self._sealing.result()
 
     def restore(self, abstract_state: Any) -> Any:
-        """The latest state, with the shapes, dtypes and shardings asked for."""
+        """The latest state, with the shapes, dtypes and shardings asked for.
+
+        Raises ``ValueError`` where that is the state of another optimizer or model.
+        """
+        metadata = self._manager.metadata(self.latest_step)
+        lp.check_state_record(metadata.custom_metadata, abstract_state)
         return self._manager.restore(
             self.latest_step, args=ocp.args.StandardRestore(abstract_state)
         )

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import lorapre_jax as lp
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 
 STATE = {"w": jnp.arange(4096.0), "step": jnp.asarray(0)}
@@ -156,3 +157,21 @@ def test_digests_that_cannot_be_read(workdir):
     with Checkpoints(workdir) as checkpoints:
         assert "12.json cannot be read" in checkpoints.set_aside[0]
         assert checkpoints.latest_step == 6
+
+
+def test_another_optimizer_is_refused_leaf_by_leaf(tmp_path):
+    """Both states have the same shapes."""
+    params = {"w": jnp.ones((16, 16))}
+    rows, columns = (
+        lp.scale_by_lorapre_adam(4, matrices=axes).init(params)
+        for axes in (lp.MatrixAxes(0, 1), lp.MatrixAxes(1, 0))
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, rows)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(jax.eval_shape(lambda: rows))
+        with pytest.raises(
+            ValueError, match=r"w: matrices rows \[0\](.|\n)*convert_state"
+        ):
+            checkpoints.restore(jax.eval_shape(lambda: columns))
+    assert "convert_state" in str(error.value)
