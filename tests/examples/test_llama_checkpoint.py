@@ -170,8 +170,6 @@ def test_another_optimizer_is_refused_leaf_by_leaf(tmp_path):
         checkpoints.save(1, rows)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.restore(jax.eval_shape(lambda: rows))
-        with pytest.raises(
-            ValueError, match=r"w: matrices rows \[0\](.|\n)*convert_state"
-        ):
+        with pytest.raises(ValueError, match=r"w: matrices rows \[0\]") as error:
             checkpoints.restore(jax.eval_shape(lambda: columns))
     assert "convert_state" in str(error.value)
