@@ -75,7 +75,8 @@ def scale_by_lorapre_muon(
         root mean square does not depend on the shape (Liu et al., 2025).
       moment: How the momentum is kept, `OnlineRegression(...)` or `Dense()`.
       param_shardings: None leaves it to the compiler how a divided matrix is
-        orthogonalised; it gathers at every iteration. A tree of the parameters'
+        orthogonalised: up to about two and a half times the whole matrix comes to every
+        device at every iteration (`benchmarks/traffic.py`). A tree of the parameters'
         `NamedSharding`s (other leaves may be in it too) gives each device its share of
         whole matrices: per step a device sends at most four times the bytes of that
         share, and none for matrices that are not divided. Static.
