@@ -48,7 +48,9 @@ class Checkpoints:
             max_to_keep=_KEPT,
             cleanup_tmp_directories=True,  # Those of saves that were killed.
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
         self._saving = 0  # The step that is being saved, or was last.
@@ -56,9 +58,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         try:
             self.wait()
+        except SaveFailed as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))  # What ended the run comes first.
         finally:
             self._sealer.shutdown()
             self._manager.close()

@@ -175,8 +175,10 @@ def run_steps(
             report.flush()  # the log must never lag behind a checkpoint
             checkpoints.save(step, state)
         if stopped and step < config.steps:
-            checkpoints.wait()
+            hosts.on_first(checkpoints.wait)
             raise Stopped(step)
+    # While SIGTERM still waits, and so do the other hosts: only the first one seals.
+    hosts.on_first(checkpoints.wait)
 
 
 def load_data_of_run(config: Config, resumed: bool) -> TextData:

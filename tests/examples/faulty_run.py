@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 from examples.llama.__main__ import main
@@ -55,6 +56,21 @@ def killed_before_the_digests() -> None:
     hashlib.file_digest = digest_or_die
 
 
+def told_to_stop_in_the_last_save() -> None:
+    """SIGTERM, and only then the files of checkpoint 12 are hashed."""
+    file_digest = hashlib.file_digest
+
+    def stop_and_digest(file, *more):
+        if "12" in Path(file.name).parts:
+            hashlib.file_digest = file_digest
+            time.sleep(1)  # All but the saving is over by now.
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        return file_digest(file, *more)
+
+    hashlib.file_digest = stop_and_digest
+
+
 def disk_full() -> None:
     """From the save of step 12 on, files end after 32 kB; arrays need more.
 
@@ -79,6 +95,7 @@ FAULTS = {
         killed_between_saves,
         killed_before_the_commit,
         killed_before_the_digests,
+        told_to_stop_in_the_last_save,
         disk_full,
     )
 }

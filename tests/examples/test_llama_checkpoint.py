@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
+from examples.llama import files
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 
 STATE = {"w": jnp.arange(4096.0), "step": jnp.asarray(0)}
@@ -173,3 +174,17 @@ def test_another_optimizer_is_refused_leaf_by_leaf(tmp_path):
         with pytest.raises(ValueError, match=r"w: matrices rows \[0\]") as error:
             checkpoints.restore(jax.eval_shape(lambda: columns))
     assert "convert_state" in str(error.value)
+
+
+def test_what_ended_the_run_is_told_before_what_could_not_be_saved(
+    tmp_path, monkeypatch
+):
+    def broken(*_):
+        raise OSError("No space left")
+
+    monkeypatch.setattr(files, "digests", broken)
+    with pytest.raises(RuntimeError, match="the fault") as error:  # noqa: SIM117, PT012
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(3, STATE)
+            raise RuntimeError("the fault")
+    assert "could not be written: No space left" in error.value.__notes__[0]

@@ -77,6 +77,12 @@ def test_killed_between_commit_and_digests(config, resume):
     assert "going on after step 6" in printed
 
 
+def test_told_to_stop_in_the_last_save(config):
+    stopped = finish(config, devices=1, fault="told_to_stop_in_the_last_save")
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert (config.workdir / "digests" / "12.json").exists()
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-7])
 
