@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax import _checks
+from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import AlgorithmOne, Dense, OnlineRegression, RankOne
-from lorapre_jax._plan import init_moment, make_plan, map_leaves
+from lorapre_jax._plan import init_moment, make_plan
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
 

@@ -114,6 +114,7 @@ class OnlineRegression:
         gain = self.complement_gain
         if not (isinstance(gain, numbers.Real) and gain >= 0):
             raise ValueError(f"complement_gain must be at least 0, got {gain!r}.")
+        object.__setattr__(self, "complement_gain", float(gain))  # One way to write it.
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         del seed

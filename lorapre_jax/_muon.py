@@ -11,12 +11,17 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._adam import FirstMoment, decayed_weights, lorapre_adamw
+from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import OnlineRegression, mass
 from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients, orthogonalize
-from lorapre_jax._plan import Plan, init_moment, make_plan, map_leaves
+from lorapre_jax._plan import Plan, init_moment, make_plan
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 from lorapre_jax._sharding import replicated_zero
-from lorapre_jax._shares import orthogonalize_shares, plan_shares
+from lorapre_jax._shares import (
+    orthogonalize_shares,
+    plan_shares,
+    without_underflow,
+)
 
 
 class ScaleByLorapreMuonState(NamedTuple):
@@ -77,16 +82,17 @@ def scale_by_lorapre_muon(
       param_shardings: None leaves it to the compiler how a divided matrix is
         orthogonalised: up to about two and a half times the whole matrix comes to every
         device at every iteration (`benchmarks/traffic.py`). A tree of the parameters'
-        `NamedSharding`s (other leaves may be in it too) gives each device its share of
-        whole matrices: per step a device sends at most four times the bytes of that
-        share, and none for matrices that are not divided. Static.
+        shardings (other leaves may be in it too) gives each device its share of whole
+        matrices, the same number for all: their exchange brings a device at most four
+        times the bytes of that share, and nothing for matrices that are not divided.
+        All matrices of one size are exchanged at once, whatever `batch` says. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
       TypeError, ValueError: As `scale_by_lorapre_adam`; and at `init`, for a leaf that
-        is not a matrix, or that `param_shardings` has no sharding for.
+        is not a matrix, or that `param_shardings` has no fitting sharding for.
     """
     _checks.check_storage(rank, batch, factor_dtype)
     _checks.check_decay("beta", beta)
@@ -131,8 +137,11 @@ def scale_by_lorapre_muon(
         if param_shardings is not None and isinstance(state.plan, Plan):
             shares = plan_shares(state.plan, param_shardings)
         if shares:
-            rest, moment = run(rule.begin, updates=updates, moments=moments)
-            rest = orthogonalize_shares(rule.polar, eps, shares, rest, param_shardings)
+            wide = jax.tree.map(without_underflow, updates)
+            rest, moment = run(rule.begin, updates=wide, moments=moments)
+            rest = orthogonalize_shares(
+                rule.polar, eps, shares, rest, param_shardings, batch
+            )
             updates, (mu, factors), _ = run(
                 rule.finish, updates=updates, moments=[moment, (rest, {})]
             )

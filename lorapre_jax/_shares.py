@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lorapre_jax._matrix_view import MatrixView
 from lorapre_jax._methods import at_least_float32
-from lorapre_jax._plan import Plan
+from lorapre_jax._plan import LeafPlan, Plan
 from lorapre_jax._selection import named_leaves
 from lorapre_jax._sharding import entries_of, mesh_axes
 
@@ -43,16 +43,14 @@ def plan_shares(plan: Plan, param_shardings: Any) -> Shares:
     """Who stands in a stack with whom; nothing where no matrix is divided."""
     given = dict(named_leaves(param_shardings, is_leaf=lambda x: x is None))
     groups: dict[_Group, dict[str, MatrixView]] = {}
+    undivided = []
     for leaf in plan.leaves:
-        place = given.get(leaf.path)
-        if not isinstance(place, NamedSharding):
-            raise ValueError(
-                f"Leaf '{leaf.path}': `param_shardings` has {place!r} for it, and "
-                "not a NamedSharding. Give a tree like the parameters, such as "
-                "jax.tree.map(lambda x: x.sharding, params)."
-            )
+        place = _checked(leaf, given.get(leaf.path))
         if leaf.view is None:
             continue  # No elements.
+        if isinstance(place, SingleDeviceSharding):
+            undivided.append(leaf.path)
+            continue
         batch, row, column = entries_of(place, leaf.path, leaf.view)
         group = _Group(
             place.mesh,
@@ -64,11 +62,44 @@ def plan_shares(plan: Plan, param_shardings: Any) -> Shares:
             leaf.dtype,
         )
         groups.setdefault(group, {})[leaf.path] = leaf.view
-    return groups if any(group.parts > 1 for group in groups) else {}
+    if not any(group.parts > 1 for group in groups):
+        return {}
+    for path in undivided:
+        raise ValueError(
+            f"Leaf '{path}': in `param_shardings` it lies on one device and others lie "
+            "on a mesh. Give it a NamedSharding of that mesh."
+        )
+    return groups
+
+
+def _checked(leaf: LeafPlan, place: Any) -> Any:
+    what = f"Leaf '{leaf.path}': `param_shardings` has {place!r} for it"
+    if isinstance(place, SingleDeviceSharding):
+        return place
+    if not isinstance(place, NamedSharding):
+        raise ValueError(
+            f"{what}, and not a NamedSharding. Give a tree like the parameters, such "
+            "as jax.tree.map(lambda x: x.sharding, params)."
+        )
+    if PartitionSpec.UNCONSTRAINED in place.spec:
+        raise ValueError(f"{what}. Say what each axis is divided over, or None.")
+    what += f", of shape {leaf.shape}"
+    if len(place.spec) > len(leaf.shape):
+        raise ValueError(f"{what}: the spec has more axes.")
+    try:
+        place.shard_shape(leaf.shape)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    return place
 
 
 def orthogonalize_shares(
-    polar: Polar, eps: jax.typing.ArrayLike, shares: Shares, tree: Any, places: Any
+    polar: Polar,
+    eps: jax.typing.ArrayLike,
+    shares: Shares,
+    tree: Any,
+    places: Any,
+    batch: int | None,
 ) -> Any:
     """`polar(matrix, eps)` of every matrix of the tree, each on one device.
 
@@ -76,33 +107,54 @@ def orthogonalize_shares(
     an all-to-all over the mesh axes of the rows, one over those of the columns, and the
     same back. Each moves at most what a device holds of the stack, which is filled up
     with zeros to as many matrices for each device. Leaves of one matrix size that are
-    divided alike share a stack.
+    divided alike share a stack. A device works on `batch` of its matrices at once.
     """
     leaves, places = dict(named_leaves(tree)), dict(named_leaves(places))
     for group, views in shares.items():
         specs = tuple(places[path].spec for path in views)
-        on_one_device = functools.partial(_of_group, polar, group, [*views.values()])
+        on_one_device = functools.partial(
+            _of_group, polar, group, [*views.values()], batch
+        )
         in_group = jax.shard_map(
             on_one_device,
             mesh=group.mesh,
             in_specs=(PartitionSpec(), *specs),
             out_specs=specs,
         )
-        done = in_group(jnp.asarray(eps), *(leaves[path] for path in views))
-        leaves |= zip(views, done, strict=True)
+        blocks = [_moved(leaves[path], places[path]) for path in views]
+        done = in_group(jnp.asarray(eps), *blocks)
+        for path, x in zip(views, done, strict=True):
+            leaves[path] = _moved(x, jax.typeof(leaves[path]).sharding)
     return jax.tree.unflatten(jax.tree.structure(tree), leaves.values())
 
 
+def without_underflow(g: jax.Array) -> jax.Array:
+    """A residual is a small part of the gradient, and float16 has no room below."""
+    return g.astype(jnp.float32) if g.dtype == jnp.float16 else g
+
+
+def _moved(x: jax.Array, place: Any) -> jax.Array:
+    """To `place`, under explicit mesh axes; else the compiler sees to it."""
+    return jax.sharding.reshard(x, place) if place.mesh.explicit_axes else x
+
+
 def _of_group(
-    polar: Polar, group: _Group, views: list[MatrixView], eps, *blocks: jax.Array
+    polar: Polar,
+    group: _Group,
+    views: list[MatrixView],
+    batch: int | None,
+    eps: jax.Array,
+    *blocks: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """On one device: its blocks in, its blocks out."""
     views = [
         dataclasses.replace(view, shape=block.shape)
         for view, block in zip(views, blocks, strict=True)
     ]
+    with jax.numpy_dtype_promotion("standard"):  # Gradients may be of several dtypes.
+        dtype = jnp.result_type(*blocks)
     stacks = [
-        view.to_matrix(block).reshape(-1, view.p, view.q)
+        view.to_matrix(block.astype(dtype)).reshape(-1, view.p, view.q)
         for view, block in zip(views, blocks, strict=True)
     ]
     counts = [len(stack) for stack in stacks]
@@ -111,9 +163,14 @@ def _of_group(
     hops = [(group.rows, 1), (group.columns, 2)]
     for axes, side in hops:
         stack = jax.lax.all_to_all(stack, axes, 0, side, tiled=True)
-    compute = at_least_float32(stack.dtype)
-    one = functools.partial(polar, eps=eps)
-    stack = jax.vmap(one)(stack.astype(compute)).astype(stack.dtype)
+
+    def whole(x: jax.Array) -> jax.Array:
+        return polar(x.astype(at_least_float32(dtype)), eps).astype(dtype)
+
+    if batch is None:
+        stack = jax.vmap(whole)(stack)
+    else:
+        stack = jax.lax.map(whole, stack, batch_size=batch)
     for axes, side in reversed(hops):
         stack = jax.lax.all_to_all(stack, axes, side, 0, tiled=True)
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]

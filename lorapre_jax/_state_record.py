@@ -33,18 +33,24 @@ def check_state_record(record: Record | None, state: Any) -> None:
     """Raises unless a state saved with `record` can be restored as `state`.
 
     Args:
-      record: What `state_record` returned then; None where nothing was recorded.
+      record: What `state_record` returned then.
       state: What is to be restored; `jax.eval_shape(tx.init, params)` does.
 
     Raises:
-      ValueError: One or more leaves differ; all are listed, with what to call.
+      ValueError: One or more leaves differ; all are listed, with what to call. Or
+        `record` is none, for example None where nothing was recorded.
     """
-    here, record = state_record(state), record or {}
+    if not _is_record(record):
+        raise ValueError(
+            f"{record!r} is no record of a state. Save what `state_record` returns, "
+            "as the checkpoint's `custom_metadata` or under a key of it."
+        )
+    here, saved = state_record(state), dict(record or {})
+    places = sorted({*saved, *here})
     lines = []
-    for place in sorted({*record, *here}):
-        there, now = record.get(place, {}), here.get(place, {})
-        several = len({*record, *here}) > 1
-        where = f" (of '{place}' in the state)" if several else ""
+    for place in places:
+        there, now = saved.get(place, {}), here.get(place, {})
+        where = f" (of '{place}' in the state)" if len(places) > 1 else ""
         lines += [
             f"  {path}{where}: {difference}"
             for path in [*there, *(path for path in now if path not in there)]
@@ -66,21 +72,30 @@ def _of_leaf(leaf: LeafPlan) -> dict[str, Any]:
     sides = view and f"rows {list(view.row_axes)}, columns {list(view.column_axes)}"
     return {
         "shape": list(leaf.shape),
-        "matrices": sides if leaf.is_factored else None,
         "rank": leaf.rank,
+        "matrices": sides if leaf.is_factored else None,
         "moments": [repr(method) for method in leaf.methods],
     }
+
+
+def _is_record(record: Any) -> bool:
+    def is_leaf(leaf: Any) -> bool:
+        return isinstance(leaf, Mapping) and "moments" in leaf
+
+    return isinstance(record, Mapping) and all(
+        isinstance(leaves, Mapping) and all(map(is_leaf, leaves.values()))
+        for leaves in record.values()
+    )
 
 
 def _difference(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
     """In words; empty where there is none."""
     if there is None or here is None:
         return "only here" if there is None else "only there"
-    if bool(there["rank"]) != bool(here["rank"]):
-        ways = [f"rank {x['rank']}" if x["rank"] else "dense" for x in (there, here)]
-        return "{} there, {} here".format(*ways)
+    names = [name for name in here if there.get(name) != here[name]]
+    if "rank" in names and None in (there.get("rank"), here["rank"]):
+        # That it is dense says all but the shape.
+        names = [name for name in names if name in ("shape", "rank")]
     return "; ".join(
-        f"{name} {there.get(name)} there, {here[name]} here"
-        for name in here
-        if there.get(name) != here[name]
+        f"{name} {there.get(name)} there, {here[name]} here" for name in names
     )

@@ -1,5 +1,6 @@
 """Muon with each device's own share of the matrices to orthogonalise."""
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from contract_cases import CASES, PAPER, assert_close, random_tree, run
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_sharding import (
     AUTO,
@@ -109,6 +111,80 @@ def test_half_precision_gradients_travel_as_such():
     updates, _ = train(tx, params, [params], lp.state_sharding(tx, params))
     expected, _ = run(make("scale_by_muon", ns_steps=2), half, [half], jit=True)
     assert_close(updates, expected[-1], rtol=0.05, atol=0.05)
+
+
+def test_small_half_precision_gradients():
+    """The residual of a gradient is a small part of it: float16 would lose it."""
+    layout = LAYOUTS["both"]
+    shardings = layout.shardings(SHAPES, AUTO)
+    tx = make("scale_by_muon", ns_steps=2, param_shardings=shardings)
+    params, *grads = (random_tree(SHAPES, seed) for seed in range(4))
+    small = [jax.tree.map(lambda x: (1e-6 * x).astype(jnp.float16), g) for g in grads]
+    expected, _ = run(make("scale_by_muon", ns_steps=2), params, small, jit=True)
+    params, *small = (layout.shard(x, AUTO) for x in (params, *small))
+    updates, _ = train(tx, params, small, lp.state_sharding(tx, params))
+    assert_close(updates, expected[-1], rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_gradients_of_several_dtypes_that_lie_elsewhere(kind):
+    layout = LAYOUTS["both"]
+    tree = {n: jnp.asarray(x, jnp.bfloat16) for n, x in random_tree(SHAPES).items()}
+    grads = random_tree(SHAPES, 1)
+    grads = grads | {"w": grads["w"].astype(jnp.bfloat16)}
+    expected, _ = run(make("scale_by_muon", ns_steps=2), tree, [grads], jit=True)
+    shardings = layout.shardings(tree, kind)
+    tx = make("scale_by_muon", ns_steps=2, param_shardings=shardings)
+    elsewhere = dataclasses.replace(layout, stack=P(None, "tensor", "fsdp"), w=P())
+    with jax.numpy_dtype_promotion("strict"):
+        state = tx.init(layout.shard(tree, kind))
+        updates, _ = jax.jit(tx.update)(elsewhere.shard(grads, kind), state)
+    assert_close(updates, expected[-1], rtol=0.05, atol=0.05)
+
+
+def test_few_matrices_at_once():
+    layout = LAYOUTS["layers"]
+    layout = dataclasses.replace(layout, stack=P(None, "layers"))
+    shapes = {"stack": (40, 16, 32)}
+    params = random_tree(shapes)
+    whole = make("scale_by_muon", ns_steps=2, matrices=lp.MatrixAxes())
+    expected, _ = run(whole, params, [params], jit=True)
+    tx = make(
+        "scale_by_muon",
+        ns_steps=2,
+        matrices=lp.MatrixAxes(),
+        param_shardings=layout.shardings(params, AUTO),
+        batch=2,
+    )
+    params = layout.shard(params, AUTO)
+    updates, _ = train(tx, params, [params], lp.state_sharding(tx, params))
+    assert_close(updates, expected[-1], rtol=1e-3, atol=2e-3)
+
+
+def test_on_one_device_there_is_nothing_to_share():
+    params = random_tree(SHAPES)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    tx = make("scale_by_muon", ns_steps=2, param_shardings=shardings)
+    expected, _ = run(make("scale_by_muon", ns_steps=2), params, [params])
+    assert_close(run(tx, params, [params])[0], expected)
+    mixed: Any = LAYOUTS["both"].shardings(params, AUTO) | {"w": shardings["w"]}
+    with pytest.raises(ValueError, match="'w': in `param_shardings` it lies on one"):
+        make("scale_by_muon", param_shardings=mixed).init(params)
+
+
+@pytest.mark.parametrize(
+    "spec", [P("fsdp", "tensor", None), P(None, ("tensor", "fsdp", "more"))]
+)
+def test_a_sharding_that_does_not_fit(spec):
+    params = random_tree(SHAPES | {"w": (16, 12)})
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "tensor", "more"), (AUTO,) * 3)
+    shardings: Any = {name: NamedSharding(mesh, P()) for name in params}
+    tx = make(
+        "scale_by_muon",
+        param_shardings=shardings | {"w": NamedSharding(mesh, spec)},
+    )
+    with pytest.raises(ValueError, match=r"Leaf 'w': `param_shardings` has .*\(16, 12"):
+        tx.init(params)
 
 
 @pytest.mark.parametrize("sharding", [None, P("fsdp"), "missing"])

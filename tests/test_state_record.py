@@ -51,7 +51,7 @@ def test_the_same_fits():
             {"rank": 2},
             ["square: rank 4 there, 2 here", "stack: rank 4 there, 2 here"],
         ),
-        ({"exclude": ["square"]}, ["square: rank 4 there, dense here"]),
+        ({"exclude": ["square"]}, ["square: rank 4 there, None here"]),
         (
             {"axes": AXES | {"square": lp.MatrixAxes(1, 0)}},
             ["square: matrices rows [0], columns [1] there, rows [1], columns [0]"],
@@ -59,6 +59,10 @@ def test_the_same_fits():
         (
             {"second_moment": lp.OnlineRegression()},
             ["square: moments [", "'RankOne()'] there, [", "stack: moments ["],
+        ),
+        (
+            {"params": PARAMS | {"square": jax.ShapeDtypeStruct((16, 4), jnp.float32)}},
+            ["square: shape [16, 16] there, [16, 4] here; rank 4 there, None here"],
         ),
         (
             {"params": PARAMS | {"bias": jax.ShapeDtypeStruct((9,), jnp.float32)}},
@@ -85,7 +89,20 @@ def test_a_state_of_optax_does_not():
     assert lp.state_record(adamw) == {}
     lp.check_state_record({}, adamw)
     with pytest.raises(ValueError, match="stack: only here"):
-        lp.check_state_record(None, state())
+        lp.check_state_record(lp.state_record(adamw), state())
+
+
+@pytest.mark.parametrize("record", [None, {"step": 5}, {"1/0": {"square": {}}}])
+def test_what_is_no_record(record):
+    with pytest.raises(ValueError, match="is no record of a state"):
+        lp.check_state_record(record, state())
+
+
+def test_a_number_is_recorded_in_one_way():
+    one, other = (
+        state(first_moment=lp.OnlineRegression(complement_gain=x)) for x in (1, 1.0)
+    )
+    lp.check_state_record(lp.state_record(one), other)
 
 
 def test_a_part_of_a_chain_is_named():
