@@ -61,15 +61,15 @@ class Cell:
     remat: Literal["nothing", "all but products", "all"] | None = None
 
 
-# Preset, slice, mesh, rows of a step (16 for each part of them), and what is computed
-# again where what the preset keeps is too much.
+# Preset, slice, mesh, rows of a step (16 for each part of them; 8 where that is what
+# fits), and what is computed again where what the preset keeps is too much.
 SLICES = [
     ("60m", "v5e:1x1", "fsdp=1", 16, None),
     ("60m", "v5e:2x2", "fsdp=4", 64, None),
     ("60m", "v5e:4x4", "fsdp=4,tensor=4", 64, None),
     ("350m", "v5e:1x1", "fsdp=1", 16, None),
     ("350m", "v5e:4x4", "fsdp=4,tensor=4", 64, None),
-    ("1b", "v5e:1x1", "fsdp=1", 16, "all"),
+    ("1b", "v5e:1x1", "fsdp=1", 8, "all"),
     ("1b", "v5e:2x2", "fsdp=4", 64, None),
     ("7b", "v5e:2x4", "fsdp=4,tensor=2", 64, "all"),
     ("1b", "v5e:4x4", "fsdp=16", 256, None),
