@@ -118,12 +118,13 @@ def test_small_half_precision_gradients():
     layout = LAYOUTS["both"]
     shardings = layout.shardings(SHAPES, AUTO)
     tx = make("scale_by_muon", ns_steps=2, param_shardings=shardings)
-    params, *grads = (random_tree(SHAPES, seed) for seed in range(4))
+    params, *grads = (random_tree(SHAPES, seed) for seed in range(7))
+    params = jax.tree.map(lambda x: x.astype(jnp.float16), params)
     small = [jax.tree.map(lambda x: (1e-6 * x).astype(jnp.float16), g) for g in grads]
     expected, _ = run(make("scale_by_muon", ns_steps=2), params, small, jit=True)
     params, *small = (layout.shard(x, AUTO) for x in (params, *small))
     updates, _ = train(tx, params, small, lp.state_sharding(tx, params))
-    assert_close(updates, expected[-1], rtol=1e-2, atol=2e-2)
+    assert_close(updates, expected[-1], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
