@@ -1,7 +1,6 @@
 """The state on meshes: where it lies, what crosses between devices, what comes out."""
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,87 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_cases import CASES, Case, assert_close, factored_paths, random_tree, run
-from jax.sharding import AxisType, NamedSharding
+from contract_cases import CASES, assert_close, factored_paths, random_tree, run
 from jax.sharding import PartitionSpec as P
-
-import lorapre_jax as lp
-from benchmarks._collectives import collectives
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-RANK = 3  # No mesh axis divides it.
-SHAPES = {"heads": (16, 8, 4), "stack": (8, 16, 32), "w": (16, 32)}
-MATRICES = lp.select_matrices(
-    axes={"^heads$": lp.MatrixAxes(0, (1, 2)), "^(stack|w)$": lp.MatrixAxes()}
+from sharding_cases import (
+    AUTO,
+    EXPLICIT,
+    LAYOUTS,
+    METHODS,
+    SHAPES,
+    Layout,
+    assert_lies,
+    make,
+    params_sharding,
+    train,
+    tree_of,
 )
 
+import lorapre_jax as lp
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A mesh, and what each axis of each leaf is divided over."""
-
-    mesh: dict[str, int]
-    heads: P
-    stack: P
-    w: P
-
-    def shard(self, tree: Any, kind: AxisType) -> Any:
-        return jax.device_put(tree, self.shardings(tree, kind))
-
-    def shardings(self, tree: Any, kind: AxisType) -> Any:
-        sizes = tuple(self.mesh.values())
-        devices = jax.devices()[: math.prod(sizes)]
-        types = (kind,) * len(sizes)
-        mesh = jax.make_mesh(sizes, tuple(self.mesh), types, devices=devices)
-        return {n: NamedSharding(mesh, getattr(self, n, P())) for n in tree}
-
-
-LAYOUTS = {
-    "rows": Layout({"fsdp": 8}, P("fsdp"), P(None, "fsdp"), P("fsdp")),
-    "columns": Layout(
-        {"tensor": 4}, P(None, "tensor"), P(None, None, "tensor"), P(None, "tensor")
-    ),
-    "both": Layout(
-        {"fsdp": 2, "tensor": 4},
-        P("fsdp", "tensor"),
-        P(None, "fsdp", "tensor"),
-        P("fsdp", "tensor"),
-    ),
-    "other way": Layout(
-        {"fsdp": 2, "tensor": 2},
-        P("tensor", "fsdp"),
-        P(None, "tensor", "fsdp"),
-        P("tensor", "fsdp"),
-    ),
-    "layers": Layout({"layers": 8}, P(), P("layers"), P()),
-    "experts": Layout(
-        {"expert": 2, "fsdp": 2, "tensor": 2},
-        P("fsdp", "tensor"),
-        P("expert", "fsdp", "tensor"),
-        P(("expert", "fsdp"), "tensor"),
-    ),
-    "replicated": Layout({"data": 2}, P(), P(), P()),
-}
-METHODS = ("adam", "adam_paper", "scale_by_muon", "ema")
-AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
-
-
-def make(name: str, **overrides: Any):
-    case = CASES[name]
-    return case.make(**{"rank": RANK, "matrices": MATRICES} | overrides)
-
-
-def tree_of(case: Case, seed: int = 0) -> Any:
-    shapes = SHAPES if case.only_matrices else SHAPES | {"bias": (8,)}
-    return random_tree(shapes, seed)
-
-
-def assert_lies(state: Any, shardings: Any):
-    placed = jax.tree_util.tree_leaves_with_path(shardings)
-    for (path, sharding), x in zip(placed, jax.tree.leaves(state), strict=True):
-        name = jax.tree_util.keystr(path)
-        assert x.sharding.is_equivalent_to(sharding, x.ndim), (name, x.sharding)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_every_array_has_its_place():
@@ -182,21 +119,6 @@ def test_two_views_of_one_leaf():
         lp.scale_by_lorapre_adam(2, matrices=lp.MatrixAxes((1, 2), 0)),
     )
     assert_lies(tx.init(params), lp.state_sharding(tx, params))
-
-
-def train(tx, params, grads, shardings=None):
-    """A compiled `init` and step, as the README has it."""
-    init = jax.jit(tx.init, out_shardings=shardings)
-    state = init(params)
-    places = None if shardings is None else (params_sharding(params), shardings)
-    update = jax.jit(tx.update, out_shardings=places, donate_argnums=1)
-    for grad in grads:
-        updates, state = update(grad, state, params)
-    return updates, state
-
-
-def params_sharding(params):
-    return jax.tree.map(lambda x: x.sharding, params)
 
 
 # Every pair of method, layout and kind of axes occurs.
@@ -352,71 +274,3 @@ def test_logical_axes_of_linen():
     assert_lies(state, places)
     one, _ = run(tx, jax.device_get(params), [jax.device_get(params)])
     assert_close(updates, one[-1], rtol=1e-3, atol=2e-3)
-
-
-# Traffic.
-
-LARGE = {"heads": (64, 8, 16), "stack": (8, 64, 128), "w": (64, 128)}
-
-
-def compiled_update(tx, layout: Layout, shapes: Any = LARGE) -> str:
-    """The program of one update on the layout's devices, by the CPU's compiler."""
-    params = layout.shard(random_tree(shapes), AUTO)
-    places = lp.state_sharding(tx, params)
-    state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(tx.init, params),
-        places,
-    )
-    update = jax.jit(tx.update, out_shardings=(params_sharding(params), places))
-    text = update.lower(params, state).compile().as_text()
-    assert text is not None
-    return text
-
-
-def largest_factor_shard(tx, layout: Layout) -> int:
-    """In elements, on one device."""
-    params = layout.shard(random_tree(LARGE), AUTO)
-    is_pair = lambda node: hasattr(node, "left")  # noqa: E731
-    pairs = filter(is_pair, jax.tree.leaves(tx.init(params), is_leaf=is_pair))
-    return max(x.addressable_shards[0].data.size for pair in pairs for x in pair)
-
-
-@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "replicated"])
-@pytest.mark.parametrize("name", ["adam", "adam_paper", "ema"])
-def test_no_more_than_a_factor_crosses(name, layout):
-    """Reductions of (p/x, r), (r, q/y), (r, r) and less; nothing is gathered."""
-    tx = make(name)
-    found = collectives(compiled_update(tx, LAYOUTS[layout]))
-    assert bool(found) == (layout != "layers")
-    assert {x.kind for x in found} <= {"all-reduce"}
-    largest = largest_factor_shard(tx, LAYOUTS[layout])
-    assert all(math.prod(x.shape) <= largest for x in found), found
-
-
-@pytest.mark.parametrize("kind", ["muon", "dense"])
-def test_the_bound_on_traffic_can_be_broken(kind):
-    """By what does gather a matrix: full orthogonalisation, and optax's own Muon."""
-    axes = lp.MatrixAxes()
-    ours = CASES["scale_by_muon"].make(rank=RANK, matrices=axes)
-    theirs = optax.contrib.scale_by_muon(
-        weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers()}
-    )
-    tx = ours if kind == "muon" else theirs
-    found = collectives(compiled_update(tx, LAYOUTS["both"], {"w": LARGE["w"]}))
-    assert any(x.kind == "all-gather" for x in found)
-    assert max(math.prod(x.shape) for x in found) > 64 * RANK
-
-
-def test_collectives_are_read_from_a_program():
-    program = """
-      %all-reduce.1 = (f32[32,3]{1,0}, pred[]) all-reduce(%a, %b), channel_id=11
-      %all-gather-start = bf16[64,32]{1,0} all-gather-start(%c), dimensions={0}
-      %fusion = f32[4]{0} fusion(%all-reduce.1), calls=%all-reduce
-    """
-    assert collectives(program) == [
-        ("all-reduce", "f32", (32, 3)),
-        ("all-reduce", "pred", ()),
-        ("all-gather", "bf16", (64, 32)),
-    ]
-    assert [x.nbytes for x in collectives(program)] == [384, 1, 4096]

@@ -11,7 +11,7 @@ import pytest
 from contract_cases import CASES, PAPER, assert_close, random_tree, run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_sharding import (
+from sharding_cases import (
     AUTO,
     EXPLICIT,
     LARGE,
