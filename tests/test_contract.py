@@ -73,6 +73,7 @@ def test_nothing_else_is_public():
         "MatrixAxes",
         "OnlineRegression",
         "RankOne",
+        "check_state_record",
         "convert_state",
         "describe",
         "diagnostics",
@@ -83,6 +84,7 @@ def test_nothing_else_is_public():
         "scale_by_lorapre_adam",
         "scale_by_lorapre_muon",
         "select_matrices",
+        "state_record",
         "state_sharding",
     }
 
