@@ -49,14 +49,15 @@ def summary(
             "rate": f"{key.rate:.3g}",
             "seeds": len(runs),
             "held-out loss": statistics.fmean(losses),
-            "spread": f"{_deviation(losses):.4f}",
+            "spread": f"{_deviation(losses):.4f}" if len(runs) > 1 else "",
             "minus AdamW": "" if method == reference else interval(paired),
         }
         for name in row["other_losses"]:
             others = [r["other_losses"].get(name, math.inf) for _, r in runs.values()]
             line[f"on {name}"] = statistics.fmean(others)
-        time = times.get(method, math.nan) / times.get(reference, math.nan)
-        lines.append(line | _cost(row, base) | {"time": f"{time:.2f}"})
+        timed = method in times and reference in times
+        time = f"{times[method] / times[reference]:.2f}" if timed else ""
+        lines.append(line | _cost(row, base) | {"time": time})
     return sorted(lines, key=lambda line: line["held-out loss"])
 
 
