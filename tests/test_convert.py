@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
+from lorapre_jax import _low_rank
+from lorapre_jax._methods import FactorPair, RowColumn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -81,9 +83,6 @@ def test_another_rank_is_the_best_one(rank):
 
 
 def test_nothing_of_the_size_of_a_matrix_is_formed_to_change_a_rank():
-    from lorapre_jax import _low_rank
-    from lorapre_jax._methods import FactorPair, RowColumn
-
     pair = FactorPair(jnp.ones((100, 6)), jnp.ones((6, 90)))
     for fn in (lambda x: _low_rank.as_factors(x, 4), _low_rank.as_row_column):
         assert "100,90" not in str(jax.make_jaxpr(fn)(pair))
@@ -91,6 +90,18 @@ def test_nothing_of_the_size_of_a_matrix_is_formed_to_change_a_rank():
     row_column = RowColumn(jnp.ones(100), jnp.ones(90))
     as_factors = jax.make_jaxpr(lambda x: _low_rank.as_factors(x, 4))(row_column)
     assert "100,90" not in str(as_factors)
+
+
+@pytest.mark.parametrize(("fall", "excess"), [(0.0, 0.011), (0.5, 4e-3), (1.0, 2e-3)])
+def test_a_dense_moment_becomes_nearly_the_best_factors(fall, excess):
+    """Error of the randomised SVD over the least; singular values k^-fall, or noise."""
+    x = np.random.default_rng(0).standard_normal((256, 688))
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    s = np.arange(1.0, 257) ** -fall if fall else s
+    x = (u * s) @ vt
+    pair = _low_rank.as_factors(jnp.asarray(x, jnp.float32), 32)
+    least = np.sqrt(np.sum(s[32:] ** 2))
+    assert 0.9999 < np.linalg.norm(x - product(pair)) / least < 1 + excess
 
 
 def averages(tx):
