@@ -141,12 +141,13 @@ def plot(known: Rows, times: Mapping[str, float], path: Path) -> None:
         if row["loss"] is None:
             continue
         style = {"color": f"C{number % 10}", "label": key.method}
-        dashes = ("-", "--", ":")[number // 10 % 3]
+        # The colours come round: then dashes, and other points, tell methods apart.
+        dashes, point = (("-", "o"), ("--", "^"), (":", "s"))[number // 10 % 3]
         at, losses = np.asarray(row["curve"]).T
-        steps.plot(at, losses, dashes, **style)
+        steps.plot(at, losses, dashes, marker=point, markersize=3, **style)
         if key.method in times:
             clock.plot(at * times[key.method], losses, dashes, **style)
-        state.plot(row["state_bytes"]["matrices"], row["loss"], "o", **style)
+        state.plot(row["state_bytes"]["matrices"], row["loss"], point, **style)
     best = min(rows.loss_of(row) for row in known.values())
     steps.set(
         xlabel="step", ylabel="held-out loss (nats)", ylim=(best - 0.05, best + 1)
