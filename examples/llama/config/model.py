@@ -1,0 +1,77 @@
+"""Shapes of Llamas, the published ones among them."""
+
+import dataclasses
+from typing import Literal
+
+from examples.llama.config._checks import require, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the Llama; the vocabulary comes from the tokenizer."""
+
+    width: int = 128
+    """Features per token in the residual stream."""
+    ffn_width: int = 352
+    """Hidden features of each feed-forward block."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Query heads; width / num_heads features each."""
+    num_kv_heads: int | None = None
+    """Key and value heads, a divisor of num_heads (none: as many as num_heads)."""
+    scan_layers: bool = True
+    """Stack the layers' parameters on a leading axis and compile one block."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of activations; parameters and optimizer state are float32."""
+    remat: Literal["nothing", "all but products", "all"] = "nothing"
+    """What the backward pass of a block computes again instead of keeping it."""
+    loss_chunk: int | None = None
+    """Positions of each row whose logits exist at once (none: all of them)."""
+
+    def __post_init__(self) -> None:
+        names = ("width", "ffn_width", "num_layers", "num_heads", "kv_heads")
+        require_positive(self, *names)
+        require(
+            self.width % (2 * self.num_heads) == 0,
+            f"width ({self.width}) must be a multiple of num_heads "
+            f"({self.num_heads}), with an even number of features per head",
+        )
+        require(
+            self.num_heads % self.kv_heads == 0,
+            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+            f"({self.kv_heads})",
+        )
+        if self.loss_chunk is not None:
+            require_positive(self, "loss_chunk")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+def _published(width: int, ffn_width: int, num_heads: int, num_layers: int):
+    return ModelConfig(
+        width,
+        ffn_width,
+        num_layers,
+        num_heads,
+        compute_dtype="bfloat16",
+        remat="all but products",
+        loss_chunk=64,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "demo": ModelConfig(),
+    # GaLore's Llamas (arXiv 2403.03507), which LoRA-Pre takes over.
+    "60m": _published(512, 1376, 8, 8),
+    "130m": _published(768, 2048, 12, 12),
+    "350m": _published(1024, 2736, 16, 24),
+    "1b": _published(2048, 5461, 32, 24),
+    "7b": _published(4096, 11008, 32, 32),
+}

@@ -1,0 +1,68 @@
+"""Which optimizer, and its hyperparameters."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from examples.llama.config._checks import require, require_positive
+
+OptimizerName = Literal["lorapre_adamw", "lorapre_muon", "adamw", "muon", "galore"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The rule for attention and MLP matrices; all other parameters use Adam."""
+
+    name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "lorapre_adamw"
+    """Rule for the attention and MLP matrices."""
+    learning_rate: float | None = None
+    """Peak rate, for the matrices (none: the optimizer's own default)."""
+    dense_learning_rate: float | None = None
+    """Peak rate of all else, for lorapre_muon, muon and galore (none: default)."""
+    rank: int = 16
+    """Rank of the low-rank state (lorapre_adamw, lorapre_muon, galore)."""
+    warmup: float = 0.1
+    """Part of all steps, 0 to 1, of rising rate; a cosine to a tenth follows."""
+    b1: float = 0.9
+    """Adam's first moment: what a step keeps (Muon's momentum keeps 0.95)."""
+    b2: float = 0.95
+    """Adam's second moment: what a step keeps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices; nothing else decays."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient (none: no clipping)."""
+    factor_embeddings: bool = False
+    """Treat the embedding and the head as matrices too, instead of by Adam."""
+    layers_at_once: int | None = None
+    """Stacked layers whose low-rank update is in memory at once (none: all;
+    lorapre_adamw, lorapre_muon)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank")
+        if self.layers_at_once is not None:
+            require_positive(self, "layers_at_once")
+            require(
+                self.name.startswith("lorapre"),
+                "layers_at_once is for lorapre_adamw and lorapre_muon",
+            )
+        for name in ("learning_rate", "dense_learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
+        require(0 <= self.warmup <= 1, f"warmup must be in [0, 1], got {self.warmup}")
+        require(
+            self.weight_decay >= 0,
+            f"weight_decay must not be negative, got {self.weight_decay}",
+        )
+        require(
+            self.dense_learning_rate is None or not self.name.endswith("adamw"),
+            f"{self.name} has one learning rate; dense_learning_rate is for "
+            "lorapre_muon, muon and galore",
+        )
+        require(
+            not (self.factor_embeddings and self.name == "adamw"),
+            "adamw treats all parameters alike; factor_embeddings means nothing to it",
+        )
