@@ -1,72 +1,82 @@
-"""Command line: parse, train, print the outcome."""
+"""What each command does, and how its outcome is told."""
 
-import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import tyro
+import jax
 from rich.console import Console
 
-from examples.llama import hosts
-from examples.llama.config import PRESETS, Config
+from examples.llama import commands, hosts
+from examples.llama.commands import Describe, Train
+from examples.llama.plan import plan
 from examples.llama.stop import Stopped
-from examples.llama.train import Result, train
+from examples.llama.train import train
 
 
 def main() -> int:
-    config = parse(sys.argv[1:])
-    if config.distributed is not None:
-        hosts.join(config.distributed)
     console = Console()
     try:
-        result = train(config, console)
+        command = commands.parse(sys.argv[1:])
+        _COMMANDS[type(command)](command, console)
     except ValueError as error:  # bad settings or data: the message is enough
-        console.stderr = True
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 1
+        return _failed(console, error, code=1)
     except OSError as error:  # a full disk, above all
-        console.stderr = True
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        console.print("What was saved is kept. Run the same command again to go on.")
-        return 74  # EX_IOERR of sysexits.h
+        return _failed(
+            console,
+            error,
+            "What was saved is kept. Run the same command again to go on.",
+            code=74,  # EX_IOERR of sysexits.h
+        )
     except Stopped as stopped:
         console.quiet = not hosts.is_first()
         console.print(f"{stopped} Run the same command again to go on.")
-        return 143  # 128 + SIGTERM, as a shell reports it
+        # EX_TEMPFAIL, or 128 + SIGTERM as a shell reports it.
+        return 75 if stopped.in_time else 143
     except KeyboardInterrupt:
         console.print("Interrupted. Run the same command again to go on.")
         return 130
-    console.quiet = not hosts.is_first()
-    console.print(summary(result), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def parse(arguments: list[str]) -> Config:
-    """The settings; ``--preset`` is read first, and gives the others their defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="demo")
-    chosen, others = parser.parse_known_args(arguments)
-    return tyro.cli(
-        Config,
-        args=others,
-        default=Config(PRESETS[chosen.preset]),
-        prog="python -m examples.llama",
-        description="Pretrain a Llama on text. Run the same command again to go on "
-        "with an interrupted run. The defaults of the model are those of --preset "
-        f"{{{','.join(PRESETS)}}}.",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+def _failed(console: Console, error: Exception, *more: str, code: int) -> int:
+    console.stderr = True
+    for line in (f"error: {error}", *more):
+        _say(console, line)
+    return code
 
 
-def summary(result: Result) -> str:
-    return (
-        f"held-out loss    {result.held_out_loss:.4f} nats per token\n"
-        f"perplexity       {result.held_out_perplexity:.3f}\n"
-        f"optimizer state  {result.state_bytes:,} bytes, "
-        f"{result.state_ratio:.2f} of AdamW's\n"
-        f"loss curve       {result.plot}\n"
-        f"checkpoint       {result.checkpoint}"
-    )
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+
+def _train(command: Train, console: Console) -> None:
+    config = command.config
+    if command.dry_run:
+        _say(console, _plan_of(command, every_leaf=False))
+        return
+    if config.distributed is not None:
+        hosts.join(config.distributed)
+    result = train(config, console)
+    console.quiet = not hosts.is_first()
+    _say(console, "\n".join(f"{name:<17}{x}" for name, x in result.lines().items()))
+
+
+def _describe(command: Describe, console: Console) -> None:
+    _say(console, _plan_of(command, every_leaf=True))
+
+
+def _plan_of(command: Train | Describe, every_leaf: bool) -> str:
+    config = command.config
+    vocab_size = vocab_size_of(config.data)
+    return plan(config, vocab_size, command.recipe, jax.device_count(), every_leaf)
+
+
+_COMMANDS: dict[type, Callable[[Any, Console], None]] = {
+    Train: _train,
+    Describe: _describe,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

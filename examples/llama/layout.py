@@ -59,13 +59,25 @@ def make_mesh(text: str | None, devices: Sequence[Any]) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def abstract_mesh(text: str | None, devices: int) -> AbstractMesh:
+    """The same for planning, of devices that need not be here."""
+    sizes = parse_mesh(text or f"data={devices}")
+    types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return _parts(mesh, _RULES["batch"])
 
 
 def by_row(mesh: Mesh, batch_size: int) -> NamedSharding:
     """Of a batch whose first axis is its rows."""
-    parts = _parts(mesh, _RULES["batch"])
+    parts = row_parts(mesh)
     if batch_size % parts:
         raise ValueError(
             f"batch_size ({batch_size}) must be a multiple of the {parts} devices that "
@@ -74,7 +86,7 @@ def by_row(mesh: Mesh, batch_size: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_RULES["batch"]))
 
 
-def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+def use(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManager[Any]:
     """Within it, and a traced function, `constrain` divides over `mesh`."""
     if mesh is None:
         return contextlib.nullcontext()
@@ -99,7 +111,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def param_shardings(mesh: Mesh, params: Any) -> Any:
+def param_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
     """A tree like `params`, arrays or abstract values, of `NamedSharding`s."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
@@ -108,7 +120,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def exceptions(mesh: Mesh, params: Any) -> list[str]:
+def exceptions(mesh: Mesh | AbstractMesh, params: Any) -> list[str]:
     """Where the sizes do not allow what the table asks for, one line for each leaf."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -134,7 +146,9 @@ def _wanted(path: Any, leaf: Any) -> list[tuple[str, ...]]:
 
 
 def _spec(
-    wanted: Sequence[tuple[str, ...]], shape: Sequence[int], mesh: Mesh
+    wanted: Sequence[tuple[str, ...]],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
 ) -> PartitionSpec:
     """As wanted; mesh axes that do not divide their own axis divide another more.
 

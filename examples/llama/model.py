@@ -1,6 +1,6 @@
 """Llama in Flax NNX: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
-Parameters are float32, kernels are (in, out), and nothing has a bias. Shapes use
+Kernels are (in, out), and nothing has a bias. Shapes use
 
     b batch   s sequence   d width   f ffn_width   h query heads   k kv heads
     e head_dim = d / h     v vocabulary            l layers
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from examples.llama import layout
 from examples.llama.config import ModelConfig
@@ -52,9 +52,15 @@ class Linear(nnx.Linear):
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-def _linear(fan_in: int, fan_out: int, dtype: Any, rngs: nnx.Rngs) -> Linear:
+def _linear(fan_in: int, fan_out: int, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
     return Linear(
-        fan_in, fan_out, use_bias=False, dtype=dtype, kernel_init=_init, rngs=rngs
+        fan_in,
+        fan_out,
+        use_bias=False,
+        dtype=config.compute_dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=_init,
+        rngs=rngs,
     )
 
 
@@ -66,8 +72,8 @@ def _by_row(x: jax.Array) -> jax.Array:
 class RMSNorm(nnx.Module):
     """``x / rms(x) * scale``, computed in float32, returned in ``x``'s dtype."""
 
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+    def __init__(self, config: ModelConfig):
+        self.scale = nnx.Param(jnp.ones(config.width, config.param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -96,12 +102,12 @@ class Attention(nnx.Module):
     """Causal self-attention; query head i reads kv head i // (h / k)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, dtype = config.width, config.compute_dtype
+        d = config.width
         self.head_dim = config.head_dim
-        self.q = _linear(d, d, dtype, rngs)
-        self.k = _linear(d, config.kv_heads * config.head_dim, dtype, rngs)
-        self.v = _linear(d, config.kv_heads * config.head_dim, dtype, rngs)
-        self.o = _linear(d, d, dtype, rngs)
+        self.q = _linear(d, d, config, rngs)
+        self.k = _linear(d, config.kv_heads * config.head_dim, config, rngs)
+        self.v = _linear(d, config.kv_heads * config.head_dim, config, rngs)
+        self.o = _linear(d, d, config, rngs)
 
     def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
         def heads(y: jax.Array) -> jax.Array:
@@ -118,10 +124,10 @@ class MLP(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, f, dtype = config.width, config.ffn_width, config.compute_dtype
-        self.gate = _linear(d, f, dtype, rngs)
-        self.up = _linear(d, f, dtype, rngs)
-        self.down = _linear(f, d, dtype, rngs)
+        d, f = config.width, config.ffn_width
+        self.gate = _linear(d, f, config, rngs)
+        self.up = _linear(d, f, config, rngs)
+        self.down = _linear(f, d, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = nnx.silu(self.gate(x)) * self.up(x)
@@ -132,9 +138,9 @@ class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream (b, s, d)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.width)
+        self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.width)
+        self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -146,10 +152,15 @@ class Llama(nnx.Module):
     """Token ids (b, s) int32 to logits (b, s, v) float32."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
-        d, dtype = config.width, config.compute_dtype
+        d = config.width
         self.config = config
         self.embed = nnx.Embed(
-            vocab_size, d, dtype=dtype, embedding_init=_init, rngs=rngs
+            vocab_size,
+            d,
+            dtype=config.compute_dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=_init,
+            rngs=rngs,
         )
         self.layers: Any  # one stacked Block, or a list of them
         if config.scan_layers:
@@ -158,8 +169,8 @@ class Llama(nnx.Module):
         else:
             blocks = [Block(config, rngs=rngs) for _ in range(config.num_layers)]
             self.layers = nnx.List(blocks)
-        self.norm = RMSNorm(d)
-        self.head = _linear(d, vocab_size, dtype, rngs)
+        self.norm = RMSNorm(config)
+        self.head = _linear(d, vocab_size, config, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.logits(self.features(tokens))
@@ -203,8 +214,13 @@ class PureLlama:
     On a ``mesh`` they are for tracing alone, and divide activations as ``layout`` says.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, mesh: Mesh | None = None):
-        self._mesh = mesh
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        mesh: Mesh | AbstractMesh | None = None,
+    ):
+        self.mesh = mesh
         self._loss_chunk = config.loss_chunk
         self._make = lambda rngs: Llama(config, vocab_size, rngs=rngs)
         abstract = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
@@ -216,25 +232,35 @@ class PureLlama:
 
     def apply(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Logits (b, s, v) float32 of ``tokens`` (b, s)."""
-        with layout.use(self._mesh):
+        with layout.use(self.mesh):
             return nnx.merge(self._graph, params)(tokens)
 
-    def losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
+    def losses(
+        self, params: Params, inputs: Any, targets: Any, z_loss: float = 0.0
+    ) -> jax.Array:
         """Cross-entropy in nats of each target, (b, s) float32; tokens (b, s) int32.
 
-        Only ``loss_chunk`` positions of each row have their logits in memory at once;
-        the backward pass computes them again.
+        To it comes ``z_loss`` times the squared log of the softmax's denominator, which
+        keeps that near one (PaLM, arXiv 2204.02311, section 5). Only ``loss_chunk``
+        positions of each row have their logits in memory at once; the backward pass
+        computes them again.
         """
-        with layout.use(self._mesh):
-            return self._losses(nnx.merge(self._graph, params), inputs, targets)
+        with layout.use(self.mesh):
+            model = nnx.merge(self._graph, params)
+            return self._losses(model, inputs, targets, z_loss)
 
-    def _losses(self, model: Llama, inputs: Any, targets: Any) -> jax.Array:
+    def _losses(
+        self, model: Llama, inputs: Any, targets: Any, z_loss: float
+    ) -> jax.Array:
         features = model.features(inputs)
 
         def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
             features, targets = part
             logits = model.logits(features)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            found = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            if not z_loss:
+                return found
+            return found + z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
 
         batch, length = inputs.shape
         chunk = min(self._loss_chunk or length, length)

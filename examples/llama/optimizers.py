@@ -54,16 +54,24 @@ def make_optimizer(
     With ``param_shardings`` every device orthogonalises its share of the matrices for
     lorapre_muon.
     """
-    defaults = DEFAULT_RATES[config.name]
-    given = _Given(
-        schedule(config.learning_rate or defaults.matrices, config.warmup, steps),
-        schedule(config.dense_learning_rate or defaults.dense, config.warmup, steps),
-        param_shardings,
-    )
+    given = _Given(*schedules(config, steps), param_shardings)
     rule = _RULES[config.name](config, given)
     if config.clip_norm is None:
         return rule
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def schedules(
+    config: OptimizerConfig, steps: int
+) -> tuple[optax.Schedule, optax.Schedule]:
+    """Learning rates of the matrices, and of all else."""
+    defaults = DEFAULT_RATES[config.name]
+    matrices = config.learning_rate or defaults.matrices
+    dense = config.dense_learning_rate or defaults.dense
+    return (
+        schedule(matrices, config.warmup, steps),
+        schedule(dense, config.warmup, steps),
+    )
 
 
 def schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
@@ -119,7 +127,9 @@ def _lorapre_adamw(config: OptimizerConfig, given: _Given) -> Any:
         weight_decay=config.weight_decay,
         mask=lambda params: _is_matrix(config, params),
         matrices=_selection(config),
+        update_scale=config.update_scale,
         batch=config.layers_at_once,
+        **_moments(config, "first_moment", "second_moment"),
     )
 
 
@@ -134,9 +144,18 @@ def _lorapre_muon(config: OptimizerConfig, given: _Given) -> Any:
         adam_learning_rate=given.dense_rate,
         adam_b1=config.b1,
         adam_b2=config.b2,
+        update_scale=config.update_scale,
         batch=config.layers_at_once,
         param_shardings=given.param_shardings,
+        **_moments(config, "moment"),
     )
+
+
+def _moments(config: OptimizerConfig, *names: str) -> dict[str, Any]:
+    """None of the arguments, or all of them as the paper has them."""
+    if config.algorithm == "default":
+        return {}
+    return dict.fromkeys(names, lp.OnlineRegression.paper())
 
 
 def _muon(config: OptimizerConfig, given: _Given) -> Any:

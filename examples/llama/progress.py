@@ -5,7 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples.llama.metrics import Record
+from examples.llama.metrics import Record, perplexity
 
 
 class ProgressDisplay:
@@ -45,12 +45,17 @@ class ProgressDisplay:
     def _describe(self, record: Record) -> str:
         parts = []
         if "train_loss" in record:
-            parts.append(f"loss {record['train_loss']:.3f}")
+            loss = record["train_loss"]
+            parts.append(f"loss {loss:.3f} (perplexity {perplexity(loss):,.1f})")
         if "held_out_loss" in record:
             self._held_out = [f"held-out {record['held_out_loss']:.3f}"]
         parts += self._held_out
+        if "learning_rate" in record:
+            parts.append(f"rate {record['learning_rate']:.2e}")
         if "tokens_per_second" in record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        if "model_flops_utilization" in record:
+            parts.append(f"{record['model_flops_utilization']:.1%} of the peak")
         return ", ".join(parts)
 
     def _time_left(self, step: int) -> str:

@@ -17,9 +17,17 @@ class Reporter:
     work, so it never stands idle while the numbers are fetched and written.
     """
 
-    def __init__(self, log: MetricsLog, display: ProgressDisplay, tokens_per_step: int):
+    def __init__(
+        self,
+        log: MetricsLog,
+        display: ProgressDisplay,
+        tokens_per_step: int,
+        work: float | None = None,
+    ):
+        """``work``: of one step, in seconds of all devices at their peak; if known."""
         self._log, self._display = log, display
         self._tokens_per_step = tokens_per_step
+        self._work = work
         self._stopwatch = Stopwatch()
         self._held_back: dict[str, Any] = {}
 
@@ -54,6 +62,8 @@ class Reporter:
         self._stopwatch.step_done()
         if rate := self._stopwatch.steps_per_second:
             record["tokens_per_second"] = round(rate * self._tokens_per_step, 1)
+            if self._work is not None:
+                record["model_flops_utilization"] = round(rate * self._work, 4)
         self._log.write(record)
         self._display.update(record)
 

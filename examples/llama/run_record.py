@@ -1,30 +1,33 @@
-"""Which run lives in a folder: ``workdir/config.json``."""
+"""Which run lives in a folder: ``config.yaml``, its settings, and ``data.json``."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from examples.llama import files
-from examples.llama.config import Config, as_fields, differences
+from examples.llama.config import Config, as_groups, differences, file, flat
 
 
 class RunMismatch(ValueError):
     """The folder holds a run with other settings or other data."""
 
 
-def check_same_run(config: Config, data_fingerprint: str | None = None) -> None:
+def check_same_run(config: Config, data: Mapping[str, Any] | None = None) -> None:
     """Raise ``RunMismatch`` unless ``config`` can go on with the run in its workdir.
 
-    Without ``data_fingerprint`` only the settings are compared, which needs no data.
+    Without ``data`` only the settings are compared, which needs no data.
     """
-    file = _record_file(config)
-    if not file.exists():
-        raise RunMismatch(f"{config.workdir} has checkpoints but no {file.name}")
-    recorded = json.loads(file.read_text())
-    here = _record_of(config, data_fingerprint)
-    if data_fingerprint is None:
-        here["data.fingerprint"] = recorded["data.fingerprint"]
-    different = differences(recorded, here)
+    settings, of_data = _settings_file(config.workdir), _data_file(config.workdir)
+    for path in (settings, of_data):
+        if not path.exists():
+            raise RunMismatch(f"{config.workdir} has checkpoints but no {path.name}")
+    different = differences(flat(file.load(settings)), flat(as_groups(config)))
+    if data is not None:
+        different |= differences(
+            {f"data.{name}": x for name, x in json.loads(of_data.read_text()).items()},
+            {f"data.{name}": x for name, x in data.items()},
+        )
     if different:
         listed = "".join(
             f"\n  {name}: {there!r} there, {now!r} now"
@@ -36,15 +39,19 @@ def check_same_run(config: Config, data_fingerprint: str | None = None) -> None:
         )
 
 
-def record_run(config: Config, data_fingerprint: str) -> None:
-    """Write ``workdir/config.json``, which later runs are compared with."""
-    record = _record_of(config, data_fingerprint)
-    files.write(_record_file(config), json.dumps(record, indent=2) + "\n")
+def record_run(config: Config, data: Mapping[str, Any]) -> None:
+    """Write what later runs are compared with; `--config` reads the settings.
+
+    Args:
+      data: What tells its data from others, JSON values by name.
+    """
+    files.write(_settings_file(config.workdir), file.dump(config))
+    files.write(_data_file(config.workdir), json.dumps(data, indent=2) + "\n")
 
 
-def _record_of(config: Config, data_fingerprint: str | None) -> dict[str, Any]:
-    return as_fields(config) | {"data.fingerprint": data_fingerprint}
+def _settings_file(workdir: Path) -> Path:
+    return workdir / "config.yaml"
 
 
-def _record_file(config: Config) -> Path:
-    return config.workdir / "config.json"
+def _data_file(workdir: Path) -> Path:
+    return workdir / "data.json"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, Sharding
+from jax.sharding import AbstractMesh, Mesh, Sharding
 
 import lorapre_jax as lp
 from examples.llama import layout
@@ -32,7 +32,7 @@ def init_state(
 
 
 def abstract_state(
-    model: PureLlama, tx: optax.GradientTransformation, mesh: Mesh
+    model: PureLlama, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state on ``mesh``."""
 

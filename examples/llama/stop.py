@@ -1,24 +1,43 @@
-"""SIGTERM, as schedulers send it before they take the machine away."""
+"""Reasons to save and stop before the end: SIGTERM, or the time that was given."""
 
+import os
 import signal
+import threading
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from examples.llama import hosts
+
 
 class Stopped(Exception):
-    """The run saved and stopped, as it was asked to."""
+    """The run saved and stopped, as it was asked to.
 
-    def __init__(self, step: int):
-        super().__init__(f"Stopped by SIGTERM; saved after step {step}.")
+    Attributes:
+      in_time: Whether it was for the time limit, not a signal from outside.
+    """
+
+    def __init__(self, step: int, in_time: bool):
+        why = "at its time limit" if in_time else "by SIGTERM"
+        super().__init__(f"Stopped {why}; saved after step {step}.")
+        self.in_time = in_time
 
 
 class StopRequest:
-    """Within it, SIGTERM only makes ``received`` true."""
+    """Within it, SIGTERM only makes ``received`` true, and so does the time limit.
 
-    def __init__(self):
+    A scheduler sends SIGTERM before it takes the machine away. At the time limit, the
+    first process sends it to itself: so there is one way for all hosts to hear of it.
+    """
+
+    def __init__(self, minutes: float | None = None):
         self._received = False
+        self.in_time = False
+        self._timer = None
+        if minutes is not None and hosts.is_first():
+            self._timer = threading.Timer(60 * minutes, self._time_is_up)
+            self._timer.daemon = True
 
     def received(self, step: int) -> bool:
         """Of several processes, all hear of it at the same step."""
@@ -27,14 +46,22 @@ class StopRequest:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received
 
+    def _time_is_up(self) -> None:
+        self.in_time = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _receive(self, *_: Any) -> None:
         self._received = True
 
     def __enter__(self) -> "StopRequest":
         if jax.process_count() == 1:
             self._before = signal.signal(signal.SIGTERM, self._receive)
+        if self._timer:
+            self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._timer:
+            self._timer.cancel()
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._before)

@@ -23,8 +23,11 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "OptimizerName",
-    "as_fields",
+    "as_groups",
     "differences",
+    "flat",
+    "override",
+    "parse_steps",
 ]
 
 
@@ -37,6 +40,11 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     steps: int = 300
     """Optimizer steps of the whole run."""
+    micro_batch_size: int | None = None
+    """Rows, over all devices, whose gradient is computed at once; a divisor of
+    batch_size (none: all of them)."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator in what is minimised."""
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
     mesh: str | None = None
@@ -54,6 +62,13 @@ class Config:
     """Steps between looks at the low-rank state (lorapre_adamw, lorapre_muon)."""
     log_every: int = 20
     """Steps between printed lines where the output is not a terminal."""
+    time_limit: float | None = None
+    """Minutes until the run saves and stops; the same command goes on with it."""
+    profile: str | None = None
+    """Steps to trace, first:last, into workdir/profile, for TensorBoard or XProf."""
+    peak_tflops: float | None = None
+    """Peak of one device in teraflops per second, for the share of it that is used
+    (none: that of its data sheet, where it is known)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "eval_every", "checkpoint_every")
@@ -61,6 +76,17 @@ class Config:
         parse_mesh(self.mesh or "")
         if self.distributed is not None:
             parse_job(self.distributed)
+        if self.profile is not None:
+            parse_steps(self.profile)
+        for name in ("time_limit", "peak_tflops"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        require(self.z_loss >= 0, f"z_loss must not be negative, got {self.z_loss}")
+        micro, batch = self.micro_batch_size, self.data.batch_size
+        require(
+            micro is None or (micro >= 1 and batch % micro == 0),
+            f"micro_batch_size ({micro}) must divide batch_size ({batch})",
+        )
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         chunk, length = self.model.loss_chunk, self.data.seq_len
         require(
@@ -83,21 +109,54 @@ _FREE = (
     "checkpoint_every",
     "diagnostics_every",
     "log_every",
+    "time_limit",
+    "profile",
+    "peak_tflops",
+    "micro_batch_size",
     "optimizer.layers_at_once",
     "data.path",
 )
 
 
-def as_fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Flat ``{"model.width": 128, ...}`` of JSON values."""
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        name, value = prefix + field.name, getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            fields |= as_fields(value, name + ".")
+def parse_steps(text: str) -> range:
+    """`"10:13"`: steps 10, 11, 12 and 13."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"profile: {text!r} is not first:last, like 10:13")
+    return range(int(first), int(last) + 1)
+
+
+def override(config: Any, values: Mapping[str, Any]) -> Any:
+    """`config` with other values, by their dotted names; all set before any check."""
+    own, groups = {}, dict[str, dict[str, Any]]()
+    for name, value in values.items():
+        group, _, rest = name.rpartition(".")
+        if group:
+            groups.setdefault(group, {})[rest] = value
         else:
-            fields[name] = str(value) if isinstance(value, Path) else value
-    return fields
+            own[name] = value
+    for group, inner in groups.items():
+        own[group] = dataclasses.replace(getattr(config, group), **inner)
+    return dataclasses.replace(config, **own)
+
+
+def as_groups(config: Any) -> Any:
+    """Nested ``{"model": {"width": 128, ...}, ...}`` of JSON values."""
+    if dataclasses.is_dataclass(config):
+        fields = dataclasses.fields(config)
+        return {field.name: as_groups(getattr(config, field.name)) for field in fields}
+    return str(config) if isinstance(config, Path) else config
+
+
+def flat(groups: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The same as ``{"model.width": 128, ...}``."""
+    found: dict[str, Any] = {}
+    for name, value in groups.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def differences(

@@ -23,7 +23,9 @@ class ModelConfig:
     scan_layers: bool = True
     """Stack the layers' parameters on a leading axis and compile one block."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of activations; parameters and optimizer state are float32."""
+    """Precision of the activations."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the parameters; low-rank factors are float32."""
     remat: Literal["nothing", "all but products", "all"] = "nothing"
     """What the backward pass of a block computes again instead of keeping it."""
     loss_chunk: int | None = None
@@ -67,7 +69,9 @@ def _published(width: int, ffn_width: int, num_heads: int, num_layers: int):
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "demo": ModelConfig(),
+    # Named by their size with a vocabulary of 32,000. Small ones, for small machines:
+    "9m": ModelConfig(128, 352, num_layers=4, num_heads=4),
+    "20m": ModelConfig(256, 688, num_layers=4, num_heads=4),
     # GaLore's Llamas (arXiv 2403.03507), which LoRA-Pre takes over.
     "60m": _published(512, 1376, 8, 8),
     "130m": _published(768, 2048, 12, 12),

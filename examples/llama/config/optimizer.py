@@ -34,6 +34,11 @@ class OptimizerConfig:
     """Largest global norm of the gradient (none: no clipping)."""
     factor_embeddings: bool = False
     """Treat the embedding and the head as matrices too, instead of by Adam."""
+    algorithm: Literal["default", "paper"] = "default"
+    """Moments by the library's defaults, or by the paper's Algorithm 1 to the letter
+    (lorapre_adamw, lorapre_muon)."""
+    update_scale: float = 1.0
+    """Factor on the updates of the matrices (lorapre_adamw, lorapre_muon)."""
     layers_at_once: int | None = None
     """Stacked layers whose low-rank update is in memory at once (none: all;
     lorapre_adamw, lorapre_muon)."""
@@ -42,11 +47,18 @@ class OptimizerConfig:
         require_positive(self, "rank")
         if self.layers_at_once is not None:
             require_positive(self, "layers_at_once")
+        for name in ("algorithm", "update_scale", "layers_at_once"):
+            default = type(self).__dataclass_fields__[name].default
             require(
-                self.name.startswith("lorapre"),
-                "layers_at_once is for lorapre_adamw and lorapre_muon",
+                self.name.startswith("lorapre") or getattr(self, name) == default,
+                f"{name} is for lorapre_adamw and lorapre_muon, not {self.name}",
             )
-        for name in ("learning_rate", "dense_learning_rate", "clip_norm"):
+        for name in (
+            "learning_rate",
+            "dense_learning_rate",
+            "clip_norm",
+            "update_scale",
+        ):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be > 0, got {value}")
         for name in ("b1", "b2"):

@@ -1,0 +1,139 @@
+"""A training step taken apart, all optimizers side by side in one process.
+
+    python -m benchmarks.step_time --preset 60m --rank 128 --micro-batch-size 8
+
+Times the gradient of a micro-batch, the update, and a whole step of one micro-batch,
+each compiled beforehand, in turns; medians. The step of the published batch (512 rows)
+is composed from the first two: no CPU can hold it. Memory is the compiler's own count.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import _record
+from examples.llama import layout
+from examples.llama.config import PRESETS, OptimizerConfig, OptimizerName
+from examples.llama.data import Batch
+from examples.llama.gradients import make_loss_and_grads
+from examples.llama.model import PureLlama
+from examples.llama.optimizers import make_optimizer
+from examples.llama.steps import abstract_state, init_state, make_train_step
+
+NAMES: tuple[OptimizerName, ...] = ("adamw", "lorapre_adamw", "lorapre_muon", "muon")
+PUBLISHED_ROWS = 512
+SEQ_LEN, VOCAB_SIZE = 256, 32_000
+
+
+class Subject:
+    """One optimizer's state and its compiled functions."""
+
+    def __init__(self, name: OptimizerName, args: argparse.Namespace, batch: Batch):
+        mesh = layout.make_mesh("", jax.devices()[:1])
+        model = PureLlama(PRESETS[args.preset], VOCAB_SIZE, mesh)
+        tx = make_optimizer(OptimizerConfig(name, rank=args.rank), steps=1000)
+        loss_and_grads = make_loss_and_grads(model)
+        step = make_train_step(loss_and_grads, tx, abstract_state(model, tx, mesh))
+        init = jax.jit(functools.partial(init_state, model, tx))
+        self.state, self.batch = init(jax.random.key(0)), batch
+        params = self.state.params
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def update(params: Any, opt_state: Any, grads: Any) -> Any:
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        self.gradient = jax.jit(loss_and_grads).lower(params, batch).compile()
+        self.update = update.lower(params, self.state.opt_state, params).compile()
+        lowered = step.lower(self.state, batch)
+        self.compile_seconds, self.step = _timed(lowered.compile)
+        self.times: dict[str, list[float]] = {"gradient": [], "update": [], "step": []}
+
+    def measure(self) -> None:
+        """Each part once."""
+        params, opt_state, step = self.state
+        seconds, (_, grads) = _timed(lambda: self.gradient(params, self.batch))
+        self.times["gradient"].append(seconds)
+        seconds, new = _timed(lambda: self.update(params, opt_state, grads))
+        self.times["update"].append(seconds)
+        del grads
+        state = type(self.state)(*new, step)
+        seconds, (self.state, _) = _timed(lambda: self.step(state, self.batch))
+        self.times["step"].append(seconds)
+
+    @property
+    def peak_bytes(self) -> int:
+        found: Any = self.step.memory_analysis()
+        kept = found.argument_size_in_bytes + found.output_size_in_bytes
+        return kept - found.alias_size_in_bytes + found.temp_size_in_bytes
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(work())
+    return time.perf_counter() - start, result
+
+
+def rows_of(subjects: dict[OptimizerName, Subject], micro: int) -> list[dict[str, Any]]:
+    """Medians, and their ratios to AdamW's."""
+    # Every optimizer computes the same gradient: one time for all.
+    all_times = [t for subject in subjects.values() for t in subject.times["gradient"]]
+    gradient = statistics.median(all_times)
+    rows = []
+    for name, subject in subjects.items():
+        update, step = (statistics.median(subject.times[x]) for x in ("update", "step"))
+        composed = PUBLISHED_ROWS / micro * gradient + update
+        rows.append(
+            {
+                "optimizer": name,
+                "gradient s": gradient,
+                "update s": update,
+                "step s": step,
+                "tokens/s": micro * SEQ_LEN / step,
+                "published step, composed, s": composed,
+                "peak MB": subject.peak_bytes / 1e6,
+                "compile s": subject.compile_seconds,
+            }
+        )
+    columns = ("update s", "step s", "tokens/s", "published step, composed, s")
+    base = rows[0]
+    for row in rows:
+        ratios = {x: row[x] / base[x] for x in (*columns, "peak MB")}
+        row |= {f"{name.removesuffix(' s')}, ratio": x for name, x in ratios.items()}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="60m")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="rows")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    shape = (args.micro_batch_size, SEQ_LEN)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32)
+    batch = Batch(tokens, np.roll(tokens, -1, 1), np.ones(shape, np.float32))
+    batch = jax.device_put(batch)
+    subjects = {name: Subject(name, args, batch) for name in NAMES}
+    for subject in subjects.values():
+        subject.measure()
+        subject.times = {name: [] for name in subject.times}  # That one was to warm up.
+    for _ in range(args.repeats):
+        for subject in subjects.values():
+            subject.measure()
+    rows = rows_of(subjects, args.micro_batch_size)
+    print(_record.table(rows))
+    print(_record.save(f"step_time_{args.preset}_{jax.devices()[0].platform}", rows))
+
+
+if __name__ == "__main__":
+    main()

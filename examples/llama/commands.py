@@ -1,0 +1,150 @@
+"""The command line: what can be asked for, and how the settings come together."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from examples.llama.config import PRESETS, Config, file, override
+from examples.llama.config.recipes import RECIPES, Setting
+
+PROGRAM = "python -m examples.llama"
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Pretrain. The same command again goes on with an interrupted run."""
+
+    config: Config = dataclasses.field(default_factory=Config)
+    recipe: tyro.conf.Suppress[dict[str, Setting]] = dataclasses.field(default_factory=dict)
+    dry_run: bool = False
+    """Print the plan, compute nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Describe:
+    """Print the plan of a run, and how the optimizer keeps every parameter."""
+
+    config: Config = dataclasses.field(default_factory=Config)
+    recipe: tyro.conf.Suppress[dict[str, Setting]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Loss and perplexity of a run's last checkpoint on held-out text."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    data: Path | None = None
+    """Folder of *validation*.json.gz (none: the run's own text)."""
+    eval_tokens: int | None = None
+    """Held-out tokens to predict (none: as many as the run does)."""
+    mesh: str | None = None
+    """Devices along data, fsdp and tensor (none: all along data)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Text from a run's last checkpoint."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to go on with; may be given several times (none: a new document)."""
+    max_new_tokens: int = 64
+    """Tokens to add at most; the end of a text ends it before."""
+    temperature: float = 0.0
+    """Of the distribution that tokens are drawn from (0: the likeliest one always)."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens alone that have this much of the probability."""
+    seed: int = 0
+    """Of the draws."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Make a run's folder of a pretrained model, for train, eval and generate."""
+
+    source: tyro.conf.Positional[Path]
+    """A Hugging Face folder (config.json, *.safetensors), or a GGUF file."""
+    workdir: tyro.conf.Positional[Path]
+    """New folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a run's last parameters as a Hugging Face folder."""
+
+    workdir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    target: tyro.conf.Positional[Path]
+    """New folder, for transformers' from_pretrained."""
+
+
+Command = Train | Eval | Generate | Describe | Import | Export
+
+
+def parse(arguments: list[str]) -> Command:
+    """What is asked for; prints help or what is wrong, and exits, where it must.
+
+    Raises ``ValueError`` for settings that cannot be.
+    """
+    config, recipe, rest = Config(), dict[str, Setting](), arguments
+    if arguments[:1] in (["train"], ["describe"]):
+        options, rest = _defaults_parser().parse_known_args(arguments)
+        config = Config(PRESETS[options.preset])
+        if options.recipe:
+            recipe = RECIPES[options.recipe](options.preset)
+            values = {name: setting.value for name, setting in recipe.items()}
+            config = override(config, values)
+        if options.config:
+            # Before what was given beside it, which wins.
+            rest[1:1] = file.options_of(file.load(options.config), options.config)
+    return tyro.cli(
+        _commands(config, recipe),
+        args=rest,
+        prog=PROGRAM,
+        description="Llamas with low-rank momentum: pretrain, look at, use.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def _defaults_parser() -> argparse.ArgumentParser:
+    """Of the options that the defaults of all others hang on."""
+    parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="9m")
+    parser.add_argument("--recipe", choices=RECIPES)
+    parser.add_argument("--config", type=Path)
+    return parser
+
+
+_DEFAULTS = (
+    "The defaults are those of --preset {"
+    + ",".join(PRESETS)
+    + "}; of --recipe {"
+    + ",".join(RECIPES)
+    + "}, the published way to train that size; and of --config FILE, YAML as a run "
+    "writes it. Each of these wins over those before it, and every option over them."
+)
+
+
+def _commands(config: Config, recipe: dict[str, Setting]) -> Any:
+    def configured(kind: type[Train] | type[Describe]) -> Any:
+        about = f"{kind.__doc__}\n\n{_DEFAULTS}"
+        default = kind(config, recipe)
+        return _named(kind, default=default, description=about)
+
+    return (
+        configured(Train)
+        | _named(Eval)
+        | _named(Generate)
+        | configured(Describe)
+        | _named(Import)
+        | _named(Export)
+    )
+
+
+def _named(kind: Any, **more: Any) -> Any:
+    return Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **more)]

@@ -1,0 +1,68 @@
+"""Settings as YAML: what a run writes beside its checkpoints, and `--config` reads.
+
+A file is read as the options that it stands for, so that the command line's own checks
+and messages hold for it, and options given after it win.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.llama.config import Config, as_groups, flat
+
+
+class ConfigFileError(ValueError):
+    """The file cannot be read as settings; the message names it and the place."""
+
+
+def dump(config: Config) -> str:
+    """All settings, in groups; `options_of` reads it back."""
+    return yaml.safe_dump(as_groups(config), sort_keys=False)
+
+
+def load(path: Path) -> Any:
+    """The file's content, a mapping; ``ConfigFileError`` where it is not one."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigFileError(f"{path}: no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigFileError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigFileError(f"{path}: holds no settings, but {content!r}")
+    return content
+
+
+def options_of(content: Mapping[str, Any], path: Path) -> list[str]:
+    """What to write on the command line for it."""
+    names = dict(_option_names(Config))
+    options = []
+    for setting, value in flat(content).items():
+        if setting not in names:
+            near = difflib.get_close_matches(setting, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigFileError(f"{path}: {setting} is no setting{hint}")
+        if isinstance(value, bool):
+            options.append(f"--{'' if value else 'no-'}{names[setting]}")
+        else:
+            options += [f"--{names[setting]}", str(value)]
+    return options
+
+
+def _option_names(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Of every setting: its name in the file, and its option's."""
+    hints = typing.get_type_hints(group, include_extras=True)
+    for field in dataclasses.fields(group):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _option_names(hint, f"{prefix}{field.name}.")
+            continue
+        marks = getattr(hint, "__metadata__", ())  # of tyro.conf.arg
+        given = [mark.name for mark in marks if getattr(mark, "name", None)]
+        name = given[0] if given else field.name.replace("_", "-")
+        yield f"{prefix}{field.name}", name

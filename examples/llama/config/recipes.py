@@ -1,0 +1,57 @@
+"""The published way to train a size, every value with where it is from."""
+
+from typing import Any, NamedTuple
+
+_LORAPRE = "LoRA-Pre, arXiv 2602.24283"
+_GALORE = "GaLore, arXiv 2403.03507"
+_SCRIPTS = "GaLore's scripts; LoRA-Pre names a grid only, 1e-4 to 1e-2"
+
+
+class Setting(NamedTuple):
+    value: Any
+    source: str
+
+
+# Of each size: steps, rank of LoRA-Pre, peak learning rate.
+_SIZES = {
+    "60m": (10_000, 128, 0.01),
+    "130m": (20_000, 256, 0.01),
+    "350m": (60_000, 256, 0.01),
+    "1b": (100_000, 512, 0.01),
+    "7b": (150_000, 1024, 0.005),
+}
+
+
+def paper(preset: str) -> dict[str, Setting]:
+    """What the paper trained ``preset`` with, by the names of the settings.
+
+    The tokenizer, T5's, is a file that one has to have.
+    Raises ``ValueError`` for a size that was not published.
+    """
+    if preset not in _SIZES:
+        raise ValueError(
+            f"recipe paper is for the presets {', '.join(_SIZES)}, not for {preset}"
+        )
+    steps, rank, rate = _SIZES[preset]
+    return {
+        "optimizer.name": Setting("lorapre_adamw", _LORAPRE),
+        "optimizer.algorithm": Setting("paper", f"{_LORAPRE}, Algorithm 1"),
+        "optimizer.rank": Setting(rank, _LORAPRE),
+        "optimizer.update_scale": Setting(0.25, _GALORE),
+        "optimizer.learning_rate": Setting(rate, _SCRIPTS),
+        "optimizer.b1": Setting(0.9, _LORAPRE),
+        "optimizer.b2": Setting(0.95, _LORAPRE),
+        "optimizer.warmup": Setting(0.1, f"{_GALORE}; then a cosine to a tenth"),
+        "optimizer.weight_decay": Setting(0.0, _GALORE),
+        "optimizer.clip_norm": Setting(
+            1.0 if preset == "7b" else None, f"{_GALORE}: for 7B alone"
+        ),
+        "data.seq_len": Setting(256, _GALORE),
+        "data.batch_size": Setting(512, _GALORE),
+        "steps": Setting(steps, _GALORE),
+        "model.param_dtype": Setting("bfloat16", f"{_GALORE}: all in bfloat16"),
+        "model.compute_dtype": Setting("bfloat16", f"{_GALORE}: all in bfloat16"),
+    }
+
+
+RECIPES = {"paper": paper}

@@ -1,0 +1,53 @@
+"""The loss that is minimised and its gradient, of a batch at once or in parts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from examples.llama import layout
+from examples.llama.data import Batch
+from examples.llama.model import PureLlama
+
+LossAndGrads = Callable[[Any, Batch], tuple[jax.Array, Any]]
+
+
+def make_loss_and_grads(
+    model: PureLlama, micro_batch_size: int | None = None, z_loss: float = 0.0
+) -> LossAndGrads:
+    """``loss_and_grads(params, batch)``: the mean over the targets that count.
+
+    With a ``micro_batch_size`` only so many rows, over all devices, have their
+    activations in memory at once; the sums over the parts are float32, and each target
+    weighs the same in whatever part it is. Gradients have the parameters' dtypes.
+    """
+
+    def loss(params: Any, part: Batch, count: jax.Array) -> jax.Array:
+        losses = model.losses(params, part.inputs, part.targets, z_loss)
+        return jnp.sum(losses * part.mask) / count
+
+    def loss_and_grads(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        count = jnp.sum(batch.mask)
+        rows = batch.inputs.shape[0]
+        if micro_batch_size is None or micro_batch_size == rows:
+            return jax.value_and_grad(loss)(params, batch, count)
+
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            found = jax.value_and_grad(loss)(params, part, count)
+            return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, found), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        with layout.use(model.mesh):
+            parts = jax.tree.map(lambda x: _divide(x, micro_batch_size), batch)
+        sums, _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), parts)
+        loss_sum, grads = sums
+        return loss_sum, jax.tree.map(lambda x, p: x.astype(p.dtype), grads, params)
+
+    return loss_and_grads
+
+
+def _divide(x: jax.Array, micro_batch_size: int) -> jax.Array:
+    """(b, s) to (b / m, m, s). Each part has as many rows of every device."""
+    parts = x.reshape(micro_batch_size, -1, *x.shape[1:]).swapaxes(0, 1)
+    return layout.constrain(parts, None, "batch", None)

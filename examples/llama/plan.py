@@ -1,0 +1,119 @@
+"""What a run will take, from abstract values alone: `train --dry-run`, `describe`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import lorapre_jax as lp
+from examples.llama import flops, layout
+from examples.llama.config import Config, as_groups, flat
+from examples.llama.config.recipes import Setting
+from examples.llama.model import PureLlama
+from examples.llama.optimizers import DEFAULT_RATES, make_optimizer
+from examples.llama.steps import TrainState, abstract_state
+
+
+def plan(
+    config: Config,
+    vocab_size: int,
+    recipe: Mapping[str, Setting],
+    devices: int,
+    every_leaf: bool = False,
+) -> str:
+    """Lines for people. Nothing is allocated or compiled.
+
+    Args:
+      config: The run. With a mesh, it is for that many devices, wherever they are.
+      vocab_size: Of its tokenizer.
+      recipe: What its defaults are from.
+      devices: How many there are where it has no mesh.
+      every_leaf: Also how the optimizer keeps each parameter.
+    """
+    mesh = layout.abstract_mesh(config.mesh, devices)
+    model = PureLlama(config.model, vocab_size, mesh)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = layout.param_shardings(mesh, shapes)
+    tx = make_optimizer(config.optimizer, config.steps, shardings)
+    state = abstract_state(model, tx, mesh)
+    memory = lp.describe(tx, state.params)
+
+    tokens = config.data.batch_size * config.data.seq_len
+    work = flops.per_token(config.model, shapes, config.data.seq_len) * tokens
+    rate = config.optimizer.learning_rate or DEFAULT_RATES[config.optimizer.name][0]
+    factored = sum(math.prod(x.shape) for x in memory.leaves if x.is_factored)
+    weights = sum(math.prod(x.shape) for x in memory.leaves)
+    rows = {
+        "model": f"{weights:,} parameters in {config.model.param_dtype}, "
+        f"{factored / weights:.0%} of them factored; {vocab_size:,} pieces",
+        "steps": f"{config.steps:,} of {tokens:,} tokens, {config.steps * tokens:,} in "
+        f"all ({config.steps * tokens / weights:.1f} for each parameter)",
+        "optimizer": f"{config.optimizer.name}, peak rate {rate:g}, "
+        f"{round(config.optimizer.warmup * config.steps):,} steps of rising rate",
+        "its state": f"{memory.total_bytes:,} bytes, {memory.ratio:.3f} of AdamW's",
+        "work": f"{work:.3g} FLOPs a step, {work * config.steps:.3g} in all",
+        "devices": f"{mesh.size}: "
+        + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+    }
+    memory_rows = _per_device(config, model, state, mesh)
+    lines = [f"{name:<12}{text}" for name, text in rows.items()]
+    lines += ["", "on each device, in bytes"]
+    lines += [f"  {name:<38}{size:>18,}" for name, size in memory_rows.items()]
+    lines += [*layout.exceptions(mesh, state.params), *_recipe_lines(config, recipe)]
+    if every_leaf:
+        lines += ["", str(memory)]
+    return "\n".join(lines)
+
+
+def _per_device(
+    config: Config, model: PureLlama, state: TrainState, mesh: Any
+) -> dict[str, int]:
+    def nbytes(tree: Any) -> int:
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+            for x in jax.tree.leaves(tree)
+        )
+
+    micro = config.micro_batch_size or config.data.batch_size
+    parts = layout.row_parts(mesh)
+    kept = _kept_of_a_row(model, state.params, config.data.seq_len, parts)
+    rows = {
+        "parameters": nbytes(state.params),
+        "gradients": nbytes(state.params),
+        "optimizer state": nbytes(state.opt_state),
+        f"activations of {-(-micro // parts)} rows, about": -(-micro // parts) * kept,
+    }
+    return rows | {"in all, but for the update's temporaries": sum(rows.values())}
+
+
+def _kept_of_a_row(
+    model: PureLlama, params: Any, seq_len: int, parts: int
+) -> int:
+    """Bytes that the backward pass of one more row takes from the forward pass."""
+
+    def residuals(params: Any, tokens: Any) -> list[jax.Array]:
+        loss = lambda params: model.losses(params, tokens, tokens).mean()  # noqa: E731
+        _, backward = jax.vjp(loss, params)
+        return jax.tree.leaves(backward)
+
+    def nbytes(rows: int) -> int:
+        tokens = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+        found = jax.eval_shape(residuals, params, tokens)
+        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in found)
+
+    # Copies of the parameters, which do not grow with the rows, cancel.
+    return (nbytes(2 * parts) - nbytes(parts)) // parts
+
+
+def _recipe_lines(config: Config, recipe: Mapping[str, Setting]) -> list[str]:
+    if not recipe:
+        return []
+    lines = ["", "the recipe, and where it is from"]
+    fields = flat(as_groups(config))
+    for name, (value, source) in recipe.items():
+        here = fields[name]
+        note = source if here == value else f"instead of {value} ({source})"
+        lines.append(f"  {name:<26}{here!s:<16}{note}")
+    return lines
