@@ -25,9 +25,9 @@ import optax
 import lorapre_jax as lp
 from benchmarks import _record
 from benchmarks.quality.scales import SCALES
-from examples.llama import hosts, layout
+from examples.llama import layout
 from examples.llama.corpus import load_corpus
-from examples.llama.data import join, train_rows
+from examples.llama.data import Batch, join, train_batches
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import MATRICES
 from examples.llama.steps import TrainState, abstract_state, init_state, make_train_step
@@ -62,15 +62,11 @@ class Trainer:
         tokens = join(load_corpus(data).train[: 20 * steps], tokenizer)
         self.model = PureLlama(scale.model, tokenizer.vocab_size)
         self.mesh = layout.make_mesh("fsdp=4,tensor=2", jax.devices())
-        self._rows = train_rows(tokens, scale.seq_len, 0)
-        self._size = scale.batch_size
+        self._batches = train_batches(tokens, scale.seq_len, scale.batch_size, 0)
+        self._by_row = layout.by_row(self.mesh, scale.batch_size)
 
-    def batch(self, step: int) -> jax.Array:
-        by_row = layout.by_row(self.mesh, self._size)
-        first = step * self._size
-        return hosts.batch_from_rows(
-            lambda i: self._rows[first + i], self._size, by_row
-        )
+    def batch(self, step: int) -> Batch:
+        return jax.device_put(self._batches[step], self._by_row)
 
     def run(self, phases: list[Phase]) -> np.ndarray:
         """The training loss of every step."""

@@ -39,6 +39,7 @@ from benchmarks import _record
 from benchmarks._collectives import collectives
 from examples.llama import layout
 from examples.llama.config import PRESETS, OptimizerConfig, OptimizerName
+from examples.llama.data import Batch
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
 from examples.llama.steps import TrainState, abstract_state, make_train_step
@@ -117,12 +118,16 @@ def lowered(cell: Cell) -> tuple[TrainState, jax.stages.Lowered]:
     tx = make_optimizer(optimizer, 10_000)
     model = PureLlama(config, VOCABULARY, mesh)
     state = abstract_state(model, tx, mesh)
-    rows = jax.ShapeDtypeStruct(
-        (cell.batch_size, cell.seq_len + 1),
-        np.int32,
-        sharding=layout.by_row(mesh, cell.batch_size),
+    by_row = layout.by_row(mesh, cell.batch_size)
+    batch = Batch(
+        *(
+            jax.ShapeDtypeStruct(
+                (cell.batch_size, cell.seq_len), dtype, sharding=by_row
+            )
+            for dtype in (np.int32, np.int32, np.float32)
+        )
     )
-    return state, make_train_step(model, tx, state).lower(state, rows)
+    return state, make_train_step(model, tx, state).lower(state, batch)
 
 
 def measured(cell: Cell) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import optax
 from benchmarks.quality.conditions import Condition
 from benchmarks.quality.methods import Method, adam
 from benchmarks.quality.scales import Scale, Texts
-from examples.llama.data import HeldOutBatch, held_out_batches, train_batches
+from examples.llama.data import Batch, held_out_batches, train_batches
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import schedule
-from examples.llama.steps import make_evaluation, mean_loss
+from examples.llama.steps import make_evaluation
 
 WARMUP = 0.1
 EVALUATIONS = 6
@@ -89,20 +89,21 @@ class Race:
                 params[path] = moved.astype(params[path].dtype)
         return State(params, rules, state.step + 1)
 
-    def gradient(self, params: Leaves, rows: jax.Array) -> tuple[jax.Array, Leaves]:
-        """Mean loss of rows (b, s + 1) int32, and its gradient, both scaled."""
+    def gradient(self, params: Leaves, batch: Batch) -> tuple[jax.Array, Leaves]:
+        """Mean loss of a batch without padding, and its gradient, both scaled."""
 
         def loss(params: Leaves) -> jax.Array:
-            mean = mean_loss(self.model, self.tree(params), rows)
-            return mean * self.condition.loss_scale
+            tree = self.tree(params)
+            losses = self.model.losses(tree, batch.inputs, batch.targets)
+            return losses.mean() * self.condition.loss_scale
 
         return jax.value_and_grad(loss)(params)
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[State, jax.Array]]:
         @functools.partial(jax.jit, donate_argnums=0)
-        def step(state: State, rows, rates: Mapping[str, jax.Array]):
-            loss, grads = self.gradient(state.params, rows)
+        def step(state: State, batch: Batch, rates: Mapping[str, jax.Array]):
+            loss, grads = self.gradient(state.params, batch)
             state = self.apply(state, self.condition.alter(grads, state.step), rates)
             return state, loss / self.condition.loss_scale
 
@@ -116,7 +117,7 @@ class Race:
             for name, tokens in self.texts.held_out.items()
         }
 
-    def _evaluation(self, batches: list[HeldOutBatch]) -> Callable[[Leaves], float]:
+    def _evaluation(self, batches: list[Batch]) -> Callable[[Leaves], float]:
         evaluate = make_evaluation(self.model, jax.device_put(batches))
         return lambda params: evaluate(self.tree(params))
 

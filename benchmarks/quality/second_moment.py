@@ -46,8 +46,8 @@ def main() -> None:
     states = {n: tx.init(pick(state.params, "matrices")) for n, tx in looks.items()}
 
     @jax.jit
-    def look(states, params, rows):
-        grads = race.condition.alter(race.gradient(params, rows)[1], jnp.zeros(()))
+    def look(states, params, batch):
+        grads = race.condition.alter(race.gradient(params, batch)[1], jnp.zeros(()))
         matrices, found, after = pick(grads, "matrices"), {}, {}
         for name, tx in looks.items():
             directions: Any
@@ -60,9 +60,9 @@ def main() -> None:
     batches = train_batches(texts.train, scale.seq_len, scale.batch_size, 0)
     table = []
     for step in range(1, max(STEPS) + 1):
-        rows = batches[step - 1]
-        found, states = look(states, state.params, rows)
-        state, _ = race.train_step(state, rows, rates)
+        batch = batches[step - 1]
+        found, states = look(states, state.params, batch)
+        state, _ = race.train_step(state, batch, rates)
         if step in STEPS:
             exact = np.asarray(found.pop("exact"), np.float64)
             for name, direction in found.items():

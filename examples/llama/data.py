@@ -27,15 +27,15 @@ class TextData(NamedTuple):
         )
 
 
-class HeldOutBatch(NamedTuple):
-    """``mask`` is 1 where the target counts and 0 where it is padding.
+class Batch(NamedTuple):
+    """To train on or to be measured on; a single row lacks the batch axis.
 
     Arrays of NumPy, or of JAX once they lie on devices.
     """
 
     inputs: Any  # (batch, seq) int32
     targets: Any  # (batch, seq) int32
-    mask: Any  # (batch, seq) float32
+    mask: Any  # (batch, seq) float32, 1 where the target counts and 0 where not
 
 
 def load_text(config: DataConfig, cache_folder: Path) -> TextData:
@@ -67,7 +67,7 @@ def join(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 class Rows:
-    """Row ``i`` is ``seq_len + 1`` tokens: the inputs and, one later, the targets.
+    """Row ``i`` has ``seq_len`` tokens as inputs and, one later, as targets.
 
     Neighbouring rows share one token, so that every token is predicted once per
     epoch. What is left at the end of the stream is too short for a row and unused.
@@ -79,15 +79,14 @@ class Rows:
     def __len__(self) -> int:
         return (len(self._tokens) - 1) // self._seq_len
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Batch:
         start = index * self._seq_len
-        return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+        row = self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+        return Batch(row[:-1], row[1:], np.ones(self._seq_len, np.float32))
 
 
-def train_rows(
-    tokens: np.ndarray, seq_len: int, seed: int
-) -> grain.MapDataset[np.ndarray]:
-    """Endless rows (seq + 1,) int32, in another order every epoch.
+def train_rows(tokens: np.ndarray, seq_len: int, seed: int) -> grain.MapDataset[Batch]:
+    """Endless rows, in another order every epoch.
 
     Random access makes a row a pure function of (seed, number): a resumed run goes on
     with exactly the tokens it would have seen, and a host reads its own rows alone.
@@ -98,14 +97,14 @@ def train_rows(
 
 def train_batches(
     tokens: np.ndarray, seq_len: int, batch_size: int, seed: int
-) -> grain.MapDataset[np.ndarray]:
-    """Endless batches (batch, seq + 1) int32; number ``step`` is ``batches[step]``."""
+) -> grain.MapDataset[Batch]:
+    """Endless batches; number ``step`` is ``batches[step]``."""
     return train_rows(tokens, seq_len, seed).batch(batch_size)
 
 
 def held_out_batches(
     tokens: np.ndarray, seq_len: int, batch_size: int
-) -> Iterator[HeldOutBatch]:
+) -> Iterator[Batch]:
     """Every token but the first as a target exactly once, in batches of one shape."""
     count = len(tokens) - 1
     size = batch_size * seq_len
@@ -113,7 +112,7 @@ def held_out_batches(
         chunk = tokens[start : start + size + 1].astype(np.int32)
         real = len(chunk) - 1
         padded = np.pad(chunk, (0, size - real))
-        yield HeldOutBatch(
+        yield Batch(
             inputs=padded[:-1].reshape(batch_size, seq_len),
             targets=padded[1:].reshape(batch_size, seq_len),
             mask=(np.arange(size) < real).astype(np.float32).reshape(-1, seq_len),

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, Sharding
 
 import lorapre_jax as lp
 from examples.llama import layout
-from examples.llama.data import HeldOutBatch
+from examples.llama.data import Batch
 from examples.llama.model import PureLlama
 
 
@@ -52,15 +52,24 @@ def abstract_state(
     )
 
 
-def mean_loss(model: PureLlama, params: Any, rows: jax.Array) -> jax.Array:
-    """What is minimised, of rows (b, s + 1) int32."""
-    return model.losses(params, rows[:, :-1], rows[:, 1:]).mean()
+def sum_and_count(
+    model: PureLlama, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Loss in nats summed over the targets that count, and how many they are."""
+    losses = model.losses(params, batch.inputs, batch.targets)
+    return jnp.sum(losses * batch.mask), jnp.sum(batch.mask)
+
+
+def mean_loss(model: PureLlama, params: Any, batch: Batch) -> jax.Array:
+    """What is minimised: the mean over all targets of the batch that count."""
+    total, count = sum_and_count(model, params, batch)
+    return total / count
 
 
 def make_train_step(
     model: PureLlama, tx: optax.GradientTransformation, abstract: TrainState
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """``step(state, rows) -> (state, metrics)`` for rows (b, s + 1) int32.
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """``step(state, batch) -> (state, metrics)``.
 
     The new state lies where ``abstract`` says. The given one is donated: its memory
     becomes that of the new one.
@@ -72,12 +81,12 @@ def make_train_step(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, shardings.step))
     def step(
-        state: TrainState, rows: jax.Array
+        state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         # The loss comes before the update. With the loss in chunks the gradients do not
         # need it, and its logits would stand beside what the update holds.
         loss, grads = jax.lax.optimization_barrier(
-            jax.value_and_grad(loss_of)(state.params, rows)
+            jax.value_and_grad(loss_of)(state.params, batch)
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -89,8 +98,8 @@ def make_train_step(
 
 def make_diagnosis(
     model: PureLlama, replicated: Sharding
-) -> Callable[[TrainState, jax.Array], dict[str, jax.Array]]:
-    """``diagnose(state, rows) -> numbers``, from the state that a step starts from.
+) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
+    """``diagnose(state, batch) -> numbers``, from the state that a step starts from.
 
     The gradients are computed once more, so that the training step is the same program
     whether or not anyone looks. Of stacked layers it is the mean, of the condition the
@@ -99,8 +108,8 @@ def make_diagnosis(
     summaries = {"captured": jnp.mean, "effective_rank": jnp.mean, "condition": jnp.max}
 
     @partial(jax.jit, out_shardings=replicated)
-    def diagnose(state: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
-        grads = jax.grad(partial(mean_loss, model))(state.params, rows)
+    def diagnose(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        grads = jax.grad(partial(mean_loss, model))(state.params, batch)
         return {
             f"diagnostics/{name}/{path}/{moment}": summary(getattr(found, name))
             for path, of_leaf in lp.diagnostics(state.opt_state, grads).items()
@@ -113,7 +122,7 @@ def make_diagnosis(
 
 def make_evaluation(
     model: PureLlama,
-    batches: Sequence[HeldOutBatch],
+    batches: Sequence[Batch],
     replicated: Sharding | None = None,
 ) -> Callable[[Any], float]:
     """``evaluate(params)``: the exact mean loss in nats over all tokens of ``batches``.
@@ -122,14 +131,11 @@ def make_evaluation(
     averaging the batches' means would give a short last batch too much weight.
     """
 
-    @partial(jax.jit, out_shardings=replicated)
-    def sum_and_count(params: Any, batch: HeldOutBatch) -> tuple[jax.Array, jax.Array]:
-        losses = model.losses(params, batch.inputs, batch.targets)
-        return jnp.sum(losses * batch.mask), jnp.sum(batch.mask)
+    measure = jax.jit(partial(sum_and_count, model), out_shardings=replicated)
 
     def evaluate(params: Any) -> float:
         # All batches are queued before the first result is waited for.
-        queued = [sum_and_count(params, batch) for batch in batches]
+        queued = [measure(params, batch) for batch in batches]
         total, count = np.asarray(jax.device_get(queued), np.float64).sum(axis=0)
         return float(total / count)
 

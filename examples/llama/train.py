@@ -15,7 +15,7 @@ from examples.llama import hosts, layout
 from examples.llama.checkpoint import Checkpoints
 from examples.llama.config import Config
 from examples.llama.data import (
-    HeldOutBatch,
+    Batch,
     TextData,
     held_out_batches,
     load_text,
@@ -90,7 +90,7 @@ class Run(NamedTuple):
     start: int  # steps done
     state: TrainState
     memory: Any  # the state's, by `lp.describe`
-    batch: Callable[[int], jax.Array]  # of the step after so many
+    batch: Callable[[int], Batch]  # of the step after so many
     train_step: Callable[..., Any]
     evaluate: Callable[[Any], float]
     diagnose: Callable[..., dict[str, jax.Array]]
@@ -127,12 +127,17 @@ def prepare(
         state = init(jax.random.key(config.seed))
     rows = train_rows(data.train, config.data.seq_len, config.seed)
 
-    def batch(step: int) -> jax.Array:
+    def batch(step: int) -> Batch:
         first, count = step * config.data.batch_size, config.data.batch_size
-        return hosts.batch_from_rows(lambda i: rows[first + i], count, by_row)
+        return Batch(
+            *(
+                hosts.batch_from_rows(lambda i, f=f: rows[first + i][f], count, by_row)
+                for f in range(3)
+            )
+        )
 
     held_out = [
-        HeldOutBatch(*(hosts.batch_from_rows(x.__getitem__, len(x), by_row) for x in b))
+        Batch(*(hosts.batch_from_rows(x.__getitem__, len(x), by_row) for x in b))
         for b in held_out_batches(
             data.held_out, config.data.seq_len, config.data.batch_size
         )
@@ -162,11 +167,11 @@ def run_steps(
     if run.start == 0:
         report.evaluated(0, run.evaluate(state.params))
     for step in range(run.start + 1, config.steps + 1):
-        rows, diagnosis = run.batch(step - 1), {}
+        batch, diagnosis = run.batch(step - 1), {}
         if factored and step % config.diagnostics_every == 0:
             report.flush()  # the rate of steps leaves this out
-            diagnosis = run.diagnose(state, rows)
-        state, metrics = run.train_step(state, rows)
+            diagnosis = run.diagnose(state, batch)
+        state, metrics = run.train_step(state, batch)
         report.trained(step, metrics | diagnosis)
         if step % config.eval_every == 0 or step == config.steps:
             report.evaluated(step, run.evaluate(state.params))

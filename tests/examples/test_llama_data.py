@@ -30,17 +30,17 @@ def test_documents_are_joined_by_an_end_of_text():
 def test_every_token_is_predicted_once_per_epoch():
     rows = Rows(TOKENS, seq_len=9)
     assert len(rows) == 111
-    targets = np.concatenate([rows[i][1:] for i in range(len(rows))])
+    targets = np.concatenate([rows[i].targets for i in range(len(rows))])
     np.testing.assert_array_equal(targets, TOKENS[1:])
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
     def batches(seed, steps):
         batches = train_batches(TOKENS, seq_len=9, batch_size=4, seed=seed)
-        return [np.asarray(batches[step]) for step in steps]
+        return [batches[step].inputs for step in steps]
 
     in_order = batches(3, range(60))
-    assert in_order[0].shape == (4, 10)
+    assert in_order[0].shape == (4, 9)
     assert in_order[0].dtype == np.int32
     some = (59, 0, 31)  # in any order, from a fresh data set
     np.testing.assert_array_equal(batches(3, some), [in_order[step] for step in some])
