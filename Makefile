@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-tpu lint bootstrap bench-memory bench-quality bench-device
 
 demo: bootstrap  ## Pretrain a small Llama on text that is on this machine.
-	$(BIN)/python -m examples.llama
+	$(BIN)/python -m examples.llama train
 
 test: bootstrap  ## The whole test suite.
 	$(BIN)/python -m pytest -n 2 --dist worksteal

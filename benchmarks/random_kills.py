@@ -71,7 +71,7 @@ class Run:
             "workdir": self.workdir,
         }
         flags = [part for name, x in options.items() for part in (f"--{name}", str(x))]
-        self._command = [sys.executable, "-m", "examples.llama", *flags]
+        self._command = [sys.executable, "-m", "examples.llama", "train", *flags]
         self._compiled = scratch / "compiled"
 
     def start(self) -> subprocess.Popen[str]:

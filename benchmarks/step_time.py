@@ -11,7 +11,7 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -59,11 +59,10 @@ class Subject:
     def measure(self) -> None:
         """Each part once."""
         params, opt_state, step = self.state
-        seconds, (_, grads) = _timed(lambda: self.gradient(params, self.batch))
+        seconds, found = _timed(lambda: self.gradient(params, self.batch))
         self.times["gradient"].append(seconds)
-        seconds, new = _timed(lambda: self.update(params, opt_state, grads))
+        seconds, new = _timed(lambda: self.update(params, opt_state, found[1]))
         self.times["update"].append(seconds)
-        del grads
         state = type(self.state)(*new, step)
         seconds, (self.state, _) = _timed(lambda: self.step(state, self.batch))
         self.times["step"].append(seconds)
@@ -81,7 +80,7 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def rows_of(subjects: dict[OptimizerName, Subject], micro: int) -> list[dict[str, Any]]:
+def rows_of(subjects: Mapping[str, Subject], micro: int) -> list[dict[str, Any]]:
     """Medians, and their ratios to AdamW's."""
     # Every optimizer computes the same gradient: one time for all.
     all_times = [t for subject in subjects.values() for t in subject.times["gradient"]]

@@ -28,6 +28,7 @@ from benchmarks.quality.scales import SCALES
 from examples.llama import layout
 from examples.llama.corpus import load_corpus
 from examples.llama.data import Batch, join, train_batches
+from examples.llama.gradients import make_loss_and_grads
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import MATRICES
 from examples.llama.steps import TrainState, abstract_state, init_state, make_train_step
@@ -76,7 +77,7 @@ class Trainer:
             tx = optimizer(name)
             abstract = abstract_state(self.model, tx, self.mesh)
             state = self._begin(state, tx, abstract, fresh)
-            step = make_train_step(self.model, tx, abstract)
+            step = make_train_step(make_loss_and_grads(self.model), tx, abstract)
             for now in range(i * third, (i + 1) * third):
                 state, metrics = step(state, self.batch(now))
                 # One at a time: eight devices share the threads of one machine.

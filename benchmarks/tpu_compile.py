@@ -40,6 +40,7 @@ from benchmarks._collectives import collectives
 from examples.llama import layout
 from examples.llama.config import PRESETS, OptimizerConfig, OptimizerName
 from examples.llama.data import Batch
+from examples.llama.gradients import make_loss_and_grads
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
 from examples.llama.steps import TrainState, abstract_state, make_train_step
@@ -127,7 +128,9 @@ def lowered(cell: Cell) -> tuple[TrainState, jax.stages.Lowered]:
             for dtype in (np.int32, np.int32, np.float32)
         )
     )
-    return state, make_train_step(model, tx, state).lower(state, batch)
+    return state, make_train_step(make_loss_and_grads(model), tx, state).lower(
+        state, batch
+    )
 
 
 def measured(cell: Cell) -> dict[str, Any]:

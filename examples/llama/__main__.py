@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -69,7 +68,7 @@ def _describe(command: Describe, console: Console) -> None:
 
 def _plan_of(command: Train | Describe, every_leaf: bool) -> str:
     config = command.config
-    vocab_size = vocab_size_of(config.data)
+    vocab_size = config.data.vocab_size or 257
     return plan(config, vocab_size, command.recipe, jax.device_count(), every_leaf)
 
 

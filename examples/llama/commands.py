@@ -18,7 +18,9 @@ class Train:
     """Pretrain. The same command again goes on with an interrupted run."""
 
     config: Config = dataclasses.field(default_factory=Config)
-    recipe: tyro.conf.Suppress[dict[str, Setting]] = dataclasses.field(default_factory=dict)
+    recipe: tyro.conf.Suppress[dict[str, Setting]] = dataclasses.field(
+        default_factory=dict
+    )
     dry_run: bool = False
     """Print the plan, compute nothing."""
 
@@ -28,7 +30,9 @@ class Describe:
     """Print the plan of a run, and how the optimizer keeps every parameter."""
 
     config: Config = dataclasses.field(default_factory=Config)
-    recipe: tyro.conf.Suppress[dict[str, Setting]] = dataclasses.field(default_factory=dict)
+    recipe: tyro.conf.Suppress[dict[str, Setting]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 @dataclasses.dataclass(frozen=True)

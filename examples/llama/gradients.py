@@ -30,7 +30,8 @@ def make_loss_and_grads(
     def loss_and_grads(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
         count = jnp.sum(batch.mask)
         rows = batch.inputs.shape[0]
-        if micro_batch_size is None or micro_batch_size == rows:
+        micro_rows = micro_batch_size or rows
+        if micro_rows == rows:
             return jax.value_and_grad(loss)(params, batch, count)
 
         def add(sums: Any, part: Batch) -> tuple[Any, None]:
@@ -39,15 +40,15 @@ def make_loss_and_grads(
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
         with layout.use(model.mesh):
-            parts = jax.tree.map(lambda x: _divide(x, micro_batch_size), batch)
-        sums, _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), parts)
-        loss_sum, grads = sums
-        return loss_sum, jax.tree.map(lambda x, p: x.astype(p.dtype), grads, params)
+            parts = jax.tree.map(lambda x: _divide(x, micro_rows), batch)
+        start = (jnp.zeros((), jnp.float32), zeros)
+        (total, grads), _ = jax.lax.scan(add, start, parts)
+        return total, jax.tree.map(lambda x, p: x.astype(p.dtype), grads, params)
 
     return loss_and_grads
 
 
-def _divide(x: jax.Array, micro_batch_size: int) -> jax.Array:
+def _divide(x: jax.Array, rows: int) -> jax.Array:
     """(b, s) to (b / m, m, s). Each part has as many rows of every device."""
-    parts = x.reshape(micro_batch_size, -1, *x.shape[1:]).swapaxes(0, 1)
+    parts = x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
     return layout.constrain(parts, None, "batch", None)

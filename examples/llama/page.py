@@ -1,17 +1,27 @@
-"""One page about a run, for people: ``workdir/report.html``."""
+"""One page about a run, for people."""
 
 import base64
 import html
 import importlib.metadata
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from examples.llama import files
+from examples.llama.config import Config, file
 from examples.llama.metrics import Record
 
-_PACKAGES = ("lorapre-jax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain")
+_PACKAGES = (
+    "lorapre-jax",
+    "jax",
+    "jaxlib",
+    "optax",
+    "flax",
+    "orbax-checkpoint",
+    "grain",
+)
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     "td,th{text-align:left;padding:.1rem 1.5rem .1rem 0}pre{overflow-x:auto}"
@@ -20,21 +30,22 @@ _STYLE = (
 
 
 def write_page(
-    workdir: Path,
-    results: dict[str, str],
-    records: list[Record],
+    config: Config,
+    results: Mapping[str, str],
+    records: Sequence[Record],
     plot: Path,
-    config: str,
     memory: str,
-) -> Path:
+    page: Path,
+) -> None:
     """The curve, results and evaluations, settings, state and versions in one file.
 
     Args:
-      results: What the run has to say, by name.
+      config: The run's settings.
+      results: What it has to say, by name.
       records: Its log.
       plot: PNG of its losses, which becomes part of the page.
-      config: Its settings, as YAML.
       memory: How the optimizer keeps each parameter.
+      page: The file to write.
     """
     picture = base64.b64encode(plot.read_bytes()).decode()
     columns = ("step", "held_out_loss", "held_out_perplexity")
@@ -51,20 +62,18 @@ def write_page(
     content = "\n".join(
         [
             "<!doctype html><meta charset=utf-8>",
-            f"<title>{html.escape(workdir.name)}</title><style>{_STYLE}</style>",
-            f"<h1>{html.escape(workdir.name)}</h1>",
+            f"<title>{html.escape(config.workdir.name)}</title><style>{_STYLE}</style>",
+            f"<h1>{html.escape(config.workdir.name)}</h1>",
             _table(results.items()),
             f'<img alt="losses" src="data:image/png;base64,{picture}">',
             "<h2>Evaluations</h2>",
             _table([[name.replace("_", " ") for name in columns], *evaluations]),
-            f"<h2>Settings</h2><pre>{html.escape(config)}</pre>",
+            f"<h2>Settings</h2><pre>{html.escape(file.dump(config))}</pre>",
             f"<h2>Optimizer state</h2><pre>{html.escape(memory)}</pre>",
             f"<h2>Versions</h2>{_table((machine | versions).items())}\n",
         ]
     )
-    path = workdir / "report.html"
-    files.write(path, content)
-    return path
+    files.write(page, content)
 
 
 def _table(rows) -> str:

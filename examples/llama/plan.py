@@ -12,8 +12,8 @@ from examples.llama import flops, layout
 from examples.llama.config import Config, as_groups, flat
 from examples.llama.config.recipes import Setting
 from examples.llama.model import PureLlama
-from examples.llama.optimizers import DEFAULT_RATES, make_optimizer
-from examples.llama.steps import TrainState, abstract_state
+from examples.llama.optimizers import DEFAULT_RATES
+from examples.llama.steps import TrainState, assemble
 
 
 def plan(
@@ -33,15 +33,11 @@ def plan(
       every_leaf: Also how the optimizer keeps each parameter.
     """
     mesh = layout.abstract_mesh(config.mesh, devices)
-    model = PureLlama(config.model, vocab_size, mesh)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    shardings = layout.param_shardings(mesh, shapes)
-    tx = make_optimizer(config.optimizer, config.steps, shardings)
-    state = abstract_state(model, tx, mesh)
+    model, tx, state = assemble(config, vocab_size, mesh)
     memory = lp.describe(tx, state.params)
 
     tokens = config.data.batch_size * config.data.seq_len
-    work = flops.per_token(config.model, shapes, config.data.seq_len) * tokens
+    work = flops.per_token(config.model, state.params, config.data.seq_len) * tokens
     rate = config.optimizer.learning_rate or DEFAULT_RATES[config.optimizer.name][0]
     factored = sum(math.prod(x.shape) for x in memory.leaves if x.is_factored)
     weights = sum(math.prod(x.shape) for x in memory.leaves)
@@ -88,9 +84,7 @@ def _per_device(
     return rows | {"in all, but for the update's temporaries": sum(rows.values())}
 
 
-def _kept_of_a_row(
-    model: PureLlama, params: Any, seq_len: int, parts: int
-) -> int:
+def _kept_of_a_row(model: PureLlama, params: Any, seq_len: int, parts: int) -> int:
     """Bytes that the backward pass of one more row takes from the forward pass."""
 
     def residuals(params: Any, tokens: Any) -> list[jax.Array]:

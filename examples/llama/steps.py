@@ -1,6 +1,6 @@
 """The compiled functions of a run: a training step, a held-out batch, diagnostics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,8 +12,11 @@ from jax.sharding import AbstractMesh, Mesh, Sharding
 
 import lorapre_jax as lp
 from examples.llama import layout
+from examples.llama.config import Config
 from examples.llama.data import Batch
+from examples.llama.gradients import LossAndGrads
 from examples.llama.model import PureLlama
+from examples.llama.optimizers import make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -52,6 +55,17 @@ def abstract_state(
     )
 
 
+def assemble(
+    config: Config, vocab_size: int, mesh: Mesh | AbstractMesh
+) -> tuple[PureLlama, optax.GradientTransformation, TrainState]:
+    """The model, its optimizer, and the abstract state of both on ``mesh``."""
+    model = PureLlama(config.model, vocab_size, mesh)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = layout.param_shardings(mesh, shapes)
+    tx = make_optimizer(config.optimizer, config.steps, shardings)
+    return model, tx, abstract_state(model, tx, mesh)
+
+
 def sum_and_count(
     model: PureLlama, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
@@ -60,23 +74,18 @@ def sum_and_count(
     return jnp.sum(losses * batch.mask), jnp.sum(batch.mask)
 
 
-def mean_loss(model: PureLlama, params: Any, batch: Batch) -> jax.Array:
-    """What is minimised: the mean over all targets of the batch that count."""
-    total, count = sum_and_count(model, params, batch)
-    return total / count
-
-
 def make_train_step(
-    model: PureLlama, tx: optax.GradientTransformation, abstract: TrainState
+    loss_and_grads: LossAndGrads,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
+    logged: Mapping[str, optax.Schedule] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """``step(state, batch) -> (state, metrics)``.
 
     The new state lies where ``abstract`` says. The given one is donated: its memory
-    becomes that of the new one.
+    becomes that of the new one. Metrics also have the values of schedules to be
+    ``logged``, by name.
     """
-
-    loss_of = partial(mean_loss, model)
-
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, shardings.step))
@@ -85,19 +94,19 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         # The loss comes before the update. With the loss in chunks the gradients do not
         # need it, and its logits would stand beside what the update holds.
-        loss, grads = jax.lax.optimization_barrier(
-            jax.value_and_grad(loss_of)(state.params, batch)
-        )
+        loss, grads = jax.lax.optimization_barrier(loss_and_grads(state.params, batch))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"train_loss": loss, "grad_norm": optax.tree.norm(grads)}
+        for name, schedule in (logged or {}).items():
+            metrics[name] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
 
 
 def make_diagnosis(
-    model: PureLlama, replicated: Sharding
+    loss_and_grads: LossAndGrads, replicated: Sharding
 ) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
     """``diagnose(state, batch) -> numbers``, from the state that a step starts from.
 
@@ -109,7 +118,7 @@ def make_diagnosis(
 
     @partial(jax.jit, out_shardings=replicated)
     def diagnose(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        grads = jax.grad(partial(mean_loss, model))(state.params, batch)
+        _, grads = loss_and_grads(state.params, batch)
         return {
             f"diagnostics/{name}/{path}/{moment}": summary(getattr(found, name))
             for path, of_leaf in lp.diagnostics(state.opt_state, grads).items()

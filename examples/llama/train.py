@@ -11,7 +11,7 @@ from jax.sharding import Mesh, Sharding
 from rich.console import Console
 
 import lorapre_jax as lp
-from examples.llama import hosts, layout
+from examples.llama import flops, hosts, layout
 from examples.llama.checkpoint import Checkpoints
 from examples.llama.config import Config
 from examples.llama.data import (
@@ -21,21 +21,23 @@ from examples.llama.data import (
     load_text,
     train_rows,
 )
+from examples.llama.gradients import make_loss_and_grads
 from examples.llama.metrics import MetricsLog, perplexity, plot_losses
-from examples.llama.model import PureLlama
-from examples.llama.optimizers import make_optimizer
+from examples.llama.optimizers import schedules
+from examples.llama.page import write_page
 from examples.llama.progress import ProgressDisplay
 from examples.llama.report import Reporter
 from examples.llama.run_record import check_same_run, record_run
 from examples.llama.steps import (
     TrainState,
-    abstract_state,
+    assemble,
     init_state,
     make_diagnosis,
     make_evaluation,
     make_train_step,
 )
 from examples.llama.stop import Stopped, StopRequest
+from examples.llama.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,21 @@ class Result:
     state_bytes: int  # optimizer state of one replica
     state_ratio: float  # that, over AdamW's
     plot: Path
+    page: Path
     checkpoint: Path
     already_finished: bool
+
+    def lines(self) -> dict[str, str]:
+        """For people, by name."""
+        return {
+            "held-out loss": f"{self.held_out_loss:.4f} nats per token",
+            "perplexity": f"{self.held_out_perplexity:.3f}",
+            "optimizer state": f"{self.state_bytes:,} bytes, "
+            f"{self.state_ratio:.2f} of AdamW's",
+            "loss curve": str(self.plot),
+            "report": str(self.page),
+            "checkpoint": str(self.checkpoint),
+        }
 
 
 def train(config: Config, console: Console | None = None) -> Result:
@@ -56,32 +71,45 @@ def train(config: Config, console: Console | None = None) -> Result:
     console = (console or Console()) if hosts.is_first() else Console(quiet=True)
     # What the devices do not allow is refused before anything is done.
     mesh = layout.make_mesh(config.mesh, jax.devices())
-    by_row = layout.by_row(mesh, config.data.batch_size)
+    by_row = layout.by_row(mesh, config.micro_batch_size or config.data.batch_size)
     with Checkpoints(config.workdir) as checkpoints:
         run = prepare(config, mesh, by_row, checkpoints, console)
         with (
-            StopRequest() as stop,
+            StopRequest(config.time_limit) as stop,
             MetricsLog(config.workdir, run.start, hosts.is_first()) as log,
             ProgressDisplay(
                 run.start, config.steps, config.log_every, console
             ) as display,
+            Trace(config.profile, config.workdir / "profile") as trace,
         ):
-            tokens = config.data.batch_size * config.data.seq_len
-            report = Reporter(log, display, tokens_per_step=tokens)
-            run_steps(config, run, checkpoints, report, stop)
-        plot = config.workdir / "loss.png"
-        if hosts.is_first():
-            plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
+            report = make_reporter(config, run, log, display)
+            run_steps(config, run, checkpoints, report, stop, trace)
         held_out_loss = log.last("held_out_loss")
-        return Result(
+        result = Result(
             held_out_loss=held_out_loss,
             held_out_perplexity=perplexity(held_out_loss),
             state_bytes=run.memory.total_bytes,
             state_ratio=run.memory.ratio,
-            plot=plot,
+            plot=config.workdir / "loss.png",
+            page=config.workdir / "report.html",
             checkpoint=checkpoints.path(config.steps),
             already_finished=run.start == config.steps,
         )
+        if hosts.is_first():
+            title = f"Llama by {config.optimizer.name}"
+            plot_losses(log.records, title, result.plot)
+            lines, memory = result.lines(), str(run.memory)
+            write_page(config, lines, log.records, result.plot, memory, result.page)
+        return result
+
+
+def make_reporter(
+    config: Config, run: "Run", log: MetricsLog, display: ProgressDisplay
+) -> Reporter:
+    tokens = config.data.batch_size * config.data.seq_len
+    work = flops.per_token(config.model, run.state.params, config.data.seq_len)
+    peak = flops.peak(jax.devices(), config.peak_tflops)
+    return Reporter(log, display, tokens, work * tokens / peak if peak else None)
 
 
 class Run(NamedTuple):
@@ -112,11 +140,7 @@ def prepare(
     say(*checkpoints.set_aside)
     start = checkpoints.latest_step or 0
     data = load_data_of_run(config, resumed=start > 0)
-    model = PureLlama(config.model, data.vocab_size, mesh)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    shardings = layout.param_shardings(mesh, shapes)
-    tx = make_optimizer(config.optimizer, config.steps, shardings)
-    abstract = abstract_state(model, tx, mesh)
+    model, tx, abstract = assemble(config, data.vocab_size, mesh)
     memory = lp.describe(tx, abstract.params)
     say(*layout.exceptions(mesh, abstract.params), str(memory))
     if start:
@@ -143,14 +167,16 @@ def prepare(
         )
     ]
     console.print(opening_line(config, data, start), soft_wrap=True)
+    loss_and_grads = make_loss_and_grads(model, config.micro_batch_size, config.z_loss)
+    rate, _ = schedules(config.optimizer, config.steps)
     return Run(
         start,
         state,
         memory,
         batch,
-        make_train_step(model, tx, abstract),
+        make_train_step(loss_and_grads, tx, abstract, {"learning_rate": rate}),
         make_evaluation(model, held_out, layout.replicated(mesh)),
-        make_diagnosis(model, layout.replicated(mesh)),
+        make_diagnosis(loss_and_grads, layout.replicated(mesh)),
     )
 
 
@@ -160,6 +186,7 @@ def run_steps(
     checkpoints: Checkpoints,
     report: Reporter,
     stop: StopRequest,
+    trace: Trace,
 ) -> None:
     """To the end, or until ``stop``; then raise ``Stopped``."""
     state = run.state
@@ -167,6 +194,7 @@ def run_steps(
     if run.start == 0:
         report.evaluated(0, run.evaluate(state.params))
     for step in range(run.start + 1, config.steps + 1):
+        trace.before(step, state)
         batch, diagnosis = run.batch(step - 1), {}
         if factored and step % config.diagnostics_every == 0:
             report.flush()  # the rate of steps leaves this out
@@ -181,7 +209,7 @@ def run_steps(
             checkpoints.save(step, state)
         if stopped and step < config.steps:
             hosts.on_first(checkpoints.wait)
-            raise Stopped(step)
+            raise Stopped(step, stop.in_time)
     # While SIGTERM still waits, and so do the other hosts: only the first one seals.
     hosts.on_first(checkpoints.wait)
 
@@ -191,11 +219,12 @@ def load_data_of_run(config: Config, resumed: bool) -> TextData:
     if resumed:
         check_same_run(config)  # already before the data is read, which may take long
     data = load_text(config.data, cache_folder=config.workdir)
-    hosts.check_same(data.fingerprint(), "the text")
+    found = {"fingerprint": data.fingerprint(), "vocab_size": data.vocab_size}
+    hosts.check_same(str(found), "the text")
     if resumed:
-        check_same_run(config, data.fingerprint())
+        check_same_run(config, found)
     elif hosts.is_first():
-        record_run(config, data.fingerprint())
+        record_run(config, found)
     return data
 
 

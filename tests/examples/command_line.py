@@ -32,7 +32,7 @@ def start(config, *more, devices, fault=None) -> subprocess.Popen[str]:
     flags = [part for name, x in options.items() for part in (f"--{name}", str(x))]
     program = ["tests.examples.faulty_run", fault] if fault else ["examples.llama"]
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", *program, *flags, *more],
+        [sys.executable, "-W", "error", "-m", *program, "train", *flags, *more],
         cwd=REPOSITORY,
         env=os.environ
         | {

@@ -13,7 +13,10 @@ def losses(workdir: Path) -> list[dict[str, float]]:
     """What the run logged, less the timings; half a line at the end is left out."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: r[k] for k in r.keys() - {"tokens_per_second"}} for r in records]
+    return [
+        {k: r[k] for k in r.keys() - {"tokens_per_second", "model_flops_utilization"}}
+        for r in records
+    ]
 
 
 def checkpoint(path: Path) -> Any:

@@ -128,9 +128,8 @@ def test_a_mesh_has_all_devices():
 
 
 def test_a_preset_is_the_default_of_the_others():
-    from examples.llama.__main__ import parse
+    from examples.llama.commands import parse
 
-    config = parse(["--preset", "1b", "--num-layers", "2", "--mesh", "fsdp=2"])
+    config = parse(["train", "--preset", "1b", "--num-layers", "2"]).config
     assert config.model.width == 2048
     assert config.model.num_layers == 2
-    assert config.mesh == "fsdp=2"

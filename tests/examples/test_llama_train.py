@@ -237,10 +237,10 @@ def test_sigterm_saves_and_says_so(on_one_device, tmp_path, monkeypatch):
 
 def test_the_command_line_reports_a_stop_by_its_code(monkeypatch, capsys):
     def stop(*_):
-        raise Stopped(7)
+        raise Stopped(7, in_time=False)
 
     monkeypatch.setattr(__main__, "train", stop)
-    monkeypatch.setattr("sys.argv", ["examples.llama"])
+    monkeypatch.setattr("sys.argv", ["examples.llama", "train"])
     assert __main__.main() == 143
     assert "saved after step 7. Run the same command" in capsys.readouterr().out
 
