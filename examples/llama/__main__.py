@@ -18,8 +18,11 @@ def main() -> int:
     console = Console()
     try:
         command = commands.parse(sys.argv[1:])
+    except ValueError as error:
+        return _failed(console, error, code=2)  # as for options that do not exist
+    try:
         _COMMANDS[type(command)](command, console)
-    except ValueError as error:  # bad settings or data: the message is enough
+    except ValueError as error:  # bad data, or not this run's: the message is enough
         return _failed(console, error, code=1)
     except OSError as error:  # a full disk, above all
         return _failed(

@@ -1,7 +1,9 @@
 """Whole runs: resuming, refusing, evaluating, eight devices."""
 
 import dataclasses
+import importlib.metadata
 import io
+import json
 import math
 import os
 import signal
@@ -18,6 +20,7 @@ from examples.llama.config import ModelConfig, OptimizerConfig
 from examples.llama.data import held_out_batches
 from examples.llama.metrics import MetricsLog
 from examples.llama.model import PureLlama
+from examples.llama.optimizers import schedules
 from examples.llama.run_record import RunMismatch
 from examples.llama.steps import make_evaluation
 from examples.llama.stop import Stopped
@@ -235,14 +238,59 @@ def test_sigterm_saves_and_says_so(on_one_device, tmp_path, monkeypatch):
     assert [record["step"] for record in losses(config.workdir)] == list(range(13))
 
 
-def test_the_command_line_reports_a_stop_by_its_code(monkeypatch, capsys):
+@pytest.mark.parametrize(("in_time", "code"), [(False, 143), (True, 75)])
+def test_the_command_line_reports_a_stop_by_its_code(
+    in_time, code, monkeypatch, capsys
+):
     def stop(*_):
-        raise Stopped(7, in_time=False)
+        raise Stopped(7, in_time)
 
     monkeypatch.setattr(__main__, "train", stop)
     monkeypatch.setattr("sys.argv", ["examples.llama", "train"])
-    assert __main__.main() == 143
+    assert __main__.main() == code
     assert "saved after step 7. Run the same command" in capsys.readouterr().out
+
+
+def test_the_time_limit_saves_and_the_same_command_goes_on(on_one_device, tmp_path):
+    config = dataclasses.replace(
+        on_one_device, workdir=tmp_path / "run", time_limit=1e-6
+    )
+    with pytest.raises(Stopped, match="at its time limit; saved after step 1") as stop:
+        run(config)
+    assert stop.value.in_time
+    assert (config.workdir / "checkpoints" / "1").is_dir()
+    config = dataclasses.replace(config, time_limit=60)
+    assert "going on after step 1" in run(config)[1]
+    ends = (losses(on_one_device.workdir)[-1], losses(config.workdir)[-1])
+    held_out = [record["held_out_loss"] for record in ends]
+    np.testing.assert_allclose(held_out[1], held_out[0], rtol=1e-3)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_a_run_leaves_for_people(tiny_config):
+    """The page, the rate and the use of the peak in the log, and a trace."""
+    config = tiny_config("lorapre_adamw", steps=6, profile="3:4", peak_tflops=1e-6)
+    result, printed = run(config)
+    log = (config.workdir / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(log[-1])
+    rate, _ = schedules(config.optimizer, config.steps)
+    np.testing.assert_allclose(last["learning_rate"], rate(5), rtol=1e-6)
+    # The weights (2 blocks of 4 x 32 x 32 and 3 x 32 x 64, a head of 32 x 257,
+    # five norms), and attention over 32 tokens.
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 32 * 257 + 5 * 32
+    work = 6 * weights + 12 * 2 * 32 * 32
+    used = last["tokens_per_second"] * work / (1e6 * jax.device_count())
+    np.testing.assert_allclose(last["model_flops_utilization"], used, rtol=1e-3)
+    assert "% of the peak" in printed
+    assert "perplexity" in printed
+    assert list((config.workdir / "profile").rglob("*.xplane.pb"))
+
+    page = result.page.read_text()
+    assert f"{result.held_out_loss:.4f} nats per token" in page
+    assert "data:image/png;base64,iVBOR" in page
+    assert "ffn_width: 64" in page
+    assert "layers/attention/q/kernel" in page
+    assert importlib.metadata.version("optax") in page
 
 
 def test_an_indivisible_batch_is_refused_before_anything_is_done(tiny_config):

@@ -1,0 +1,216 @@
+"""The command line: where settings come from, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from examples.llama import __main__
+from examples.llama.commands import Eval, Export, Generate, parse
+from examples.llama.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    as_groups,
+    file,
+    flat,
+)
+from examples.llama.config.recipes import RECIPES
+
+
+def fails(capsys, *arguments):
+    """What is printed when it ends with an error."""
+    with pytest.raises(SystemExit) as exit_:
+        parse(list(arguments))
+    assert exit_.value.code != 0
+    printed = capsys.readouterr()
+    return " ".join((printed.out + printed.err).replace("│", " ").split())
+
+
+def test_each_source_wins_over_those_before_it(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text(
+        "steps: 40\n"
+        "mesh: fsdp=2\n"
+        "model: {scan_layers: false}\n"
+        "optimizer: {name: muon, algorithm: default, update_scale: 1, rank: 7}\n"
+    )
+    options = ["--preset", "60m", "--recipe", "paper", "--config", str(path)]
+    config = parse(["train", *options, "--rank", "8"]).config
+    assert config.model.width == 512  # the preset
+    assert config.data.batch_size == 512  # the recipe
+    assert (config.steps, config.mesh) == (40, "fsdp=2")  # the file
+    assert (config.optimizer.name, config.model.scan_layers) == ("muon", False)
+    assert config.optimizer.rank == 8  # the option itself
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(
+            PRESETS["350m"],
+            DataConfig(seq_len=64, batch_size=4),
+            OptimizerConfig("lorapre_muon", learning_rate=1e-5, clip_norm=None),
+            z_loss=1e-4,
+            mesh="fsdp=4,tensor=2",
+            profile="3:4",
+        ),
+    ],
+)
+def test_what_is_written_is_read_back(config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(file.dump(config))
+    assert parse(["train", "--config", str(path)]).config == config
+    # Anyone else's YAML reads it too.
+    assert flat(yaml.safe_load(path.read_text())) == flat(as_groups(config))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optimizer: {rnak: 3}", r"optimizer.rnak is no setting; did you mean .*rank"),
+        ("- 1", "holds no settings"),
+        ("a: [", "not YAML"),
+        (None, "no such file"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(content, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(file.ConfigFileError, match=rf"bad\.yaml: {message}"):
+        parse(["train", "--config", str(path)])
+
+
+def test_a_bad_value_in_a_file_is_refused(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("steps: many")
+    assert "--steps" in fails(capsys, "train", "--config", str(path))
+
+
+def test_unknown_options_are_refused_with_the_nearest(capsys):
+    assert "Perhaps you meant: --steps" in fails(capsys, "train", "--stps", "3")
+    assert "train, eval, generate" in fails(capsys, "trian")
+    assert "'adamw'" in fails(capsys, "train", "--optimizer", "adam")
+    assert "invalid choice: '61m'" in fails(capsys, "train", "--preset", "61m")
+    assert "--preset" in fails(capsys, "eval", "runs/x", "--preset", "60m")
+
+
+def test_help_has_units_and_defaults(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["train", "--preset", "1b", "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--width INT Features per token in the residual stream. (default: 2048)" in (
+        text
+    )
+    assert "Minutes until the run saves and stops" in text
+    assert "--preset {9m,20m,60m,130m,350m,1b,7b}" in text
+
+
+def test_the_other_commands():
+    assert parse(["eval", "runs/x", "--eval-tokens", "9"]).eval_tokens == 9
+    asked = parse(["generate", "runs/x", "--prompt", "a b", "--prompt", "c"])
+    assert isinstance(asked, Generate)
+    assert asked.prompt == ("a b", "c")
+    assert isinstance(parse(["export", "runs/x", "there"]), Export)
+    assert isinstance(parse(["eval", "runs/x"]), Eval)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time_limit": 0}, "time_limit must be > 0"),
+        ({"peak_tflops": -1}, "peak_tflops must be > 0"),
+        ({"z_loss": -1}, "z_loss must not be negative"),
+        ({"profile": "4:3"}, "first:last"),
+        ({"profile": "4"}, "first:last"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)
+
+
+@pytest.mark.parametrize("preset", ["60m", "130m", "350m", "1b", "7b"])
+def test_the_recipe_is_the_published_one(preset):
+    """The table of the paper: steps, warm-up, tokens, rank."""
+    published = {
+        "60m": (10_000, 1_000, 1.3e9, 128),
+        "130m": (20_000, 2_000, 2.6e9, 256),
+        "350m": (60_000, 6_000, 7.9e9, 256),
+        "1b": (100_000, 10_000, 13.1e9, 512),
+        "7b": (150_000, 15_000, 19.7e9, 1024),
+    }
+    config = parse(["train", "--preset", preset, "--recipe", "paper"]).config
+    steps, warmup, tokens, rank = published[preset]
+    assert (config.steps, config.optimizer.rank) == (steps, rank)
+    assert round(config.optimizer.warmup * steps) == warmup
+    seen = config.data.batch_size * config.data.seq_len * steps
+    assert seen == pytest.approx(tokens, rel=0.01)
+    assert config.optimizer.update_scale == 0.25
+    assert config.optimizer.algorithm == "paper"
+    assert all(setting.source for setting in RECIPES["paper"](preset).values())
+
+
+def test_a_size_without_a_recipe_is_refused():
+    with pytest.raises(ValueError, match="for the presets 60m, 130m"):
+        parse(["train", "--preset", "9m", "--recipe", "paper"])
+
+
+def planned(capsys, *arguments):
+    before = sys.argv
+    sys.argv = ["examples.llama", *arguments]
+    try:
+        code = __main__.main()
+    finally:
+        sys.argv = before
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
+    return printed.out
+
+
+def test_a_dry_run_prints_the_plan_of_a_pod(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = ("--preset", "7b", "--recipe", "paper", "--mesh", "fsdp=64,tensor=4")
+    text = planned(capsys, "train", *recipe, "--dry-run", "--rank", "512")
+    assert "256: data=1, fsdp=64, tensor=4" in text
+    assert "6,478,376,960 parameters in bfloat16, 100% of them factored" in text
+    assert "150,000 of 131,072 tokens, 19,660,800,000 in all" in text
+    assert "0.25            GaLore, arXiv 2403.03507" in text
+    assert "512             instead of 1024 (LoRA-Pre" in text
+    # Two bytes a parameter, and 256 devices divide all but the norms.
+    (line,) = [line for line in text.splitlines() if "  parameters" in line]
+    norms = 2 * (2 * 32 + 1) * 4096
+    total = 2 * 6_478_376_960
+    assert int(line.split()[-1].replace(",", "")) == (total - norms) // 256 + norms
+    assert not list(tmp_path.iterdir())
+
+
+def test_describe_has_every_leaf(capsys):
+    text = planned(capsys, "describe", "--rank", "4")
+    assert "layers/attention/q/kernel" in text
+    assert "4 x 128 x 128 at rank 4: OnlineRegression, RankOne" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rank 0", "rank must be at least 1, got 0"),
+        ("--recipe paper", "recipe paper is for the presets"),
+    ],
+)
+def test_errors_are_told_without_a_traceback(options, message):
+    command = [sys.executable, "-m", "examples.llama", "train", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_settings_of_a_run_are_json_values():
+    assert json.loads(json.dumps(as_groups(Config()))) == as_groups(Config())
