@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from examples.llama.config import PRESETS, Config, file, override
+from examples.llama.config import PRESETS, Config, file, flat, override
 from examples.llama.config.recipes import RECIPES, Setting
 
 PROGRAM = "python -m examples.llama"
@@ -98,14 +98,16 @@ def parse(arguments: list[str]) -> Command:
     config, recipe, rest = Config(), dict[str, Setting](), arguments
     if arguments[:1] in (["train"], ["describe"]):
         options, rest = _defaults_parser().parse_known_args(arguments)
+        content = file.load(options.config) if options.config else {}
         config = Config(PRESETS[options.preset])
         if options.recipe:
-            recipe = RECIPES[options.recipe](options.preset)
+            optimizer = options.optimizer or flat(content).get("optimizer.name")
+            recipe = RECIPES[options.recipe](options.preset, optimizer)
             values = {name: setting.value for name, setting in recipe.items()}
             config = override(config, values)
-        if options.config:
-            # Before what was given beside it, which wins.
-            rest[1:1] = file.options_of(file.load(options.config), options.config)
+        # Before what was given beside it, which wins.
+        rest[1:1] = file.options_of(content, options.config)
+        rest += ["--optimizer", options.optimizer] if options.optimizer else []
     return tyro.cli(
         _commands(config, recipe),
         args=rest,
@@ -121,6 +123,7 @@ def _defaults_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS, default="9m")
     parser.add_argument("--recipe", choices=RECIPES)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--optimizer")
     return parser
 
 

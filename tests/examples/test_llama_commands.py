@@ -36,7 +36,7 @@ def test_each_source_wins_over_those_before_it(tmp_path):
         "steps: 40\n"
         "mesh: fsdp=2\n"
         "model: {scan_layers: false}\n"
-        "optimizer: {name: muon, algorithm: default, update_scale: 1, rank: 7}\n"
+        "optimizer: {name: muon, rank: 7}\n"
     )
     options = ["--preset", "60m", "--recipe", "paper", "--config", str(path)]
     config = parse(["train", *options, "--rank", "8"]).config
@@ -155,6 +155,14 @@ def test_the_recipe_is_the_published_one(preset):
     assert config.optimizer.update_scale == 0.25
     assert config.optimizer.algorithm == "paper"
     assert all(setting.source for setting in RECIPES["paper"](preset).values())
+
+
+def test_a_recipe_without_its_optimizer_has_the_rest():
+    options = ["train", "--preset", "60m", "--recipe", "paper"]
+    config = parse([*options, "--optimizer", "adamw", "--learning-rate", "1e-3"]).config
+    assert (config.steps, config.data.batch_size) == (10_000, 512)
+    assert (config.optimizer.name, config.optimizer.clip_norm) == ("adamw", None)
+    assert (config.optimizer.algorithm, config.optimizer.rank) == ("default", 16)
 
 
 def test_a_size_without_a_recipe_is_refused():

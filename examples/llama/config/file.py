@@ -38,8 +38,8 @@ def load(path: Path) -> Any:
     return content
 
 
-def options_of(content: Mapping[str, Any], path: Path) -> list[str]:
-    """What to write on the command line for it."""
+def options_of(content: Mapping[str, Any], path: Path | None) -> list[str]:
+    """What to write on the command line for the content of ``path``."""
     names = dict(_option_names(Config))
     options = []
     for setting, value in flat(content).items():

@@ -22,35 +22,41 @@ _SIZES = {
 }
 
 
-def paper(preset: str) -> dict[str, Setting]:
+def paper(preset: str, optimizer: str | None = None) -> dict[str, Setting]:
     """What the paper trained ``preset`` with, by the names of the settings.
 
-    The tokenizer, T5's, is a file that one has to have.
-    Raises ``ValueError`` for a size that was not published.
+    With another ``optimizer`` than the paper's, all but what is about that one. The
+    tokenizer, T5's, is a file that one has to have. Raises ``ValueError`` for a size
+    that was not published.
     """
     if preset not in _SIZES:
         raise ValueError(
             f"recipe paper is for the presets {', '.join(_SIZES)}, not for {preset}"
         )
     steps, rank, rate = _SIZES[preset]
-    return {
-        "optimizer.name": Setting("lorapre_adamw", _LORAPRE),
-        "optimizer.algorithm": Setting("paper", f"{_LORAPRE}, Algorithm 1"),
-        "optimizer.rank": Setting(rank, _LORAPRE),
-        "optimizer.update_scale": Setting(0.25, _GALORE),
-        "optimizer.learning_rate": Setting(rate, _SCRIPTS),
-        "optimizer.b1": Setting(0.9, _LORAPRE),
-        "optimizer.b2": Setting(0.95, _LORAPRE),
+    shared = {
         "optimizer.warmup": Setting(0.1, f"{_GALORE}; then a cosine to a tenth"),
         "optimizer.weight_decay": Setting(0.0, _GALORE),
         "optimizer.clip_norm": Setting(
             1.0 if preset == "7b" else None, f"{_GALORE}: for 7B alone"
         ),
+        "optimizer.b1": Setting(0.9, _LORAPRE),
+        "optimizer.b2": Setting(0.95, _LORAPRE),
+        "data.batching": Setting("one-per-row", _GALORE),
         "data.seq_len": Setting(256, _GALORE),
         "data.batch_size": Setting(512, _GALORE),
         "steps": Setting(steps, _GALORE),
         "model.param_dtype": Setting("bfloat16", f"{_GALORE}: all in bfloat16"),
         "model.compute_dtype": Setting("bfloat16", f"{_GALORE}: all in bfloat16"),
+    }
+    if optimizer not in (None, "lorapre_adamw"):
+        return shared
+    return shared | {
+        "optimizer.name": Setting("lorapre_adamw", _LORAPRE),
+        "optimizer.algorithm": Setting("paper", f"{_LORAPRE}, Algorithm 1"),
+        "optimizer.rank": Setting(rank, _LORAPRE),
+        "optimizer.update_scale": Setting(0.25, _GALORE),
+        "optimizer.learning_rate": Setting(rate, _SCRIPTS),
     }
 
 
