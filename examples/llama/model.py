@@ -14,12 +14,12 @@ and the parameter tree is
     layers/mlp/down/kernel                (l, f, d)
     layers/{attention_norm,mlp_norm}/scale  (l, d)
     norm/scale                            (d,)
-    head/kernel                           (d, v)
+    head/kernel                           (d, v)   unless ``tie_embeddings``
 
 With ``scan_layers=False`` the leading axis becomes ``layers/<i>/``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from examples.llama import layout
+from examples.llama.cache import Cache, KeysValues
 from examples.llama.config import ModelConfig
 
 Params = dict[str, Any]
+Tables = tuple[jax.Array, jax.Array]
 
-NORM_EPS = 1e-6
-ROPE_BASE = 1e4
 _REMAT_POLICIES = {
     "all": jax.checkpoint_policies.nothing_saveable,
     "all but products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -74,23 +74,23 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.scale = nnx.Param(jnp.ones(config.width, config.param_dtype))
+        self.eps = config.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(mean_square + NORM_EPS) * self.scale[...]
+        y = y * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]
         return y.astype(x.dtype)
 
 
-def rotary_tables(seq_len: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary angles, each (s, 1, e/2) float32."""
+def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> Tables:
+    """Cosines and sines at ``positions`` (..., s), each (..., s, 1, e/2) float32."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    positions = jnp.arange(seq_len, dtype=jnp.float32)
-    angles = positions[:, None, None] * ROPE_BASE**-exponents
+    angles = positions[..., None, None] * base**-exponents
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, tables: Tables) -> jax.Array:
     """Turn feature pairs (i, i + e/2) of ``x`` (b, s, h, e) by their position."""
     cos, sin = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -98,8 +98,19 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+class Place(NamedTuple):
+    """Where the tokens at hand stand: the same for all layers."""
+
+    tables: Tables
+    slot: Any = None  # () int32, of the first of them in a cache
+    visible: Any = None  # (b, 1, s, t) bool, the slots they look at
+
+
 class Attention(nnx.Module):
-    """Causal self-attention; query head i reads kv head i // (h / k)."""
+    """Causal self-attention; query head i reads kv head i // (h / k).
+
+    Given keys and values of earlier tokens, it returns them with the new ones.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d = config.width
@@ -109,15 +120,22 @@ class Attention(nnx.Module):
         self.v = _linear(d, config.kv_heads * config.head_dim, config, rngs)
         self.o = _linear(d, d, config, rngs)
 
-    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, place: Place, kept: KeysValues | None
+    ) -> tuple[jax.Array, KeysValues | None]:
         def heads(y: jax.Array) -> jax.Array:
             y = y.reshape(*y.shape[:-1], -1, self.head_dim)
             return layout.constrain(y, "batch", None, "heads", None)
 
-        q = rotate(heads(self.q(x)), tables)
-        k = rotate(heads(self.k(x)), tables)
-        mixed = jax.nn.dot_product_attention(q, k, heads(self.v(x)), is_causal=True)
-        return self.o(mixed.reshape(x.shape))
+        q = rotate(heads(self.q(x)), place.tables)
+        k = rotate(heads(self.k(x)), place.tables)
+        v = heads(self.v(x))
+        if kept is None:
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        else:
+            kept = kept.with_new(k, v, place.slot)
+            mixed = jax.nn.dot_product_attention(q, *kept, mask=place.visible)
+        return self.o(mixed.reshape(x.shape)), kept
 
 
 class MLP(nnx.Module):
@@ -143,9 +161,12 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x = _by_row(x + self.attention(self.attention_norm(x), tables))
-        return _by_row(x + self.mlp(self.mlp_norm(x)))
+    def __call__(
+        self, x: jax.Array, place: Place, kept: KeysValues | None
+    ) -> tuple[jax.Array, KeysValues | None]:
+        mixed, kept = self.attention(self.attention_norm(x), place, kept)
+        x = _by_row(x + mixed)
+        return _by_row(x + self.mlp(self.mlp_norm(x))), kept
 
 
 class Llama(nnx.Module):
@@ -170,27 +191,51 @@ class Llama(nnx.Module):
             blocks = [Block(config, rngs=rngs) for _ in range(config.num_layers)]
             self.layers = nnx.List(blocks)
         self.norm = RMSNorm(config)
-        self.head = _linear(d, vocab_size, config, rngs)
+        if not config.tie_embeddings:
+            self.head = _linear(d, vocab_size, config, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.logits(self.features(tokens))
 
     def features(self, tokens: jax.Array) -> jax.Array:
         """(b, s) int32 to what the head reads, (b, s, d)."""
-        tables = rotary_tables(tokens.shape[-1], self.config.head_dim)
-        x = _by_row(self.embed(tokens))
-        return self.norm(self._through_layers(x, tables))
+        positions = jnp.arange(tokens.shape[-1], dtype=jnp.float32)
+        x, _ = self._through_layers(tokens, Place(self._tables(positions)), None)
+        return self.norm(x)
 
     def logits(self, features: jax.Array) -> jax.Array:
         """(b, s, d) to (b, s, v) float32."""
-        logits = layout.constrain(self.head(features), "batch", None, "vocab")
+        head = self._tied_head if self.config.tie_embeddings else self.head
+        logits = layout.constrain(head(features), "batch", None, "vocab")
         return logits.astype(jnp.float32)
 
+    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits (b, v) after the last of ``tokens`` (b, s), which follow the cache's.
+
+        The cache must have slots left for them.
+        """
+        count = tokens.shape[-1]
+        tables = self._tables(cache.positions(count))
+        place = Place(tables, cache.filled, cache.visible(count))
+        x, kept = self._through_layers(tokens, place, cache.layers)
+        logits = self.logits(self.norm(x[:, -1:]))[:, 0]
+        return logits, Cache(kept, cache.begin, cache.filled + count)
+
+    def _tables(self, positions: jax.Array) -> Tables:
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_base)
+
+    def _tied_head(self, features: jax.Array) -> jax.Array:
+        """As one product of two matrices, like ``Linear``."""
+        logits = self.embed.attend(features.reshape(-1, features.shape[-1]))
+        return logits.reshape(*features.shape[:-1], -1)
+
     def _through_layers(
-        self, x: jax.Array, tables: tuple[jax.Array, jax.Array]
-    ) -> jax.Array:
-        def through(x: jax.Array, block: Block) -> jax.Array:
-            return block(x, tables)
+        self, tokens: jax.Array, place: Place, kept: Any
+    ) -> tuple[jax.Array, Any]:
+        """Features (b, s, d) before the last norm, and the cache's layers."""
+
+        def through(x: jax.Array, block: Block, kept: KeysValues | None):
+            return block(x, place, kept)
 
         if self.config.remat != "nothing":
             policy = _REMAT_POLICIES[self.config.remat]
@@ -198,14 +243,14 @@ class Llama(nnx.Module):
             through = nnx.remat(
                 through, policy=policy, prevent_cse=not self.config.scan_layers
             )
+        x = _by_row(self.embed(tokens))
         if self.config.scan_layers:
-            in_axes = (nnx.Carry, 0)
-            return nnx.scan(through, in_axes=in_axes, out_axes=nnx.Carry)(
-                x, self.layers
-            )
-        for block in self.layers:
-            x = through(x, block)
-        return x
+            axes = {"in_axes": (nnx.Carry, 0, 0), "out_axes": (nnx.Carry, 0)}
+            return nnx.scan(through, **axes)(x, self.layers, kept)
+        kept = [None] * len(self.layers) if kept is None else list(kept)
+        for i, block in enumerate(self.layers):
+            x, kept[i] = through(x, block, kept[i])
+        return x, kept
 
 
 class PureLlama:
@@ -234,6 +279,13 @@ class PureLlama:
         """Logits (b, s, v) float32 of ``tokens`` (b, s)."""
         with layout.use(self.mesh):
             return nnx.merge(self._graph, params)(tokens)
+
+    def extend(
+        self, params: Params, tokens: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Logits (b, v) float32 after ``tokens`` (b, s), which follow the cache's."""
+        with layout.use(self.mesh):
+            return nnx.merge(self._graph, params).extend(tokens, cache)
 
     def losses(
         self, params: Params, inputs: Any, targets: Any, z_loss: float = 0.0

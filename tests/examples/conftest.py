@@ -92,22 +92,22 @@ def shared_data() -> Path:
     return folder
 
 
-def _norm(x, scale):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+def _norm(x, scale, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
 
 
-def _rotate(x):
+def _rotate(x, base):
     """(s, h, e), one complex number per feature pair, turned by its position."""
     s, _, e = x.shape
-    angles = np.arange(s)[:, None] * 1e4 ** (-np.arange(0, e, 2) / e)
+    angles = np.arange(s)[:, None] * base ** (-np.arange(0, e, 2) / e)
     turned = (x[..., : e // 2] + 1j * x[..., e // 2 :]) * np.exp(1j * angles)[:, None]
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def _attention(x, p, head_dim):
-    s = len(x)
+def _attention(x, p, config):
+    s, head_dim = len(x), config.head_dim
     q, k, v = ((x @ p[n]["kernel"]).reshape(s, -1, head_dim) for n in "qkv")
-    q, k = _rotate(q), _rotate(k)
+    q, k = _rotate(q, config.rope_base), _rotate(k, config.rope_base)
     out = np.empty_like(q)
     for head in range(q.shape[1]):
         shared = head // (q.shape[1] // k.shape[1])
@@ -123,15 +123,17 @@ def _mlp(x, p):
     return gate / (1 + np.exp(-gate)) * (x @ p["up"]["kernel"]) @ p["down"]["kernel"]
 
 
-def _numpy_logits(params, tokens, head_dim):
+def _numpy_logits(params, tokens, config):
     """Float64 logits (s, v) of one row ``tokens`` (s,), by unrolled parameters."""
-    x = params["embed"]["embedding"][tokens].astype(np.float64)
+    embedding = params["embed"]["embedding"].astype(np.float64)
+    x, eps = embedding[tokens], config.norm_eps
     for i in range(len(params["layers"])):
         layer = params["layers"][i]
-        normed = _norm(x, layer["attention_norm"]["scale"])
-        x = x + _attention(normed, layer["attention"], head_dim)
-        x = x + _mlp(_norm(x, layer["mlp_norm"]["scale"]), layer["mlp"])
-    return _norm(x, params["norm"]["scale"]) @ params["head"]["kernel"]
+        normed = _norm(x, layer["attention_norm"]["scale"], eps)
+        x = x + _attention(normed, layer["attention"], config)
+        x = x + _mlp(_norm(x, layer["mlp_norm"]["scale"], eps), layer["mlp"])
+    head = embedding.T if config.tie_embeddings else params["head"]["kernel"]
+    return _norm(x, params["norm"]["scale"], eps) @ head
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from examples.llama.model import PureLlama
 VOCAB = 40
 CONFIG = ModelConfig(width=32, ffn_width=48, num_layers=2, num_heads=4, num_kv_heads=2)
 UNROLLED = dataclasses.replace(CONFIG, scan_layers=False)
+# Far from the defaults, where each of them shows.
+PRETRAINED = {"tie_embeddings": True, "norm_eps": 0.3, "rope_base": 50.0}
 
 
 def params_of(config, scale=10.0):
@@ -60,6 +62,8 @@ def test_parameter_paths_and_shapes():
         f"layers/{i}/{name}": shape for i in range(2) for name, shape in BLOCK.items()
     }
     assert shapes(UNROLLED) == unrolled | ENDS
+    tied = {name: shape for name, shape in ENDS.items() if name != "head/kernel"}
+    assert shapes(dataclasses.replace(CONFIG, **PRETRAINED)) == scanned | tied
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNROLLED])
@@ -76,16 +80,19 @@ def test_initial_weights(config):
         assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
 
 
-def test_scanned_equals_unrolled_equals_numpy(numpy_logits):
-    params = params_of(UNROLLED)
+@pytest.mark.parametrize("changes", [{}, PRETRAINED])
+def test_scanned_equals_unrolled_equals_numpy(numpy_logits, changes):
+    config = dataclasses.replace(UNROLLED, **changes)
+    scanning = dataclasses.replace(CONFIG, **changes)
+    params = params_of(config)
     tokens = jax.random.randint(jax.random.key(2), (2, 16), 0, VOCAB)
     with jax.numpy_dtype_promotion("strict"):
-        unrolled = jax.jit(PureLlama(UNROLLED, VOCAB).apply)(params, tokens)
-        scanned = jax.jit(PureLlama(CONFIG, VOCAB).apply)(stacked(params), tokens)
+        unrolled = jax.jit(PureLlama(config, VOCAB).apply)(params, tokens)
+        scanned = jax.jit(PureLlama(scanning, VOCAB).apply)(stacked(params), tokens)
     np.testing.assert_allclose(scanned, unrolled, rtol=1e-5, atol=1e-5)
     plain = jax.tree.map(np.asarray, params)
     for row, logits in zip(np.asarray(tokens), unrolled, strict=True):
-        expected = numpy_logits(plain, row, head_dim=8)
+        expected = numpy_logits(plain, row, config)
         assert expected.std() > 0.1
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -138,6 +145,8 @@ def test_bfloat16_changes_activations_only():
         ({"num_kv_heads": 3}, "multiple of num_kv_heads .3."),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"num_kv_heads": 0}, "kv_heads must be at least 1, got 0"),
+        ({"norm_eps": -1e-6}, "norm_eps must be >= 0, got -1e-06"),
+        ({"rope_base": 0.0}, "rope_base must be > 0, got 0.0"),
     ],
 )
 def test_impossible_shapes_are_refused(settings, message):

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import lorapre_jax as lp
+from examples.llama import layout
 from examples.llama.config import Config, ModelConfig, OptimizerConfig
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import DEFAULT_RATES, make_optimizer, schedule
+from examples.llama.steps import abstract_state
 from examples.llama.train import train
 
 MODEL = ModelConfig(width=32, ffn_width=64, num_layers=2, num_heads=2)
@@ -75,6 +78,22 @@ def test_low_rank_optimizers_keep_less_state_than_adamw(name):
         return lp.describe(tx, params).ratio
 
     assert ratio(factor_embeddings=True) < ratio() < 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tied_embeddings_have_a_place_and_a_rule(name):
+    """Their gradient comes from both ends; only the embedding has a leaf."""
+    config = dataclasses.replace(
+        MODEL, tie_embeddings=True, scan_layers=name != "galore"
+    )
+    settings = {"rank": 2, "factor_embeddings": name != "adamw"}
+    tx = make_optimizer(OptimizerConfig(name, **settings), steps=10)
+    mesh = layout.make_mesh("fsdp=4,tensor=2", jax.devices())
+    abstract = abstract_state(PureLlama(config, 40), tx, mesh)
+    assert abstract.params["embed"]["embedding"].sharding.spec == P("tensor", "fsdp")
+    if name.startswith("lorapre"):
+        leaves = {leaf.path: leaf for leaf in lp.describe(tx, abstract.params).leaves}
+        assert leaves["embed/embedding"].is_factored
 
 
 @pytest.mark.parametrize("name", ["lorapre_adamw", "lorapre_muon"])

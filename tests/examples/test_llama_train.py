@@ -149,7 +149,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
     plain, expected = jax.tree.map(np.asarray, params), []
     for i in range(0, len(tokens) - 1, 8):
         row = tokens[i : i + 9]
-        logits = numpy_logits(plain, row[:-1], head_dim=16)
+        logits = numpy_logits(plain, row[:-1], config)
         log_z = np.log(np.exp(logits).sum(-1))
         expected += list(log_z - logits[np.arange(len(row) - 1), row[1:]])
     assert len(expected) == 59

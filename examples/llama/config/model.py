@@ -20,6 +20,12 @@ class ModelConfig:
     """Query heads; width / num_heads features each."""
     num_kv_heads: int | None = None
     """Key and value heads, a divisor of num_heads (none: as many as num_heads)."""
+    tie_embeddings: bool = False
+    """The head reads the embedding instead of a matrix of its own."""
+    norm_eps: float = 1e-6
+    """Added to the mean square by which RMSNorm divides."""
+    rope_base: float = 1e4
+    """Base of the rotary angles: a larger one turns more slowly."""
     scan_layers: bool = True
     """Stack the layers' parameters on a leading axis and compile one block."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -44,6 +50,8 @@ class ModelConfig:
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
             f"({self.kv_heads})",
         )
+        require(self.norm_eps >= 0, f"norm_eps must be >= 0, got {self.norm_eps}")
+        require(self.rope_base > 0, f"rope_base must be > 0, got {self.rope_base}")
         if self.loss_chunk is not None:
             require_positive(self, "loss_chunk")
 
