@@ -68,6 +68,7 @@ class Run:
         options = OPTIONS | {
             "steps": steps,
             "data": scratch / "text",
+            "token-cache": scratch / "tokens",
             "workdir": self.workdir,
         }
         flags = [part for name, x in options.items() for part in (f"--{name}", str(x))]

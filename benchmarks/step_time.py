@@ -21,7 +21,7 @@ import optax
 from benchmarks import _record
 from examples.llama import layout
 from examples.llama.config import PRESETS, OptimizerConfig, OptimizerName
-from examples.llama.data import Batch
+from examples.llama.data.rows import Batch
 from examples.llama.gradients import make_loss_and_grads
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer

@@ -24,15 +24,15 @@ import optax
 
 import lorapre_jax as lp
 from benchmarks import _record
-from benchmarks.quality.scales import SCALES
+from benchmarks.quality.scales import SCALES, read_texts, token_stream
 from examples.llama import layout
-from examples.llama.corpus import load_corpus
-from examples.llama.data import Batch, join, train_batches
+from examples.llama.data.batches import train_batches
+from examples.llama.data.rows import Batch, PackedRows
+from examples.llama.data.tokenizers import ByteTokenizer
 from examples.llama.gradients import make_loss_and_grads
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import MATRICES
 from examples.llama.steps import TrainState, abstract_state, init_state, make_train_step
-from examples.llama.tokenizer import ByteTokenizer
 
 RATE, RANK, WINDOW, B1, B2 = 1e-3, 16, 20, 0.9, 0.95
 Phase = tuple[str, bool]
@@ -60,10 +60,11 @@ class Trainer:
     def __init__(self, data: Path | None, steps: int):
         scale = SCALES["a"]
         self.steps, tokenizer = steps, ByteTokenizer()
-        tokens = join(load_corpus(data).train[: 20 * steps], tokenizer)
+        texts = read_texts(data, "train")[: 20 * steps]
         self.model = PureLlama(scale.model, tokenizer.vocab_size)
         self.mesh = layout.make_mesh("fsdp=4,tensor=2", jax.devices())
-        self._batches = train_batches(tokens, scale.seq_len, scale.batch_size, 0)
+        rows = PackedRows(token_stream(texts, tokenizer), scale.seq_len)
+        self._batches = train_batches(rows, scale.batch_size, 0)
         self._by_row = layout.by_row(self.mesh, scale.batch_size)
 
     def batch(self, step: int) -> Batch:

@@ -19,7 +19,8 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.run import Race
 from benchmarks.quality.scales import SCALES, load_texts
 from examples.llama.config import ModelConfig
-from examples.llama.data import train_batches
+from examples.llama.data.batches import train_batches
+from examples.llama.data.rows import PackedRows
 
 MODEL = ModelConfig(
     width=64, ffn_width=176, num_layers=1, num_heads=2, scan_layers=False
@@ -44,7 +45,7 @@ def follow(race: Race, name: str, steps: int, log_every: int) -> list[dict]:
     state, lines = race.init(0), []
     rate = 2e-3 if "muon" not in name else 5e-3
     rates = dict.fromkeys(race.rules, np.float32(rate))
-    batches = train_batches(race.texts.train, race.scale.seq_len, 4, 0)
+    batches = train_batches(PackedRows(race.texts.train, race.scale.seq_len), 4, 0)
     losses = []
     for step in range(1, steps + 1):
         state, loss = race.train_step(state, batches[step - 1], rates)

@@ -15,7 +15,8 @@ import optax
 from benchmarks.quality.conditions import Condition
 from benchmarks.quality.methods import Method, adam
 from benchmarks.quality.scales import Scale, Texts
-from examples.llama.data import Batch, held_out_batches, train_batches
+from examples.llama.data.batches import train_batches
+from examples.llama.data.rows import Batch, PackedRows, held_out_batches
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import schedule
 from examples.llama.steps import make_evaluation
@@ -111,9 +112,11 @@ class Race:
 
     @functools.cached_property
     def evaluations(self) -> dict[str, Callable[[Leaves], float]]:
-        size = self.scale.seq_len, 16
+        length = self.scale.seq_len
         return {
-            name: self._evaluation(list(held_out_batches(tokens, *size)))
+            name: self._evaluation(
+                list(held_out_batches(PackedRows(tokens, length, pad=0), 16))
+            )
             for name, tokens in self.texts.held_out.items()
         }
 
@@ -127,8 +130,9 @@ class Race:
         start = time.perf_counter()
         peaks = {"matrices": rate, "embeddings": dense_rate, "norms": dense_rate}
         shape = schedule(1.0, WARMUP, steps)
-        rows = self.condition.rows or self.scale.batch_size
-        batches = train_batches(self.texts.train, self.scale.seq_len, rows, seed)
+        size = self.condition.rows or self.scale.batch_size
+        rows = PackedRows(self.texts.train, self.scale.seq_len)
+        batches = train_batches(rows, size, seed)
         first = next(iter(self.evaluations))
         curve, losses = [], []
         for step in range(1, steps + 1):

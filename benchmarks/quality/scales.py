@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,10 +10,14 @@ import numpy as np
 import sentencepiece
 
 from benchmarks.quality.rows import Split
-from examples.llama.config import ModelConfig
-from examples.llama.corpus import load_corpus
-from examples.llama.data import join
-from examples.llama.tokenizer import ByteTokenizer, Tokenizer, fingerprint
+from examples.llama.config import DataConfig, ModelConfig
+from examples.llama.data import documents, text
+from examples.llama.data.token_cache import with_ends
+from examples.llama.data.tokenizers import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +89,24 @@ def load_texts(scale: Scale, data: Path | None, split: Split, cache: Path) -> Te
     ("text" or "c4"); without `data`, all is Python's own library.
     """
     half = 0 if split == "choose" else 1
-    corpus = load_corpus(data and data / scale.folder)
-    training = _beginning(corpus.train[half::2], scale.train_characters)
+    folder = data and data / scale.folder
+    train = read_texts(folder, "train")
+    training = _beginning(train[half::2], scale.train_characters)
     tokenizer: Tokenizer = ByteTokenizer()
     if scale.vocab_size is not None:
         # One tokenizer for both splits, so that their losses mean the same.
-        source = _beginning(corpus.train[0::2], 10_000_000)
-        tokenizer = _SentencePiece.trained(source, scale.vocab_size, cache)
-    held_out = {scale.folder if data else "library": corpus.held_out}
+        source = _beginning(train[0::2], 10_000_000)
+        tokenizer = _sentencepiece(source, scale.vocab_size, cache)
+    own = scale.folder if data else "library"
+    held_out = {own: read_texts(folder, "validation")}
     if data is not None:
         other = "c4" if scale.folder == "text" else "text"
-        held_out[other] = load_corpus(data / other).held_out
+        held_out[other] = read_texts(data / other, "validation")
     count = scale.held_out_tokens + 1
     return Texts(
-        join(training, tokenizer),
+        token_stream(training, tokenizer),
         {
-            name: join(_beginning(texts[half::2], 8 * count), tokenizer)[:count]
+            name: token_stream(_beginning(texts[half::2], 8 * count), tokenizer)[:count]
             for name, texts in held_out.items()
         },
         tokenizer.vocab_size,
@@ -111,26 +118,27 @@ def _beginning(texts: list[str], characters: int) -> list[str]:
     return texts[: int(np.searchsorted(lengths, characters)) + 1]
 
 
-class _SentencePiece:
-    """Byte-fallback BPE pieces; 2 ends a text."""
+def read_texts(folder: Path | None, split: documents.Split) -> list[str]:
+    """Of a folder laid out as C4 is, or of Python's own library."""
+    return list(text.read_texts(text.open_source(DataConfig(folder)), split))
 
-    end_of_text = 2
 
-    def __init__(self, model: bytes):
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self._pieces.vocab_size()
+def token_stream(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    """All texts, an end of text after each, (length,) uint16."""
+    return np.concatenate(list(with_ends(texts, tokenizer))).astype(np.uint16)
 
-    def encode(self, texts):
-        for ids in self._pieces.encode(list(texts), num_threads=1):
-            yield np.asarray(ids, np.uint32)
 
-    @classmethod
-    def trained(cls, texts: list[str], vocab_size: int, cache: Path):
-        name = fingerprint(text.encode() for text in texts)[:12]
-        path = cache / f"sentencepiece-{vocab_size}-{name}.model"
-        if not path.exists():
-            _train_sentencepiece(texts, vocab_size, path)
-        return cls(path.read_bytes())
+def _sentencepiece(
+    texts: list[str], vocab_size: int, cache: Path
+) -> SentencePieceTokenizer:
+    """Byte-fallback BPE pieces of these texts; 2 ends a text."""
+    digest = hashlib.sha256()
+    for each in texts:
+        digest.update(each.encode())
+    path = cache / f"sentencepiece-{vocab_size}-{digest.hexdigest()[:12]}.model"
+    if not path.exists():
+        _train_sentencepiece(texts, vocab_size, path)
+    return SentencePieceTokenizer(path.read_bytes())
 
 
 def _train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:

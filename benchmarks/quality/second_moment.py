@@ -20,7 +20,8 @@ from benchmarks.quality.conditions import Condition
 from benchmarks.quality.methods import METHODS, ours
 from benchmarks.quality.run import Race, pick
 from benchmarks.quality.scales import SCALES, load_texts
-from examples.llama.data import train_batches
+from examples.llama.data.batches import train_batches
+from examples.llama.data.rows import PackedRows
 
 STEPS = (1, 3, 10, 30, 100, 300)
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
@@ -57,7 +58,7 @@ def main() -> None:
         return found, after
 
     rates = dict.fromkeys(race.rules, np.float32(1e-3))
-    batches = train_batches(texts.train, scale.seq_len, scale.batch_size, 0)
+    batches = train_batches(PackedRows(texts.train, scale.seq_len), scale.batch_size, 0)
     table = []
     for step in range(1, max(STEPS) + 1):
         batch = batches[step - 1]

@@ -20,7 +20,8 @@ from benchmarks.quality.conditions import Condition
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.run import Race
 from benchmarks.quality.scales import SCALES, load_texts
-from examples.llama.data import train_batches
+from examples.llama.data.batches import train_batches
+from examples.llama.data.rows import PackedRows
 
 ROUNDS, STEPS = 15, 2
 
@@ -30,7 +31,7 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     scale = SCALES[args.scale]
     texts = load_texts(scale, args.data, "choose", args.cache)
-    batches = train_batches(texts.train, scale.seq_len, scale.batch_size, 0)
+    batches = train_batches(PackedRows(texts.train, scale.seq_len), scale.batch_size, 0)
     runs: dict[str, list[Any]] = {}
     for name in args.methods or METHODS:
         race = Race(scale, METHODS[name], Condition(), texts)

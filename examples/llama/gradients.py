@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from examples.llama import layout
-from examples.llama.data import Batch
+from examples.llama.data.rows import Batch
 from examples.llama.model import PureLlama
 
 LossAndGrads = Callable[[Any, Batch], tuple[jax.Array, Any]]

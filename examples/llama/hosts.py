@@ -1,9 +1,8 @@
 """Several processes as one job, on JAX's own multi-host runtime."""
 
-import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,17 +71,23 @@ def check_same(text: str, what: str) -> None:
             raise ValueError(f"{what} is not the same on all hosts")
 
 
-def batch_from_rows(
-    row: Callable[[int], Any], count: int, by_row: Sharding
-) -> jax.Array:
-    """(count, ...) of which each process reads the rows of its own devices alone."""
-    row = functools.cache(row)  # Devices that hold the same rows share them.
+def rows_here(count: int, by_row: Sharding) -> list[int]:
+    """Which of `count` rows the devices of this process hold, in order."""
     mine: Any = by_row.addressable_devices_indices_map((count,))
-    some = next(iter(mine.values()))[0].start or 0
-    shape = (count, *row(some).shape)
+    return sorted({row for index in mine.values() for row in _range(index, count)})
 
-    def part(index: Any) -> np.ndarray:
-        rows = range(*index[0].indices(count))
-        return np.stack([row(i) for i in rows])[(slice(None), *index[1:])]
 
-    return jax.make_array_from_callback(shape, by_row, part)
+def place_rows(
+    part: np.ndarray, rows: Sequence[int], count: int, by_row: Sharding
+) -> jax.Array:
+    """(count, ...) on all devices; `part` has the `rows` that this process holds."""
+
+    def of_device(index: Any) -> np.ndarray:
+        places = np.searchsorted(rows, _range(index, count))
+        return part[places][(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback((count, *part.shape[1:]), by_row, of_device)
+
+
+def _range(index: Any, count: int) -> range:
+    return range(*index[0].indices(count))

@@ -50,6 +50,8 @@ class ProgressDisplay:
         if "held_out_loss" in record:
             self._held_out = [f"held-out {record['held_out_loss']:.3f}"]
         parts += self._held_out
+        if "epoch" in record:
+            parts.append(f"epoch {record['epoch']:.2f}")
         if "learning_rate" in record:
             parts.append(f"rate {record['learning_rate']:.2e}")
         if "tokens_per_second" in record:

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, Sharding
 import lorapre_jax as lp
 from examples.llama import layout
 from examples.llama.config import Config
-from examples.llama.data import Batch
+from examples.llama.data.rows import Batch
 from examples.llama.gradients import LossAndGrads
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer

@@ -1,5 +1,6 @@
 """A whole run: new, or gone on with from its last checkpoint."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +15,9 @@ import lorapre_jax as lp
 from examples.llama import flops, hosts, layout
 from examples.llama.checkpoint import Checkpoints
 from examples.llama.config import Config
-from examples.llama.data import (
-    Batch,
-    TextData,
-    held_out_batches,
-    load_text,
-    train_rows,
-)
+from examples.llama.data.batches import batches_on_devices, placed
+from examples.llama.data.rows import held_out_batches
+from examples.llama.data.text import Text, TextData, open_text
 from examples.llama.gradients import make_loss_and_grads
 from examples.llama.metrics import MetricsLog, perplexity, plot_losses
 from examples.llama.optimizers import schedules
@@ -75,6 +72,7 @@ def train(config: Config, console: Console | None = None) -> Result:
     with Checkpoints(config.workdir) as checkpoints:
         run = prepare(config, mesh, by_row, checkpoints, console)
         with (
+            contextlib.closing(run.batches),
             StopRequest(config.time_limit) as stop,
             MetricsLog(config.workdir, run.start, hosts.is_first()) as log,
             ProgressDisplay(
@@ -118,7 +116,8 @@ class Run(NamedTuple):
     start: int  # steps done
     state: TrainState
     memory: Any  # the state's, by `lp.describe`
-    batch: Callable[[int], Batch]  # of the step after so many
+    batches: Any  # of the steps that are left; an iterator to be closed
+    steps_per_epoch: float
     train_step: Callable[..., Any]
     evaluate: Callable[[Any], float]
     diagnose: Callable[..., dict[str, jax.Array]]
@@ -139,8 +138,10 @@ def prepare(
 
     say(*checkpoints.set_aside)
     start = checkpoints.latest_step or 0
-    data = load_data_of_run(config, resumed=start > 0)
-    model, tx, abstract = assemble(config, data.vocab_size, mesh)
+    text = text_of_run(config, start > 0, console)
+    data = text.load()
+    say(*data.notes)
+    model, tx, abstract = assemble(config, text.vocab_size, mesh)
     memory = lp.describe(tx, abstract.params)
     say(*layout.exceptions(mesh, abstract.params), str(memory))
     if start:
@@ -149,31 +150,27 @@ def prepare(
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(partial(init_state, model, tx), out_shardings=shardings)
         state = init(jax.random.key(config.seed))
-    rows = train_rows(data.train, config.data.seq_len, config.seed)
-
-    def batch(step: int) -> Batch:
-        first, count = step * config.data.batch_size, config.data.batch_size
-        return Batch(
-            *(
-                hosts.batch_from_rows(lambda i, f=f: rows[first + i][f], count, by_row)
-                for f in range(3)
-            )
-        )
-
+    size = config.data.batch_size
     held_out = [
-        Batch(*(hosts.batch_from_rows(x.__getitem__, len(x), by_row) for x in b))
-        for b in held_out_batches(
-            data.held_out, config.data.seq_len, config.data.batch_size
-        )
+        placed(batch, by_row) for batch in held_out_batches(data.held_out, size)
     ]
-    console.print(opening_line(config, data, start), soft_wrap=True)
+    batches = batches_on_devices(
+        data.train,
+        size,
+        config.seed,
+        range(start, config.steps),
+        by_row,
+        config.data.workers,
+    )
+    console.print(opening_line(config, text, data, start), soft_wrap=True)
     loss_and_grads = make_loss_and_grads(model, config.micro_batch_size, config.z_loss)
     rate, _ = schedules(config.optimizer, config.steps)
     return Run(
         start,
         state,
         memory,
-        batch,
+        batches,
+        len(data.train) / size,
         make_train_step(loss_and_grads, tx, abstract, {"learning_rate": rate}),
         make_evaluation(model, held_out, layout.replicated(mesh)),
         make_diagnosis(loss_and_grads, layout.replicated(mesh)),
@@ -195,12 +192,13 @@ def run_steps(
         report.evaluated(0, run.evaluate(state.params))
     for step in range(run.start + 1, config.steps + 1):
         trace.before(step, state)
-        batch, diagnosis = run.batch(step - 1), {}
+        batch, diagnosis = next(run.batches), {}
         if factored and step % config.diagnostics_every == 0:
             report.flush()  # the rate of steps leaves this out
             diagnosis = run.diagnose(state, batch)
         state, metrics = run.train_step(state, batch)
-        report.trained(step, metrics | diagnosis)
+        epoch = {"epoch": round(step / run.steps_per_epoch, 4)}
+        report.trained(step, metrics | diagnosis | epoch)
         if step % config.eval_every == 0 or step == config.steps:
             report.evaluated(step, run.evaluate(state.params))
         stopped = stop.received(step)
@@ -214,27 +212,28 @@ def run_steps(
     hosts.on_first(checkpoints.wait)
 
 
-def load_data_of_run(config: Config, resumed: bool) -> TextData:
-    """The run's tokens, once settings and data are known to be those of the run."""
+def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
+    """Known to be that of the run, before any of it is tokenised."""
     if resumed:
         check_same_run(config)  # already before the data is read, which may take long
-    data = load_text(config.data, cache_folder=config.workdir)
-    found = {"fingerprint": data.fingerprint(), "vocab_size": data.vocab_size}
+    text = open_text(config.data, console)
+    found = {"fingerprint": text.fingerprint, "vocab_size": text.vocab_size}
     hosts.check_same(str(found), "the text")
     if resumed:
         check_same_run(config, found)
     elif hosts.is_first():
         record_run(config, found)
-    return data
+        text.tokenizer.save(config.workdir)
+    return text
 
 
-def opening_line(config: Config, data: TextData, start: int) -> str:
+def opening_line(config: Config, text: Text, data: TextData, start: int) -> str:
     if start == config.steps:
         return f"All {start} steps of {config.workdir} are done already."
-    text = (
-        f"{config.optimizer.name} on {len(data.train):,} tokens "
-        f"({data.vocab_size} in the vocabulary), {jax.device_count()} device(s)"
+    line = (
+        f"{config.optimizer.name} on {data.tokens:,} tokens "
+        f"({text.vocab_size} in the vocabulary), {jax.device_count()} device(s)"
     )
     if start:
-        return f"{text}; going on after step {start} of {config.workdir}"
-    return f"{text}; new run in {config.workdir}"
+        return f"{line}; going on after step {start} of {config.workdir}"
+    return f"{line}; new run in {config.workdir}"

@@ -14,6 +14,7 @@ def start(config, *more, devices, fault=None) -> subprocess.Popen[str]:
     """A tiny configuration as options; `more` go last. See `faulty_run` for faults."""
     options = {
         "data": config.data.path,
+        "token-cache": config.data.cache,
         "workdir": config.workdir,
         "optimizer": config.optimizer.name,
         "rank": config.optimizer.rank,

@@ -53,8 +53,9 @@ def text_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_config(text_folder):
+def make_config(text_folder, tmp_path_factory):
     """`make_config(workdir, optimizer, ...)`: a few cheap steps of a tiny model."""
+    cache = tmp_path_factory.mktemp("tokens")
 
     def make(workdir: Path, optimizer: str = "adamw", **changes) -> Config:
         model = TINY_MODEL
@@ -62,7 +63,9 @@ def make_config(text_folder):
             model = dataclasses.replace(model, scan_layers=False)
         config = Config(
             model=model,
-            data=DataConfig(text_folder, seq_len=32, batch_size=8, eval_tokens=600),
+            data=DataConfig(
+                text_folder, seq_len=32, batch_size=8, eval_tokens=600, cache=cache
+            ),
             optimizer=OptimizerConfig(optimizer, rank=4),  # pyright: ignore
             steps=12,
             eval_every=6,

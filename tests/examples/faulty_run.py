@@ -5,6 +5,7 @@ the example and of the standard library are replaced for it; the rest is as it s
 """
 
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -12,6 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
+from examples.llama import train
 from examples.llama.__main__ import main
 from examples.llama.checkpoint import Checkpoints
 
@@ -89,6 +93,35 @@ def disk_full() -> None:
     Checkpoints.save = save_on_a_full_disk
 
 
+def digest(batch) -> str:
+    parts = (np.asarray(part).tobytes() for part in batch)
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def recorded() -> None:
+    """No fault: what each step is given goes to batches.jsonl in the workdir."""
+    folder = Path(sys.argv[sys.argv.index("--workdir") + 1])
+    make_train_step = train.make_train_step
+
+    def make_recorded(*arguments):
+        step = make_train_step(*arguments)
+
+        def record(state, batch):
+            line = json.dumps([int(state.step) + 1, digest(batch)])
+            with (folder / "batches.jsonl").open("a") as file:
+                file.write(line + "\n")
+            return step(state, batch)
+
+        return record
+
+    train.make_train_step = make_recorded
+
+
+def recorded_and_killed() -> None:
+    recorded()
+    killed_between_saves()
+
+
 FAULTS = {
     fault.__name__: fault
     for fault in (
@@ -97,6 +130,8 @@ FAULTS = {
         killed_before_the_digests,
         told_to_stop_in_the_last_save,
         disk_full,
+        recorded,
+        recorded_and_killed,
     )
 }
 

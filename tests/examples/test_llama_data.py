@@ -1,63 +1,24 @@
-"""Text, tokens and batches."""
+"""Sources of text, what is refused of them, and the settings that choose them."""
 
 import gzip
-import itertools
-import json
+import io
 
 import numpy as np
 import pytest
+from conftest import write_shard
+from rich.console import Console
 
 from examples.llama.config import DataConfig
-from examples.llama.corpus import DataError, json_shards, standard_library
-from examples.llama.data import (
-    Rows,
-    TextData,
-    held_out_batches,
-    join,
-    load_text,
-    train_batches,
-)
-from examples.llama.tokenizer import ByteTokenizer, train_bpe
+from examples.llama.data.documents import BadLines, DataError
+from examples.llama.data.library import StandardLibrary
+from examples.llama.data.shards import Shards, digest_of
+from examples.llama.data.text import open_source, open_text, read_texts
 
-TOKENS = np.arange(1000, dtype=np.uint16)
+QUIET = Console(quiet=True)
 
 
-def test_documents_are_joined_by_an_end_of_text():
-    stream = join(["ab", "", "é"], ByteTokenizer())
-    assert stream.tolist() == [97, 98, 256, 256, 0xC3, 0xA9, 256]
-
-
-def test_every_token_is_predicted_once_per_epoch():
-    rows = Rows(TOKENS, seq_len=9)
-    assert len(rows) == 111
-    targets = np.concatenate([rows[i].targets for i in range(len(rows))])
-    np.testing.assert_array_equal(targets, TOKENS[1:])
-
-
-def test_a_batch_depends_on_seed_and_step_alone():
-    def batches(seed, steps):
-        batches = train_batches(TOKENS, seq_len=9, batch_size=4, seed=seed)
-        return [batches[step].inputs for step in steps]
-
-    in_order = batches(3, range(60))
-    assert in_order[0].shape == (4, 9)
-    assert in_order[0].dtype == np.int32
-    some = (59, 0, 31)  # in any order, from a fresh data set
-    np.testing.assert_array_equal(batches(3, some), [in_order[step] for step in some])
-    assert not np.array_equal(batches(4, [0])[0], in_order[0])
-    starts = np.concatenate(in_order)[:, 0]
-    assert len(set(starts[:111])) == 111  # an epoch without repetition
-    assert not np.array_equal(starts[:111], starts[111:222])  # the next in new order
-
-
-@pytest.mark.parametrize("count", [2, 36, 37, 38, 100])
-def test_held_out_tokens_are_each_a_target_once(count):
-    batches = list(held_out_batches(TOKENS[:count], seq_len=9, batch_size=4))
-    assert {part.shape for batch in batches for part in batch} == {(4, 9)}
-    real = [batch.targets[batch.mask == 1] for batch in batches]
-    np.testing.assert_array_equal(np.concatenate(real), TOKENS[1:count])
-    inputs = [batch.inputs[batch.mask == 1] for batch in batches]
-    np.testing.assert_array_equal(np.concatenate(inputs), TOKENS[: count - 1])
+def texts_of(source):
+    return [list(read_texts(source, split)) for split in ("train", "validation")]
 
 
 def test_standard_library_is_divided_by_name(tmp_path):
@@ -69,107 +30,186 @@ def test_standard_library_is_divided_by_name(tmp_path):
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
     for i in range(60):
         (tmp_path / f"module{i}.py").write_text(f"x = {i // 2}\n")  # each text twice
-    corpus = standard_library(tmp_path)
-    texts = corpus.train + corpus.held_out
+    train, held_out = texts_of(StandardLibrary(tmp_path))
+    texts = train + held_out
     expected = {f"x = {i}\n" for i in range(30)} | set(topics.values())
     assert len(texts) == len(set(texts)) == 50
     assert set(texts) == expected
-    assert 1 <= len(corpus.held_out) <= 8
+    assert 1 <= len(held_out) <= 8
 
     # Another file moves no document from one part to the other.
+    before = StandardLibrary(tmp_path).fingerprint("train")
     (tmp_path / "zz.py").write_text("y = 1\n")
-    more = standard_library(tmp_path)
-    assert set(corpus.train) <= set(more.train)
-    assert set(corpus.held_out) <= set(more.held_out)
+    more_train, more_held_out = texts_of(StandardLibrary(tmp_path))
+    assert set(train) <= set(more_train)
+    assert set(held_out) <= set(more_held_out)
+    changed = StandardLibrary(tmp_path).fingerprint("train") != before
+    assert changed == (train != more_train)
 
 
 def test_the_running_python_has_enough_to_learn_from():
-    corpus = standard_library()
-    train, held_out = (sum(map(len, part)) for part in corpus)
+    library = StandardLibrary()
+    train, held_out = (sum(map(len, part)) for part in texts_of(library))
     assert train > 3e6
     assert 6e4 < held_out < 0.15 * train
-    assert corpus == standard_library()
+    assert StandardLibrary().fingerprint("train") == library.fingerprint("train")
 
 
 def test_shards_are_read_in_order_and_limited(text_folder, tmp_path):
-    config = DataConfig(text_folder, seq_len=32, eval_tokens=100)
-    data = load_text(config, tmp_path)
-    corpus = json_shards(text_folder)
+    config = DataConfig(text_folder, seq_len=32, eval_tokens=100, cache=tmp_path)
+    text = open_text(config, QUIET)
+    data = text.load()
+    corpus = texts_of(open_source(config))
     assert [len(part) for part in corpus] == [100, 4]
-    assert bytes(data.train[:50].tolist()).decode() == corpus.train[0][:50]
-    assert data.vocab_size == 257
-    assert len(data.held_out) == 101
+    assert bytes(data.train[0].inputs.tolist()).decode() == corpus[0][0][:32]
+    assert text.vocab_size == 257
+    assert data.tokens == sum(len(text) + 1 for text in corpus[0])
+    assert sum(data.held_out[i].mask.sum() for i in range(len(data.held_out))) == 100
 
 
-def test_fingerprint_follows_the_tokens():
-    def fingerprint(train, held_out):
-        streams = (np.asarray(x, np.uint16) for x in (train, held_out))
-        return TextData(*streams, vocab_size=9).fingerprint()
+def test_few_training_tokens_are_the_first_ones(text_folder, tmp_path):
+    config = DataConfig(text_folder, seq_len=8, train_tokens=1000, cache=tmp_path)
+    data = open_text(config, QUIET).load()
+    assert 1000 < data.tokens < 1400
+    whole = open_text(DataConfig(text_folder, seq_len=8, cache=tmp_path), QUIET)
+    np.testing.assert_array_equal(data.train[50], whole.load().train[50])
+    assert open_text(config, QUIET).fingerprint != whole.fingerprint
 
-    assert fingerprint([1, 2], [3]) == fingerprint([1, 2], [3])
-    assert fingerprint([1, 2], [3]) != fingerprint([1, 2], [4])
-    assert fingerprint([1, 2], [3]) != fingerprint([1], [2, 3])
+
+def test_one_per_row_counts_what_a_row_can_hold(text_folder, tmp_path):
+    config = DataConfig(
+        text_folder,
+        seq_len=50,
+        train_tokens=1000,
+        batching="one-per-row",
+        cache=tmp_path,
+    )
+    data = open_text(config, QUIET).load()
+    assert len(data.train) == 20  # Documents of 200 bytes, 50 of each.
+
+
+def test_the_fingerprint_follows_all_that_decides_the_tokens(text_folder, tmp_path):
+    def fingerprint(folder=text_folder, **settings):
+        config = DataConfig(folder, cache=tmp_path / "cache", **settings)
+        return open_text(config, QUIET).fingerprint
+
+    same = fingerprint()
+    assert same == fingerprint(seq_len=9, batch_size=3, workers=2)
+    others = {
+        fingerprint(eval_tokens=99),
+        fingerprint(train_tokens=99),
+        fingerprint(tokenizer="bpe", vocab_size=280),
+        fingerprint(tokenizer="bpe", vocab_size=290),
+    }
+    write_shard(tmp_path / "c4-train.json.gz", ["one"])
+    write_shard(tmp_path / "c4-validation.json.gz", ["two"])
+    others.add(fingerprint(tmp_path))
+    write_shard(tmp_path / "c4-validation.json.gz", ["three"])
+    others.add(fingerprint(tmp_path))
+    assert len(others | {same}) == 7
+
+
+def test_a_digest_is_computed_again_where_the_file_has_changed(tmp_path):
+    file, memory = tmp_path / "file", tmp_path / "memory"
+    file.write_text("a")
+    first = digest_of(file, memory)
+    (note,) = memory.iterdir()
+    note.write_text("what was remembered")
+    assert digest_of(file, memory) == "what was remembered"
+    file.write_text("ab")
+    assert digest_of(file, memory) not in (first, "what was remembered")
+
+
+GOOD = b'{"text": "fine"}\n'
+BAD_LINES = [
+    (b"{oops\n", "not JSON"),
+    (b'{"url": "x"}\n', 'no "text" field'),
+    (b"[1]\n", 'no "text" field'),
+    (b'{"text": 3}\n', 'no "text" field'),
+    (b'{"text": " \\n"}\n', "an empty document"),
+    (b"\xff\n", "not UTF-8"),
+]
 
 
 def break_shard(folder, content: bytes):
     path = folder / "c4-train.0.json.gz"
     path.write_bytes(content)
-    good = gzip.compress(json.dumps({"text": "fine"}).encode())
-    (folder / "c4-validation.0.json.gz").write_bytes(good)
+    write_shard(folder / "c4-validation.0.json.gz", ["fine"])
 
 
-GOOD = b'{"text": "fine"}\n'
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=lambda x: str(x)[:12])
+def test_a_bad_line_is_named_or_skipped(tmp_path, line, message):
+    break_shard(tmp_path, gzip.compress(GOOD + line + b"\n" + GOOD))  # One is blank.
+    shards = Shards(tmp_path, tmp_path)
+    with pytest.raises(DataError, match=rf"c4-train.0.json.gz, line 2: {message}"):
+        list(shards.documents("train", BadLines(skip=False)))
+    bad = BadLines(skip=True)
+    documents = list(shards.documents("train", bad))
+    assert [document.text for document in documents] == ["fine", "fine"]
+    assert documents[-1].read == 1
+    assert bad.count == 1
+    assert f"c4-train.0.json.gz, line 2: {message}" in bad.first[0]
 
 
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(GOOD + b"{oops\n"), "line 2: not JSON"),
-        (gzip.compress(GOOD + b'{"url": "x"}\n'), 'line 2: no "text" field'),
-        (gzip.compress(GOOD + b"[1]\n"), 'line 2: no "text" field'),
-        (gzip.compress(GOOD + b'{"text": 3}\n'), 'line 2: no "text" field'),
-        (gzip.compress(GOOD * 999)[:-9], "broken gzip"),
+        (gzip.compress(GOOD * 999)[:-9], r"line \d+: broken gzip"),
         (b"plain text", "line 1: broken gzip"),
-        (gzip.compress(b"\xff\n"), "line 1: not UTF-8"),
+        (gzip.compress(GOOD) + b"\x1f\x8b more", "line 2: broken gzip"),
     ],
     # Of the content itself pytest would make names that hold the time of compression.
-    ids=["not json", "no text", "list", "number", "cut off", "plain", "latin-1"],
+    ids=["cut off", "plain", "tail"],
 )
-def test_unreadable_shards_name_file_and_line(tmp_path, content, message):
+def test_a_broken_file_is_refused_also_where_lines_are_skipped(
+    tmp_path, content, message, skip
+):
     break_shard(tmp_path, content)
-    with pytest.raises(DataError, match=f"c4-train.0.json.gz.*{message}"):
-        json_shards(tmp_path)
+    with pytest.raises(DataError, match=f"c4-train.0.json.gz, {message}"):
+        list(Shards(tmp_path, tmp_path).documents("train", BadLines(skip)))
+
+
+def test_skipped_lines_are_reported_also_from_the_cache(tmp_path):
+    break_shard(tmp_path, gzip.compress(GOOD * 40 + b"{oops\n" * 7))
+
+    def config(skip):
+        return DataConfig(tmp_path, seq_len=4, skip_bad_lines=skip, cache=tmp_path)
+
+    with pytest.raises(DataError, match=r"line 41: not JSON.*--skip-bad-lines"):
+        open_text(config(False), QUIET).load()
+    first = open_text(config(True), QUIET).load()
+    assert first.tokens == 40 * 5
+    assert first.notes[0] == "7 bad lines of the training text left out; the first 5:"
+    assert "line 45: not JSON" in first.notes[-1]
+    assert open_text(config(True), QUIET).load().notes == first.notes
+    # What such a run has left does not hide them from one that wants them all.
+    with pytest.raises(DataError, match=r"line 41: not JSON.*--skip-bad-lines"):
+        open_text(config(False), QUIET).load()
 
 
 def test_missing_or_empty_text_is_named(tmp_path, text_folder):
     with pytest.raises(DataError, match="nowhere: no such folder"):
-        json_shards(tmp_path / "nowhere")
+        Shards(tmp_path / "nowhere", tmp_path)
     with pytest.raises(DataError, match=r"no \*train\*\.json\.gz shard"):
-        json_shards(tmp_path)
+        Shards(tmp_path, tmp_path)
     break_shard(tmp_path, gzip.compress(b"\n"))
     with pytest.raises(DataError, match="hold no text"):
-        json_shards(tmp_path)
+        open_text(DataConfig(tmp_path, cache=tmp_path / "cache"), QUIET).load()
+    assert not list((tmp_path / "cache").glob("*.part"))
+    config = DataConfig(text_folder, seq_len=99_999, cache=tmp_path)
     with pytest.raises(DataError, match="seq_len 99999 needs 100000"):
-        load_text(DataConfig(text_folder, seq_len=99_999), tmp_path)
+        open_text(config, QUIET).load()
 
 
-def test_bpe_gives_the_text_back_and_is_cached(tmp_path, text_folder):
-    texts = json_shards(text_folder).train
-    tokenizer = train_bpe(texts, 290, tmp_path)
-    assert tokenizer.vocab_size == 290
-    sample = ["the old dog <|endoftext|> naïve\n", "", "the cat"]
-    ids = list(tokenizer.encode(sample))
-    assert [tokenizer.decode(x) for x in ids] == sample
-    assert all(tokenizer.end_of_text not in x for x in ids)
-    assert len(ids[2]) < len(sample[2])
-    (file,) = tmp_path.iterdir()
-    written = file.stat().st_mtime_ns
-    again = train_bpe(texts, 290, tmp_path)
-    assert file.stat().st_mtime_ns == written
-    pairs = itertools.zip_longest(again.encode(sample), ids)
-    assert all(np.array_equal(a, b) for a, b in pairs)
-    train_bpe(texts[:50], 290, tmp_path)  # other text, another file
-    assert len(list(tmp_path.iterdir())) == 2
+def test_a_shard_may_be_missing_at_the_end_alone(tmp_path):
+    write_shard(tmp_path / "c4-validation.00000-of-00001.json.gz", ["fine"])
+    for number in (0, 1, 3):
+        write_shard(tmp_path / f"c4-train.{number:05}-of-00009.json.gz", ["fine"])
+    with pytest.raises(DataError, match=r"c4-train.00002-of-00009.json.gz: missing"):
+        Shards(tmp_path, tmp_path)
+    write_shard(tmp_path / "c4-train.00002-of-00009.json.gz", ["more"])
+    assert texts_of(Shards(tmp_path, tmp_path))[0] == ["fine", "fine", "more", "fine"]
 
 
 @pytest.mark.parametrize(
@@ -177,9 +217,14 @@ def test_bpe_gives_the_text_back_and_is_cached(tmp_path, text_folder):
     [
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1"),
-        ({"vocab_size": 300}, "vocab_size is for --tokenizer bpe only"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"train_tokens": 0}, "train_tokens must be at least 1"),
+        ({"workers": -1}, "data-workers must be 0 or more"),
         ({"tokenizer": "bpe"}, "needs a vocab_size of at least 257"),
         ({"tokenizer": "bpe", "vocab_size": 256}, "at least 257"),
+        ({"tokenizer": "bytes"}, "bytes is neither byte, bpe, a .model nor"),
+        ({"hub": "allenai/c4:en"}, "--hub needs --train-tokens"),
+        ({"hub": "allenai/c4:en", "path": "c4"}, "two texts"),
     ],
 )
 def test_impossible_data_settings_are_refused(settings, message):
@@ -188,9 +233,10 @@ def test_impossible_data_settings_are_refused(settings, message):
 
 
 def test_genuine_c4(shared_data, tmp_path):
-    corpus = json_shards(shared_data / "c4")
-    assert [len(part) for part in corpus] == [4775, 200]
-    data = load_text(DataConfig(shared_data / "c4", eval_tokens=1000), tmp_path)
-    sizes = [len(text.encode()) + 1 for text in corpus.train]
-    assert len(data.train) == sum(sizes)
-    assert (data.train == 256).sum() == 4775
+    output = io.StringIO()
+    config = DataConfig(shared_data / "c4", eval_tokens=1000, cache=tmp_path)
+    data = open_text(config, Console(file=output, width=200)).load()
+    train, held_out = texts_of(open_source(config))
+    assert [len(train), len(held_out)] == [4775, 200]
+    assert data.tokens == sum(len(text.encode()) + 1 for text in train)
+    assert "training text: 4,775 documents" in output.getvalue()

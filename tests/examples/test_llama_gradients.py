@@ -10,7 +10,7 @@ from conftest import TINY_MODEL
 
 from examples.llama import layout
 from examples.llama.config import Config
-from examples.llama.data import Batch
+from examples.llama.data.rows import Batch
 from examples.llama.gradients import make_loss_and_grads
 from examples.llama.model import PureLlama
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from examples.llama import __main__
 from examples.llama.config import ModelConfig, OptimizerConfig
-from examples.llama.data import held_out_batches
+from examples.llama.data.rows import PackedRows, held_out_batches
 from examples.llama.metrics import MetricsLog
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import schedules
@@ -143,7 +143,8 @@ def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
     params = jax.jit(model.init)(jax.random.key(0))
     params = jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, params)
     tokens = np.random.default_rng(0).integers(0, 40, 1 + 2 * 24 + 11)
-    batches = list(held_out_batches(tokens, seq_len=8, batch_size=3))
+    rows = PackedRows(tokens, seq_len=8, pad=0)
+    batches = list(held_out_batches(rows, batch_size=3))
     assert len(batches) == 3
 
     plain, expected = jax.tree.map(np.asarray, params), []

@@ -100,7 +100,8 @@ class Config:
 
 
 # What may change between the parts of one run: none of it alters an update, but for
-# rounding by the mesh. The path of the data may, because its fingerprint is compared.
+# rounding by the mesh. Where text and tokenizer lie may, because their fingerprint is
+# compared.
 _FREE = (
     "workdir",
     "mesh",
@@ -115,6 +116,11 @@ _FREE = (
     "micro_batch_size",
     "optimizer.layers_at_once",
     "data.path",
+    "data.hub",
+    "data.tokenizer",
+    "data.skip_bad_lines",
+    "data.workers",
+    "data.cache",
 )
 
 

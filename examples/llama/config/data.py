@@ -13,30 +13,65 @@ from examples.llama.config._checks import require, require_positive
 class DataConfig:
     """Which text, as which tokens, in which shape.
 
-    A folder of text is laid out as C4 is: one JSON object with a "text" per line. The
-    text that is always there is Python's own standard library: sources and help.
+    Text is laid out as C4 is: one JSON object with a "text" per line. The text that is
+    always there is Python's own standard library: sources and help.
     """
 
     path: Annotated[Path | None, tyro.conf.arg(name="data")] = None
     """Folder of *train*.json.gz and *validation*.json.gz (none: Python's library)."""
-    tokenizer: Literal["byte", "bpe"] = "byte"
-    """Bytes, or a byte-level BPE trained on the training text."""
+    hub: str | None = None
+    """Data set streamed from the Hugging Face hub, owner/name[:config][@revision], as
+    allenai/c4:en; with --train-tokens, in place of --data."""
+    train_tokens: int | None = None
+    """Training tokens to read, about: the first documents (none: all there are)."""
+    eval_tokens: int = 65_536
+    """Held-out tokens to predict at an evaluation, always the same ones."""
+    skip_bad_lines: bool = False
+    """Leave out lines without a document, and say how many and where, instead of
+    refusing the text."""
+    tokenizer: str = "byte"
+    """byte; bpe, a byte-level BPE trained on the training text; or a file, a
+    SentencePiece .model or a Hugging Face tokenizer.json."""
     vocab_size: int | None = None
-    """Pieces of the BPE vocabulary, with --tokenizer bpe."""
+    """Ids of the model (none: those of the tokenizer); of a BPE, pieces to train."""
+    batching: Literal["packed", "one-per-row"] = "packed"
+    """Documents joined and cut into full rows; or one document per row, cut off or
+    filled up, as in the published recipe."""
     seq_len: int = 256
     """Tokens per row that are predicted."""
     batch_size: int = 16
     """Rows per step, over all devices."""
-    eval_tokens: int = 65_536
-    """Held-out tokens to predict at an evaluation, always the same ones."""
+    workers: Annotated[int, tyro.conf.arg(name="data-workers")] = 0
+    """Processes per host that read rows (0: a thread of the one that trains)."""
+    cache: Annotated[Path, tyro.conf.arg(name="token-cache")] = Path("runs/tokens")
+    """Folder of tokenised text, which runs share."""
 
     def __post_init__(self) -> None:
         require_positive(self, "seq_len", "batch_size", "eval_tokens")
-        if self.tokenizer == "byte":
-            require(self.vocab_size is None, "vocab_size is for --tokenizer bpe only")
-        else:
-            require(
-                self.vocab_size is not None and self.vocab_size >= 257,
-                "--tokenizer bpe needs a vocab_size of at least 257 "
-                f"(256 bytes and the end of text), got {self.vocab_size}",
-            )
+        require(
+            self.workers >= 0, f"data-workers must be 0 or more, got {self.workers}"
+        )
+        for name in ("train_tokens", "vocab_size"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        require(
+            self.hub is None or self.path is None,
+            f"--hub {self.hub} and --data {self.path} are two texts: give one of them",
+        )
+        require(
+            self.hub is None or self.train_tokens is not None,
+            "--hub needs --train-tokens: so many are fetched and kept, and a run that "
+            "takes more (steps x batch_size x seq_len) begins another epoch",
+        )
+        require(
+            self.tokenizer in ("byte", "bpe")
+            or Path(self.tokenizer).suffix in (".model", ".json"),
+            f"--tokenizer {self.tokenizer} is neither byte, bpe, a .model nor a "
+            "tokenizer.json",
+        )
+        require(
+            self.tokenizer != "bpe"
+            or (self.vocab_size is not None and self.vocab_size >= 257),
+            "--tokenizer bpe needs a vocab_size of at least 257 "
+            f"(256 bytes and the end of text), got {self.vocab_size}",
+        )

@@ -1,0 +1,87 @@
+"""Text that is always there: Python's own standard library."""
+
+import ast
+import functools
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from examples.llama.data.documents import BadLines, DataError, Document, Split
+
+# One document in HELD_OUT_ONE_IN is held out, chosen by its name alone.
+HELD_OUT_ONE_IN = 25
+_TOPICS = "pydoc_data/topics.py"
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+
+
+class StandardLibrary:
+    """Python sources and help topics below ``root``, each distinct text once.
+
+    A document's place depends on the hash of its name: held-out or not, and where
+    in the order, so that any stretch of the text is a mixture of all of it. There are
+    some 20 MB of it, which are held in memory.
+    """
+
+    def __init__(self, root: Path | None = None):
+        self._root = root or Path(sysconfig.get_path("stdlib"))
+        self.name = f"the Python library in {self._root}"
+
+    @functools.cached_property
+    def texts(self) -> dict[Split, list[str]]:
+        ranked = sorted(
+            (hashlib.sha256(name.encode()).digest(), text)
+            for name, text in _distinct(_named_texts(self._root))
+        )
+        texts: dict[Split, list[str]] = {"train": [], "validation": []}
+        for digest, text in ranked:
+            held_out = int.from_bytes(digest[-4:]) % HELD_OUT_ONE_IN == 0
+            texts["validation" if held_out else "train"].append(text)
+        if not all(texts.values()):
+            raise DataError(
+                f"{self._root}: not enough Python sources to learn from; give a folder "
+                "of text with --data"
+            )
+        return texts
+
+    def fingerprint(self, split: Split) -> str:
+        digest = hashlib.sha256()
+        for text in self.texts[split]:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        return digest.hexdigest()
+
+    def documents(self, split: Split, bad: BadLines) -> Iterator[Document]:
+        texts = self.texts[split]
+        for number, text in enumerate(texts, start=1):
+            yield Document(text, number / len(texts))
+
+
+def _named_texts(root: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _LEFT_OUT.intersection(relative.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a few old files use another encoding
+            continue
+        if relative.as_posix() == _TOPICS:
+            yield from _help_topics(text)
+        else:
+            yield relative.as_posix(), text
+
+
+def _help_topics(source: str) -> Iterator[tuple[str, str]]:
+    """The manual pages behind ``help("...")``: one dict literal of English text."""
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            for name, text in ast.literal_eval(statement.value).items():
+                yield f"{_TOPICS}/{name}", text
+
+
+def _distinct(named_texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for name, text in named_texts:
+        if text and text not in seen:
+            seen.add(text)
+            yield name, text

@@ -1,0 +1,149 @@
+"""The text of a run: found and named at once, tokenised when it is needed."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from examples.llama.config import DataConfig
+from examples.llama.data import token_cache, tokenizers
+from examples.llama.data.documents import BadLines, DataError, Source, Split
+from examples.llama.data.hub import Hub
+from examples.llama.data.library import StandardLibrary
+from examples.llama.data.progress import TokenisingProgress
+from examples.llama.data.rows import DocumentRows, PackedRows, Rows
+from examples.llama.data.shards import Shards
+from examples.llama.data.token_cache import Limit, Tokens
+from examples.llama.data.tokenizers import Tokenizer
+
+_WHAT = {"train": "training text", "validation": "held-out text"}
+
+
+class TextData(NamedTuple):
+    train: Rows
+    held_out: Rows
+    tokens: int  # Of the training text, in an epoch of packed rows.
+    notes: list[str]  # What was left out of it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Where the tokens of a run come from; the tokens themselves are not read yet."""
+
+    config: DataConfig
+    source: Source
+    tokenizer: Tokenizer
+    console: Console
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the model."""
+        return tokenizers.model_vocabulary(self.tokenizer, self.config.vocab_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any token that a run trains on or is measured on may change."""
+        train, held_out = (
+            token_cache.key_of(self.source, split, self.tokenizer, self._limit(split))
+            for split in ("train", "validation")
+        )
+        tokenizer = self.tokenizer.fingerprint[:16]
+        return f"train {train[:16]}, held out {held_out[:16]}, tokenizer {tokenizer}"
+
+    def load(self) -> TextData:
+        """Rows to train and to be measured on, tokenised now if they never were."""
+        train, held_out = self._tokens("train"), self._tokens("validation")
+        config, pad = self.config, self.tokenizer.pad
+        if config.batching == "one-per-row":
+            rows = [
+                DocumentRows(part.ids, part.ends, config.seq_len, pad)
+                for part in (train, held_out)
+            ]
+        else:
+            length = config.eval_tokens + 1
+            rows = [
+                PackedRows(train.ids, config.seq_len),
+                PackedRows(held_out.ids, config.seq_len, pad, length),
+            ]
+        if not len(rows[0]):
+            raise DataError(
+                f"the training text has {len(train.ids)} tokens, a single row of "
+                f"seq_len {config.seq_len} needs {config.seq_len + 1}"
+            )
+        notes = [*_notes(train, "train"), *_notes(held_out, "validation")]
+        return TextData(rows[0], rows[1], len(train.ids), notes)
+
+    def _tokens(self, split: Split) -> Tokens:
+        return token_cache.tokenise(
+            self.source,
+            split,
+            self.tokenizer,
+            self._limit(split),
+            self.config.cache,
+            TokenisingProgress(_WHAT[split], self.console),
+            self.config.skip_bad_lines,
+        )
+
+    def _limit(self, split: Split) -> Limit:
+        """Of held-out text only what an evaluation takes is read."""
+        config = self.config
+        tokens = config.train_tokens if split == "train" else config.eval_tokens + 1
+        if tokens is None or config.batching == "packed":
+            return Limit(tokens)
+        return Limit(tokens, per_document=config.seq_len)
+
+
+def open_text(config: DataConfig, console: Console) -> Text:
+    """The source and the tokenizer that ``config`` names; a BPE is trained now."""
+    source = open_source(config)
+    text = Text(config, source, _tokenizer(config, source), console)
+    assert text.vocab_size  # Too few ids are an error now, not after tokenising.
+    return text
+
+
+def open_source(config: DataConfig) -> Source:
+    memory = config.cache / "digests"
+    if config.hub is not None:
+        return Hub(config.hub, memory)
+    if config.path is not None:
+        return Shards(config.path, memory)
+    return StandardLibrary()
+
+
+def read_texts(
+    source: Source, split: Split, skip_bad_lines: bool = False
+) -> Iterator[str]:
+    """One after the other."""
+    for document in source.documents(split, BadLines(skip_bad_lines)):
+        yield document.text
+
+
+def _tokenizer(config: DataConfig, source: Source) -> Tokenizer:
+    if config.tokenizer == "byte":
+        return tokenizers.ByteTokenizer()
+    if config.tokenizer != "bpe":
+        return tokenizers.load_file(Path(config.tokenizer))
+    assert config.vocab_size is not None  # checked by DataConfig
+    # Of other text it has another name: a run never meets a stale one.
+    text = source.fingerprint("train")[:16]
+    folder = config.cache / f"bpe-{config.vocab_size}-{text}"
+    if not (folder / "tokenizer.json").exists():
+        texts = read_texts(source, "train", config.skip_bad_lines)
+        trained = tokenizers.train_bpe(texts, config.vocab_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained.save(folder)
+    return tokenizers.load_saved(folder)
+
+
+def _notes(tokens: Tokens, split: Split) -> list[str]:
+    if not tokens.bad_lines:
+        return []
+    lines = "line" if tokens.bad_lines == 1 else "lines"
+    more = tokens.bad_lines > len(tokens.first_bad_lines)
+    shown = f"; the first {len(tokens.first_bad_lines)}" if more else ""
+    return [
+        f"{tokens.bad_lines:,} bad {lines} of the {_WHAT[split]} left out{shown}:",
+        *(f"  {line}" for line in tokens.first_bad_lines),
+    ]

@@ -1,0 +1,182 @@
+"""The cache of tokens: right, whole, bounded, and shared by processes."""
+
+import json
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from examples.llama.data import token_cache
+from examples.llama.data.documents import DataError, Document
+from examples.llama.data.progress import TokenisingProgress
+from examples.llama.data.token_cache import Limit, tokenise
+from examples.llama.data.tokenizers import ByteTokenizer
+
+
+class Given:
+    """Documents that are counted as they are read."""
+
+    name = "given"
+
+    def __init__(self, texts):
+        self._texts, self.read = texts, 0
+
+    def fingerprint(self, split):
+        return str(hash(tuple(self._texts)))
+
+    def documents(self, split, bad):
+        for text in self._texts:
+            self.read += 1
+            yield Document(text, self.read / len(self._texts))
+
+
+def tokens_of(source, cache, limit=None, tokenizer=None, **more):
+    progress = TokenisingProgress("text", Console(quiet=True))
+    tokenizer = tokenizer or ByteTokenizer()
+    limit = limit or Limit()
+    return tokenise(source, "train", tokenizer, limit, cache, progress, **more)
+
+
+def test_documents_are_joined_by_an_end_of_text(tmp_path):
+    tokens = tokens_of(Given(["ab", "c", "é"]), tmp_path)
+    assert tokens.ids[:].tolist() == [97, 98, 256, 99, 256, 0xC3, 0xA9, 256]
+    assert tokens.ends[:].tolist() == [3, 5, 8]
+    assert tokens.ids[:].dtype == np.uint16
+
+
+def test_it_is_done_once(tmp_path):
+    source = Given(["ab", "c"])
+    first = tokens_of(source, tmp_path)
+    again = tokens_of(source, tmp_path)
+    assert source.read == 2
+    np.testing.assert_array_equal(first.ids[:], again.ids[:])
+    tokens_of(Given(["ab", "d"]), tmp_path)
+    tokens_of(source, tmp_path, Limit(1))
+    other = ByteTokenizer()
+    other.fingerprint = "another"
+    tokens_of(source, tmp_path, tokenizer=other)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert source.read == 6
+
+
+def test_a_large_vocabulary_has_wide_ids(tmp_path):
+    class Wide(ByteTokenizer):
+        vocab_size = 2**16 + 1
+        end_of_text = 2**16
+
+    tokens = tokens_of(Given(["a"]), tmp_path, tokenizer=Wide())
+    assert tokens.ids[:].tolist() == [97, 2**16]
+
+
+def test_reading_stops_at_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "_CHARACTERS_AT_ONCE", 20)
+    source = Given(["x" * 10] * 1000)
+    assert len(tokens_of(source, tmp_path, Limit(95)).ends) == 10
+    assert source.read == 10
+    cut = Limit(tokens=12, per_document=4)
+    assert len(tokens_of(Given(["x" * 10] * 9), tmp_path, cut).ends) == 3
+
+
+def test_the_text_is_never_held_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "_CHARACTERS_AT_ONCE", 100)
+    sizes = []
+
+    class Watched(ByteTokenizer):
+        def encode(self, texts):
+            sizes.append(sum(map(len, texts)))
+            return super().encode(texts)
+
+    tokens = tokens_of(Given(["x" * 30] * 100), tmp_path, tokenizer=Watched())
+    assert max(sizes) <= 130
+    assert len(tokens.ids) == 3100
+
+
+def test_what_is_interrupted_is_done_again(tmp_path):
+    class Failing(Given):
+        def documents(self, split, bad):
+            yield from super().documents(split, bad)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokens_of(Failing(["ab", "c"]), tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert len(tokens_of(Given(["ab", "c"]), tmp_path).ids) == 5
+
+
+def killed(*_):
+    """As by SIGKILL: nothing is cleared away."""
+    raise SystemExit
+
+
+@pytest.mark.parametrize(
+    "fails", [(os, "fsync"), (Path, "rename")], ids=["writing", "naming"]
+)
+def test_what_a_killed_writer_left_is_never_read(tmp_path, monkeypatch, fails):
+    source = Given(["ab", "c"])
+    with monkeypatch.context() as context:
+        context.setattr(token_cache.shutil, "rmtree", lambda *_, **__: None)
+        context.setattr(*fails, killed)
+        with pytest.raises(SystemExit):
+            tokens_of(source, tmp_path)
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".part"
+    assert len(tokens_of(source, tmp_path).ids) == 5
+    assert left.exists()  # It might still be written to.
+    (folder,) = (path for path in tmp_path.iterdir() if path != left)
+    folder.rename(tmp_path / "away")
+    for path in (left, *left.iterdir()):
+        os.utime(path, (0, 0))
+    tokens_of(source, tmp_path)
+    assert not left.exists()
+
+
+def test_several_may_write_the_same(tmp_path):
+    """All begin before any has finished."""
+    count, found = 4, []
+    barrier = threading.Barrier(count, timeout=60)
+
+    class Together(Given):
+        def documents(self, split, bad):
+            barrier.wait()
+            yield from super().documents(split, bad)
+            barrier.wait()
+
+    def work():
+        found.append(tokens_of(Together(["ab", "c"]), tmp_path).ids[:].tolist())
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[97, 98, 256, 99, 256]] * count
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("file", ["ids.bin", "ends.bin", "meta.json"])
+def test_a_damaged_one_is_named(tmp_path, file):
+    source = Given(["ab", "c"])
+    tokens_of(source, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=f"{folder.name}: damaged.*remove the folder"):
+        tokens_of(source, tmp_path)
+
+
+def test_an_array_is_opened_where_it_is_sent(tmp_path):
+    tokens = tokens_of(Given(["ab" * 1000]), tmp_path)
+    sent = pickle.dumps(tokens.ids)
+    assert len(sent) < 500
+    np.testing.assert_array_equal(pickle.loads(sent)[:], tokens.ids[:])
+
+
+def test_what_it_says_of_itself(tmp_path):
+    tokens_of(Given(["ab", "c"]), tmp_path)
+    (folder,) = tmp_path.iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["documents"], meta["tokens"], meta["bad_lines"]) == (2, 5, 0)
