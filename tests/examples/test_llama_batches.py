@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ def test_held_out_documents_count_their_own_tokens_alone():
 
 def test_hosts_divide_a_batch():
     rows = PackedRows(TOKENS, seq_len=9)
-    whole = train_batches(rows, batch_size=8, seed=1)[5]
+    whole: Any = train_batches(rows, batch_size=8, seed=1)[5]
     for places in ([0, 1, 2, 3], [4, 5, 6, 7], [1, 6]):
         part = SomeRows(rows, 8, 1, places)(5)
         for mine, all_of_them in zip(part, whole, strict=True):
@@ -91,7 +92,7 @@ def test_batches_on_devices_are_those_of_their_steps(mesh):
     devices = layout.make_mesh(mesh, jax.devices())
     by_row = layout.by_row(devices, 8)
     rows = DocumentRows(TOKENS, ENDS, seq_len=5, pad=99)
-    expected = train_batches(rows, batch_size=8, seed=2)
+    expected: Any = train_batches(rows, batch_size=8, seed=2)
     found = batches_on_devices(rows, 8, 2, range(3, 9), by_row)
     with contextlib.closing(found):
         for step in range(3, 9):
