@@ -28,7 +28,7 @@ def make_loss_and_grads(
         return jnp.sum(losses * part.mask) / count
 
     def loss_and_grads(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        count = jnp.sum(batch.mask)
+        count = jnp.maximum(jnp.sum(batch.mask), 1)  # None may, in a batch of one row.
         rows = batch.inputs.shape[0]
         micro_rows = micro_batch_size or rows
         if micro_rows == rows:

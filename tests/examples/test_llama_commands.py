@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from examples.llama import __main__
-from examples.llama.commands import Eval, Export, Generate, parse
+from examples.llama.commands import Eval, Export, Generate, Train, parse
 from examples.llama.config import (
     PRESETS,
     Config,
@@ -19,6 +19,12 @@ from examples.llama.config import (
     flat,
 )
 from examples.llama.config.recipes import RECIPES
+
+
+def config_of(arguments):
+    command = parse(arguments)
+    assert isinstance(command, Train)
+    return command.config
 
 
 def fails(capsys, *arguments):
@@ -39,7 +45,7 @@ def test_each_source_wins_over_those_before_it(tmp_path):
         "optimizer: {name: muon, rank: 7}\n"
     )
     options = ["--preset", "60m", "--recipe", "paper", "--config", str(path)]
-    config = parse(["train", *options, "--rank", "8"]).config
+    config = config_of(["train", *options, "--rank", "8"])
     assert config.model.width == 512  # the preset
     assert config.data.batch_size == 512  # the recipe
     assert (config.steps, config.mesh) == (40, "fsdp=2")  # the file
@@ -64,7 +70,7 @@ def test_each_source_wins_over_those_before_it(tmp_path):
 def test_what_is_written_is_read_back(config, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(file.dump(config))
-    assert parse(["train", "--config", str(path)]).config == config
+    assert config_of(["train", "--config", str(path)]) == config
     # Anyone else's YAML reads it too.
     assert flat(yaml.safe_load(path.read_text())) == flat(as_groups(config))
 
@@ -113,12 +119,13 @@ def test_help_has_units_and_defaults(capsys):
 
 
 def test_the_other_commands():
-    assert parse(["eval", "runs/x", "--eval-tokens", "9"]).eval_tokens == 9
+    asked = parse(["eval", "runs/x", "--eval-tokens", "9"])
+    assert isinstance(asked, Eval)
+    assert asked.eval_tokens == 9
     asked = parse(["generate", "runs/x", "--prompt", "a b", "--prompt", "c"])
     assert isinstance(asked, Generate)
     assert asked.prompt == ("a b", "c")
     assert isinstance(parse(["export", "runs/x", "there"]), Export)
-    assert isinstance(parse(["eval", "runs/x"]), Eval)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +153,7 @@ def test_the_recipe_is_the_published_one(preset):
         "1b": (100_000, 10_000, 13.1e9, 512),
         "7b": (150_000, 15_000, 19.7e9, 1024),
     }
-    config = parse(["train", "--preset", preset, "--recipe", "paper"]).config
+    config = config_of(["train", "--preset", preset, "--recipe", "paper"])
     steps, warmup, tokens, rank = published[preset]
     assert (config.steps, config.optimizer.rank) == (steps, rank)
     assert round(config.optimizer.warmup * steps) == warmup
@@ -159,7 +166,7 @@ def test_the_recipe_is_the_published_one(preset):
 
 def test_a_recipe_without_its_optimizer_has_the_rest():
     options = ["train", "--preset", "60m", "--recipe", "paper"]
-    config = parse([*options, "--optimizer", "adamw", "--learning-rate", "1e-3"]).config
+    config = config_of([*options, "--optimizer", "adamw", "--learning-rate", "1e-3"])
     assert (config.steps, config.data.batch_size) == (10_000, 512)
     assert (config.optimizer.name, config.optimizer.clip_norm) == ("adamw", None)
     assert (config.optimizer.algorithm, config.optimizer.rank) == ("default", 16)

@@ -197,6 +197,10 @@ def test_missing_or_empty_text_is_named(tmp_path, text_folder):
     with pytest.raises(DataError, match="hold no text"):
         open_text(DataConfig(tmp_path, cache=tmp_path / "cache"), QUIET).load()
     assert not list((tmp_path / "cache").glob("*.part"))
+    write_shard(tmp_path / "c4-train.0.json.gz", ["fine"])
+    write_shard(tmp_path / "c4-validation.0.json.gz", ["x"])
+    config = DataConfig(tmp_path, seq_len=2, eval_tokens=1, cache=tmp_path / "cache")
+    assert len(open_text(config, QUIET).load().held_out) == 1
     config = DataConfig(text_folder, seq_len=99_999, cache=tmp_path)
     with pytest.raises(DataError, match="seq_len 99999 needs 100000"):
         open_text(config, QUIET).load()

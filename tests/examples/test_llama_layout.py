@@ -125,11 +125,3 @@ def test_a_mesh_has_all_devices():
     assert layout.make_mesh(None, jax.devices()).shape["data"] == 8
     with pytest.raises(ValueError, match="takes 4 devices, but there are 8"):
         layout.make_mesh("fsdp=2,tensor=2", jax.devices())
-
-
-def test_a_preset_is_the_default_of_the_others():
-    from examples.llama.commands import parse
-
-    config = parse(["train", "--preset", "1b", "--num-layers", "2"]).config
-    assert config.model.width == 2048
-    assert config.model.num_layers == 2

@@ -1,5 +1,6 @@
 """The cache of tokens: right, whole, bounded, and shared by processes."""
 
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from examples.llama.data import progress as progress_module
 from examples.llama.data import token_cache
 from examples.llama.data.documents import DataError, Document
 from examples.llama.data.progress import TokenisingProgress
@@ -180,3 +182,19 @@ def test_what_it_says_of_itself(tmp_path):
     (folder,) = tmp_path.iterdir()
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["documents"], meta["tokens"], meta["bad_lines"]) == (2, 5, 0)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_seen(tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr(token_cache, "_CHARACTERS_AT_ONCE", 2)
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", -1)
+    output = io.StringIO()
+    console = Console(file=output, width=120, force_terminal=terminal)
+    progress = TokenisingProgress("text", console)
+    source = Given(["ab", "c", "de", "f"])
+    tokenise(source, "train", ByteTokenizer(), Limit(), tmp_path, progress)
+    printed = output.getvalue()
+    assert "tokenised the text: 4 documents, 10 tokens in " in printed
+    if not terminal:
+        assert "tokenising the text (25%): 1 documents, 3 tokens" in printed
+        assert "\r" not in printed

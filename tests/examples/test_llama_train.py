@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,14 +16,15 @@ from command_line import finish
 from outcome import assert_same_trees, checkpoint, losses
 from rich.console import Console
 
-from examples.llama import __main__
+from examples.llama import __main__, layout
 from examples.llama.config import ModelConfig, OptimizerConfig
-from examples.llama.data.rows import PackedRows, held_out_batches
+from examples.llama.data.batches import placed
+from examples.llama.data.rows import DocumentRows, PackedRows, held_out_batches
 from examples.llama.metrics import MetricsLog
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import schedules
 from examples.llama.run_record import RunMismatch
-from examples.llama.steps import make_evaluation
+from examples.llama.steps import make_evaluation, mean_loss
 from examples.llama.stop import Stopped
 from examples.llama.train import train
 
@@ -156,6 +158,34 @@ def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
     assert len(expected) == 59
     actual = make_evaluation(model, batches)(params)
     np.testing.assert_allclose(actual, np.mean(expected), rtol=1e-5)
+
+
+def test_a_document_counts_by_its_tokens(numpy_logits):
+    """One per row, on eight devices: in training and in evaluation, not its padding."""
+    config = ModelConfig(
+        width=32, ffn_width=48, num_layers=2, num_heads=2, scan_layers=False
+    )
+    mesh = layout.make_mesh("fsdp=4,tensor=2", jax.devices())
+    model = PureLlama(config, 40, mesh)
+    params = jax.jit(model.init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, params)
+    tokens = np.random.default_rng(0).integers(0, 40, 40)
+    ends = np.asarray([3, 5, 20, 28, 40])
+    rows = DocumentRows(tokens, ends, seq_len=8, pad=0)
+
+    plain, expected = jax.tree.map(np.asarray, params), []
+    for document in np.split(tokens, ends[:-1]):
+        if len(document) > 9:
+            document = np.append(document[:8], document[-1])
+        logits = numpy_logits(plain, document[:-1], head_dim=16)
+        log_z = np.log(np.exp(logits).sum(-1))
+        expected += list(log_z - logits[np.arange(len(document) - 1), document[1:]])
+    assert len(expected) == 2 + 1 + 8 + 7 + 8
+    batches = [placed(x, layout.by_row(mesh, 8)) for x in held_out_batches(rows, 8)]
+    loss = jax.jit(partial(mean_loss, model))(params, *batches)
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
+    evaluate = make_evaluation(model, batches, layout.replicated(mesh))
+    np.testing.assert_allclose(evaluate(params), np.mean(expected), rtol=1e-5)
 
 
 def test_a_log_is_not_lost_while_it_is_cut_back(tmp_path, monkeypatch):

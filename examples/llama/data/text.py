@@ -72,6 +72,8 @@ class Text:
                 f"the training text has {len(train.ids)} tokens, a single row of "
                 f"seq_len {config.seq_len} needs {config.seq_len + 1}"
             )
+        if not len(rows[1]):
+            raise DataError("the held-out text has not a single token to predict")
         notes = [*_notes(train, "train"), *_notes(held_out, "validation")]
         return TextData(rows[0], rows[1], len(train.ids), notes)
 
