@@ -9,6 +9,7 @@ from rich.console import Console
 
 from examples.llama import commands, hosts
 from examples.llama.commands import Describe, Train
+from examples.llama.data.text import planned_vocab_size
 from examples.llama.plan import plan
 from examples.llama.stop import Stopped
 from examples.llama.train import train
@@ -71,7 +72,7 @@ def _describe(command: Describe, console: Console) -> None:
 
 def _plan_of(command: Train | Describe, every_leaf: bool) -> str:
     config = command.config
-    vocab_size = config.data.vocab_size or 257
+    vocab_size = planned_vocab_size(config.data)
     return plan(config, vocab_size, command.recipe, jax.device_count(), every_leaf)
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-from functools import partial
 
 import jax
 import numpy as np
@@ -20,11 +19,12 @@ from examples.llama import __main__, layout
 from examples.llama.config import ModelConfig, OptimizerConfig
 from examples.llama.data.batches import placed
 from examples.llama.data.rows import DocumentRows, PackedRows, held_out_batches
+from examples.llama.gradients import make_loss_and_grads
 from examples.llama.metrics import MetricsLog
 from examples.llama.model import PureLlama
 from examples.llama.optimizers import schedules
 from examples.llama.run_record import RunMismatch
-from examples.llama.steps import make_evaluation, mean_loss
+from examples.llama.steps import make_evaluation
 from examples.llama.stop import Stopped
 from examples.llama.train import train
 
@@ -182,7 +182,7 @@ def test_a_document_counts_by_its_tokens(numpy_logits):
         expected += list(log_z - logits[np.arange(len(document) - 1), document[1:]])
     assert len(expected) == 2 + 1 + 8 + 7 + 8
     batches = [placed(x, layout.by_row(mesh, 8)) for x in held_out_batches(rows, 8)]
-    loss = jax.jit(partial(mean_loss, model))(params, *batches)
+    loss, _ = jax.jit(make_loss_and_grads(model))(params, *batches)
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
     evaluate = make_evaluation(model, batches, layout.replicated(mesh))
     np.testing.assert_allclose(evaluate(params), np.mean(expected), rtol=1e-5)

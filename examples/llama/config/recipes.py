@@ -43,6 +43,7 @@ def paper(preset: str, optimizer: str | None = None) -> dict[str, Setting]:
         "optimizer.b1": Setting(0.9, _LORAPRE),
         "optimizer.b2": Setting(0.95, _LORAPRE),
         "data.batching": Setting("one-per-row", _GALORE),
+        "data.vocab_size": Setting(32_000, f"{_GALORE}; T5's pieces"),
         "data.seq_len": Setting(256, _GALORE),
         "data.batch_size": Setting(512, _GALORE),
         "steps": Setting(steps, _GALORE),

@@ -105,6 +105,16 @@ def open_text(config: DataConfig, console: Console) -> Text:
     return text
 
 
+def planned_vocab_size(config: DataConfig) -> int:
+    """That of ``open_text(config)``, from the tokenizer's file at most."""
+    if config.tokenizer == "bpe":
+        assert config.vocab_size is not None  # checked by DataConfig
+        return config.vocab_size
+    path = None if config.tokenizer == "byte" else Path(config.tokenizer)
+    tokenizer = tokenizers.load_file(path) if path else tokenizers.ByteTokenizer()
+    return tokenizers.model_vocabulary(tokenizer, config.vocab_size)
+
+
 def open_source(config: DataConfig) -> Source:
     memory = config.cache / "digests"
     if config.hub is not None:
