@@ -265,8 +265,8 @@ class PureLlama:
         vocab_size: int,
         mesh: Mesh | AbstractMesh | None = None,
     ):
-        self.mesh = mesh
-        self._loss_chunk = config.loss_chunk
+        self.vocab_size, self.mesh = vocab_size, mesh
+        self._config = config
         self._make = lambda rngs: Llama(config, vocab_size, rngs=rngs)
         abstract = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
         self._graph = nnx.graphdef(abstract)
@@ -279,6 +279,11 @@ class PureLlama:
         """Logits (b, s, v) float32 of ``tokens`` (b, s)."""
         with layout.use(self.mesh):
             return nnx.merge(self._graph, params)(tokens)
+
+    def empty_cache(self, begin: jax.Array, slots: int) -> Cache:
+        """For rows of at most ``slots`` tokens, which begin in slots ``begin`` (b,)."""
+        with layout.use(self.mesh):
+            return Cache.empty(self._config, begin, slots)
 
     def extend(
         self, params: Params, tokens: jax.Array, cache: Cache
@@ -315,7 +320,7 @@ class PureLlama:
             return found + z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
 
         batch, length = inputs.shape
-        chunk = min(self._loss_chunk or length, length)
+        chunk = min(self._config.loss_chunk or length, length)
         if chunk == length:
             return losses((features, targets))
         parts = jax.tree.map(
