@@ -1,0 +1,104 @@
+"""Which tensor of a file is which part of our parameters.
+
+A file has one tensor for each layer, (out, in); a leaf of ours is (in, out) and may
+stack the layers. So a tensor is a view of a leaf: of one layer, transposed.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from examples.llama.config import ModelConfig
+from examples.llama.model import Params, PureLlama
+
+
+class BadWeights(ValueError):
+    """A file is not the weights of a Llama that this model can be."""
+
+
+# By our path without the layer's number; {} is that number.
+HUGGING_FACE = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "layers/attention/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/attention/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/attention/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+}
+GGUF = {
+    "embed/embedding": "token_embd.weight",
+    "layers/attention/q/kernel": "blk.{}.attn_q.weight",
+    "layers/attention/k/kernel": "blk.{}.attn_k.weight",
+    "layers/attention/v/kernel": "blk.{}.attn_v.weight",
+    "layers/attention/o/kernel": "blk.{}.attn_output.weight",
+    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
+    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
+    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
+    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
+    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
+    "norm/scale": "output_norm.weight",
+    "head/kernel": "output.weight",
+}
+
+
+def unfilled(config: ModelConfig, vocab_size: int, dtype: Any) -> Params:
+    """Parameters in host memory (NumPy), to be written into."""
+    init = PureLlama(config, vocab_size).init
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x: np.empty(x.shape, dtype), shapes)
+
+
+def as_tensors(params: Params, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Views of ``params`` (NumPy) by the file's names, shaped as there."""
+    tensors = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        full = jax.tree_util.keystr(path, simple=True, separator="/")
+        layer = re.search(r"/(\d+)/", full)
+        name = names[full.replace(layer[0], "/") if layer else full]
+        is_kernel = full.endswith("kernel")
+        if full.startswith("layers/") and not layer:
+            for i, part in enumerate(leaf):
+                tensors[name.format(i)] = part.T if is_kernel else part
+        else:
+            name = name.format(layer[1]) if layer else name
+            tensors[name] = leaf.T if is_kernel else leaf
+    return tensors
+
+
+def check_tensors(
+    wanted: Mapping[str, np.ndarray],
+    found: Mapping[str, tuple[Path, tuple[int, ...]]],
+    promised: Mapping[str, Path],
+    source: Path,
+) -> None:
+    """Raise ``BadWeights`` unless just the tensors wanted are there, in their shapes.
+
+    Args:
+      found: File and shape of each tensor in ``source``.
+      promised: The files that an index names.
+    """
+    faults = [
+        f"{promised.get(name, source)}: tensor {name} is missing"
+        for name in wanted.keys() - found.keys()
+    ]
+    for name, (file, shape) in found.items():
+        if name not in wanted:
+            faults.append(f"{file}: tensor {name} {shape} is no part of this Llama")
+        elif shape != wanted[name].shape:
+            faults.append(
+                f"{file}: tensor {name} is {shape}, should be {wanted[name].shape}"
+            )
+    if faults:
+        faults.sort()
+        more = f"\n... and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise BadWeights("\n".join(faults[:8]) + more)
