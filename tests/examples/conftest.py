@@ -86,15 +86,6 @@ def tiny_config(make_config, tmp_path):
     )
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Development data beside the checkout; nothing depends on it."""
-    folder = Path(__file__).parents[2].parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("no development data beside the checkout (shared/data)")
-    return folder
-
-
 def _norm(x, scale, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
 
