@@ -26,6 +26,21 @@ class DamagedCheckpoint(ValueError):
     """No checkpoint of the run is what was saved."""
 
 
+def newest(workdir: Path) -> Path:
+    """The last checkpoint there that is what was saved; a run may be at work on more.
+
+    Raises ``DamagedCheckpoint``, also where there is none.
+    """
+    steps = _steps(workdir.resolve() / "checkpoints")
+    faults = []
+    for path in reversed(steps):
+        fault = _fault(path, path == steps[-1])
+        if not fault:
+            return path
+        faults.append(f"\n{path}: {fault}")
+    raise DamagedCheckpoint(f"{workdir} has no good checkpoint{''.join(faults)}")
+
+
 class Checkpoints:
     """Orbax checkpoints in ``workdir/checkpoints``, by number of steps done.
 
@@ -122,7 +137,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._digests.mkdir(exist_ok=True)
         found = json.dumps(files.digests(self.path(step)), indent=2)
-        files.write(self._digest_file(self.path(step)), found + "\n")
+        files.write(_digest_file(self.path(step)), found + "\n")
         for file in self._digests.glob("*.json"):
             if int(file.stem) not in self._manager.all_steps():
                 file.unlink()
@@ -137,9 +152,8 @@ class Checkpoints:
             ) from error
 
     def _set_aside(self, damaged: Path) -> list[str]:
-        steps = [path for path in self._folder.glob("*") if path.name.isdigit()]
-        steps.sort(key=lambda path: int(path.name))
-        faults = {path: self._fault(path, path == steps[-1]) for path in steps}
+        steps = _steps(self._folder)
+        faults = {path: _fault(path, path == steps[-1]) for path in steps}
         faults = {path: fault for path, fault in faults.items() if fault}
         lines = [f"checkpoint {path} refused: {why}" for path, why in faults.items()]
         # The very first one may have been interrupted: then nothing is lost.
@@ -153,7 +167,7 @@ class Checkpoints:
         moved = []
         for path, line in zip(faults, lines, strict=True):
             # Or they would be taken for those of the checkpoint that replaces it.
-            self._digest_file(path).unlink(missing_ok=True)
+            _digest_file(path).unlink(missing_ok=True)
             if path in steps[:-_KEPT]:  # Orbax was deleting it, as was due.
                 shutil.rmtree(path)
                 continue
@@ -163,17 +177,25 @@ class Checkpoints:
             moved.append(f"{line}; moved to {damaged}")
         return moved
 
-    def _digest_file(self, path: Path) -> Path:
-        return self._digests / f"{path.name}.json"
 
-    def _fault(self, path: Path, is_newest: bool) -> str:
-        """Why the checkpoint is not what was saved; empty where it is."""
-        file = self._digest_file(path)
-        if not file.exists():
-            return _UNFINISHED if is_newest else f"{file} is missing"
-        try:
-            recorded = json.loads(file.read_text())
-        except ValueError:
-            return f"{file} cannot be read"
-        names = ", ".join(sorted(differences(recorded, files.digests(path))))
-        return f"{names} changed since it was saved" if names else ""
+def _steps(folder: Path) -> list[Path]:
+    """By the number of steps."""
+    steps = [path for path in folder.glob("*") if path.name.isdigit()]
+    return sorted(steps, key=lambda path: int(path.name))
+
+
+def _digest_file(path: Path) -> Path:
+    return path.parents[1] / "digests" / f"{path.name}.json"
+
+
+def _fault(path: Path, is_newest: bool) -> str:
+    """Why the checkpoint is not what was saved; empty where it is."""
+    file = _digest_file(path)
+    if not file.exists():
+        return _UNFINISHED if is_newest else f"{file} is missing"
+    try:
+        recorded = json.loads(file.read_text())
+    except ValueError:
+        return f"{file} cannot be read"
+    names = ", ".join(sorted(differences(recorded, files.digests(path))))
+    return f"{names} changed since it was saved" if names else ""

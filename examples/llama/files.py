@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,6 +23,23 @@ def write(path: Path, content: str | bytes) -> None:
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``folder`` when all is well, and else is removed.
+
+    Raises ``FileExistsError`` where ``folder`` is there already.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; give another name")
+    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def digests(folder: Path) -> dict[str, str]:

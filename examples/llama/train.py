@@ -24,7 +24,7 @@ from examples.llama.optimizers import schedules
 from examples.llama.page import write_page
 from examples.llama.progress import ProgressDisplay
 from examples.llama.report import Reporter
-from examples.llama.run_record import check_same_run, record_run
+from examples.llama.run_record import RunMismatch, check_same_run, record_run
 from examples.llama.steps import (
     TrainState,
     assemble,
@@ -137,6 +137,10 @@ def prepare(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     say(*checkpoints.set_aside)
+    if checkpoints.latest_step == 0:
+        raise RunMismatch(
+            f"{config.workdir} holds imported weights: give another --workdir"
+        )
     start = checkpoints.latest_step or 0
     text = text_of_run(config, start > 0, console)
     data = text.load()

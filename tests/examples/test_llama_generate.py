@@ -66,7 +66,7 @@ def test_the_cache_changes_no_logit(name):
     """In parts of any size, and after whatever stands before a row's beginning."""
     model, params = model_of(name)
     rows = np.random.default_rng(0).integers(0, VOCAB, (2, 8))
-    begin = np.asarray([0, 3], np.int32)
+    begin = jnp.asarray([0, 3])
     alone = [logits_of(model, params, rows[i, begin[i] :]) for i in range(2)]
     cache, done = model.empty_cache(begin, slots=10), 0
     for size in (5, 1, 2):

@@ -13,6 +13,7 @@ from gguf.quants import dequantize, quantize
 
 from examples.llama.config import ModelConfig
 from examples.llama.weights import gguf_file
+from examples.llama.weights.folder import import_weights, load_params
 from examples.llama.weights.gguf_file import GGUFFile
 from examples.llama.weights.names import GGUF, BadWeights, as_tensors, unfilled
 
@@ -155,10 +156,17 @@ def test_tokenizer(tmp_path):
     assert tokenizer.decode(encoded.ids) == "ab ab12b"
 
 
-def test_other_tokenizers_are_refused(tmp_path):
-    path = write(tmp_path / "a.gguf", TIED, change=with_tokenizer("llama-bpe"))
-    with pytest.raises(BadWeights, match="pre is 'llama-bpe'; only smollm"):
-        GGUFFile(path).tokenizer()
+def test_import_takes_the_tokenizer_where_it_can(tmp_path):
+    path = write(tmp_path / "a.gguf", TIED, change=with_tokenizer("smollm"))
+    assert import_weights(path, tmp_path / "a") == (TIED, VOCAB, "")
+    weights = load_params(tmp_path / "a")
+    assert weights.end_of_text == 0
+    assert weights.tokenizer == tmp_path / "a" / "tokenizer.json"
+    jax.tree.map(np.testing.assert_array_equal, weights.params, params_of(TIED))
+    path = write(tmp_path / "b.gguf", TIED, change=with_tokenizer("llama-bpe"))
+    imported = import_weights(path, tmp_path / "b")
+    assert "pre is 'llama-bpe'; only smollm" in imported.without_tokenizer
+    assert load_params(tmp_path / "b").tokenizer is None
 
 
 def test_halves_and_neighbours():

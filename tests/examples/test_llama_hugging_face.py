@@ -6,6 +6,7 @@ That transformers agrees with us about what they mean: tests/parity.
 import dataclasses
 import json
 import re
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -28,7 +29,7 @@ CONFIG = ModelConfig(
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True, num_kv_heads=1)
 
 
-def params_of(config, dtype="float32"):
+def params_of(config, dtype: Any = np.float32):
     """Of NumPy; every number is another one, and the same in each dtype."""
     rng = np.random.default_rng(0)
     params = unfilled(config, VOCAB, np.dtype(dtype))

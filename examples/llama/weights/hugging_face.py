@@ -7,8 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,6 +69,13 @@ def load(
     return config, vocab_size, params
 
 
+def end_of_text(folder: Path) -> int | None:
+    """The token that ends a text, or the first of those that do."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    number = found.get("eos_token_id")
+    return number[0] if isinstance(number, list) else number
+
+
 def _index(folder: Path) -> tuple[dict[str, Path], Path]:
     """The shard of each tensor, none where there is one file; and what says so."""
     single, index = folder / _SINGLE, folder / _INDEX
@@ -122,14 +127,9 @@ def save(
       context: Tokens of a row that the model was trained on, for whoever asks it.
       tokenizer: A ``tokenizer.json`` to go with it.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already; give another name")
     tensors = as_tensors(jax.tree.map(np.asarray, params), HUGGING_FACE)
     dtype = jnp.dtype(dtype or next(iter(tensors.values())).dtype)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    part.mkdir()
-    try:
+    with files.new_folder(folder) as part:
         _write_tensors(part, tensors, dtype, shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(part, tokenizer, end_of_text)
@@ -141,9 +141,6 @@ def save(
             end_of_text=end_of_text,
         )
         files.write(part / "config.json", settings)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_tensors(
