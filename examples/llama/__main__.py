@@ -8,11 +8,21 @@ import jax
 from rich.console import Console
 
 from examples.llama import commands, hosts
-from examples.llama.commands import Describe, Train
+from examples.llama.commands import (
+    Describe,
+    Eval,
+    Export,
+    Generate,
+    Import,
+    Train,
+    config_of,
+)
 from examples.llama.data.text import planned_vocab_size
 from examples.llama.plan import plan
 from examples.llama.stop import Stopped
 from examples.llama.train import train
+from examples.llama.using import evaluate, go_on
+from examples.llama.weights.folder import export_weights, import_weights
 
 
 def main() -> int:
@@ -76,9 +86,44 @@ def _plan_of(command: Train | Describe, every_leaf: bool) -> str:
     return plan(config, vocab_size, command.recipe, jax.device_count(), every_leaf)
 
 
+def _eval(command: Eval, console: Console) -> None:
+    found = evaluate(command, console)
+    _say(console, f"held-out loss    {found.loss:.4f} nats per token")
+    _say(console, f"perplexity       {found.perplexity:.3f}")
+    _say(console, f"tokens           {found.tokens:,}")
+
+
+def _generate(command: Generate, console: Console) -> None:
+    for prompt, text in go_on(command):
+        _say(console, f"{prompt}{text}\n")
+
+
+def _import(command: Import, console: Console) -> None:
+    made = import_weights(
+        command.source,
+        command.workdir,
+        command.dtype,
+        scan_layers=command.scan_layers,
+    )
+    _say(console, f"{command.workdir}: {made.config}, {made.vocab_size:,} pieces")
+    if made.without_tokenizer:
+        _say(console, f"without a tokenizer: {made.without_tokenizer}")
+
+
+def _export(command: Export, console: Console) -> None:
+    config = config_of(command.workdir)
+    context = config.data.seq_len
+    export_weights(command.workdir, command.target, command.dtype, context)
+    _say(console, f"written to {command.target}")
+
+
 _COMMANDS: dict[type, Callable[[Any, Console], None]] = {
     Train: _train,
+    Eval: _eval,
+    Generate: _generate,
     Describe: _describe,
+    Import: _import,
+    Export: _export,
 }
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from examples.llama.config import PRESETS, Config, file, flat, override
 from examples.llama.config.recipes import RECIPES, Setting
+from examples.llama.data import tokenizers
+from examples.llama.run_record import data_of, settings_of
 
 PROGRAM = "python -m examples.llama"
 
@@ -45,6 +47,8 @@ class Eval:
     """Folder of *validation*.json.gz (none: the run's own text)."""
     eval_tokens: int | None = None
     """Held-out tokens to predict (none: as many as the run does)."""
+    batch_size: int | None = None
+    """Rows at a time, over all devices (none: as many as the run's steps)."""
     mesh: str | None = None
     """Devices along data, fsdp and tensor (none: all along data)."""
 
@@ -74,7 +78,11 @@ class Import:
     source: tyro.conf.Positional[Path]
     """A Hugging Face folder (config.json, *.safetensors), or a GGUF file."""
     workdir: tyro.conf.Positional[Path]
-    """New folder."""
+    """New folder; train --init-from takes it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the parameters are kept."""
+    scan_layers: bool = True
+    """Stack the layers' parameters, as train does by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +93,8 @@ class Export:
     """Folder of the run."""
     target: tyro.conf.Positional[Path]
     """New folder, for transformers' from_pretrained."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the files (none: the parameters' own)."""
 
 
 Command = Train | Eval | Generate | Describe | Import | Export
@@ -105,6 +115,8 @@ def parse(arguments: list[str]) -> Command:
             recipe = RECIPES[options.recipe](options.preset, optimizer)
             values = {name: setting.value for name, setting in recipe.items()}
             config = override(config, values)
+        if options.init_from:
+            config = override(config, _defaults_of(options.init_from))
         # Before what was given beside it, which wins.
         rest[1:1] = file.options_of(content, options.config)
         rest += ["--optimizer", options.optimizer] if options.optimizer else []
@@ -124,7 +136,29 @@ def _defaults_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=RECIPES)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--optimizer")
+    parser.add_argument("--init-from", type=Path)
     return parser
+
+
+def _defaults_of(folder: Path) -> dict[str, Any]:
+    """Settings that parameters there ask for, by their dotted names."""
+    values = {f"model.{name}": x for name, x in settings_of(folder)["model"].items()}
+    tokenizer = tokenizers.saved_file(folder)
+    if tokenizer is not None:
+        values["data.tokenizer"] = str(tokenizer)
+    vocab_size = data_of(folder)["vocab_size"]
+    return values | {"data.vocab_size": vocab_size, "init_from": folder}
+
+
+def config_of(run: Path) -> Config:
+    """The settings of a run, its tokenizer the one that it has kept.
+
+    Of imported weights, the default settings with their model and tokenizer.
+    """
+    content = file.load(run / "config.yaml")
+    command = parse(["train", *file.options_of(content, run)])
+    assert isinstance(command, Train)
+    return override(command.config, _defaults_of(run))
 
 
 _DEFAULTS = (

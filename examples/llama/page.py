@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from examples.llama import files
-from examples.llama.config import Config, file
+from examples.llama.config import Config, as_groups, file
 from examples.llama.metrics import Record
 
 _PACKAGES = (
@@ -68,7 +68,7 @@ def write_page(
             f'<img alt="losses" src="data:image/png;base64,{picture}">',
             "<h2>Evaluations</h2>",
             _table([[name.replace("_", " ") for name in columns], *evaluations]),
-            f"<h2>Settings</h2><pre>{html.escape(file.dump(config))}</pre>",
+            f"<h2>Settings</h2><pre>{html.escape(file.dump(as_groups(config)))}</pre>",
             f"<h2>Optimizer state</h2><pre>{html.escape(memory)}</pre>",
             f"<h2>Versions</h2>{_table((machine | versions).items())}\n",
         ]

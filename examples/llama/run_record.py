@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from examples.llama import files
-from examples.llama.config import Config, as_groups, differences, file, flat
+from examples.llama.config import (
+    Config,
+    ModelConfig,
+    as_groups,
+    differences,
+    file,
+    flat,
+)
+
+_SETTINGS, _DATA = "config.yaml", "data.json"
 
 
 class RunMismatch(ValueError):
@@ -18,16 +27,11 @@ def check_same_run(config: Config, data: Mapping[str, Any] | None = None) -> Non
 
     Without ``data`` only the settings are compared, which needs no data.
     """
-    settings, of_data = _settings_file(config.workdir), _data_file(config.workdir)
-    for path in (settings, of_data):
-        if not path.exists():
-            raise RunMismatch(f"{config.workdir} has checkpoints but no {path.name}")
-    different = differences(flat(file.load(settings)), flat(as_groups(config)))
+    settings = settings_of(config.workdir)
+    different = differences(flat(settings), flat(as_groups(config)))
     if data is not None:
-        different |= differences(
-            {f"data.{name}": x for name, x in json.loads(of_data.read_text()).items()},
-            {f"data.{name}": x for name, x in data.items()},
-        )
+        there = {"data": data_of(config.workdir)}
+        different |= differences(flat(there), flat({"data": data}))
     if different:
         listed = "".join(
             f"\n  {name}: {there!r} there, {now!r} now"
@@ -45,13 +49,30 @@ def record_run(config: Config, data: Mapping[str, Any]) -> None:
     Args:
       data: What tells its data from others, JSON values by name.
     """
-    files.write(_settings_file(config.workdir), file.dump(config))
-    files.write(_data_file(config.workdir), json.dumps(data, indent=2) + "\n")
+    files.write(config.workdir / _SETTINGS, file.dump(as_groups(config)))
+    files.write(config.workdir / _DATA, json.dumps(data, indent=2) + "\n")
 
 
-def _settings_file(workdir: Path) -> Path:
-    return workdir / "config.yaml"
+def record_weights(
+    workdir: Path, model: ModelConfig, vocab_size: int, end_of_text: int | None
+) -> None:
+    """The same of parameters that no run has made."""
+    files.write(workdir / _SETTINGS, file.dump({"model": as_groups(model)}))
+    data = {"vocab_size": vocab_size, "end_of_text": end_of_text}
+    files.write(workdir / _DATA, json.dumps(data, indent=2) + "\n")
 
 
-def _data_file(workdir: Path) -> Path:
-    return workdir / "data.json"
+def settings_of(workdir: Path) -> dict[str, Any]:
+    """In groups. Raises ``RunMismatch`` where no run lives there."""
+    return file.load(_existing(workdir, _SETTINGS))
+
+
+def data_of(workdir: Path) -> dict[str, Any]:
+    """What ``record_run`` was given. Raises as ``settings_of`` does."""
+    return json.loads(_existing(workdir, _DATA).read_text())
+
+
+def _existing(workdir: Path, name: str) -> Path:
+    if not (workdir / name).is_file():
+        raise RunMismatch(f"{workdir}: no {name}, so neither a run nor weights")
+    return workdir / name

@@ -34,6 +34,20 @@ def init_state(
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
 
+def state_from(
+    params: Any, tx: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """A new state around ``params``, in the dtypes and places of ``abstract``."""
+    dtypes = jax.tree.map(lambda x: x.dtype, abstract.params)
+
+    def begin(params: Any) -> TrainState:
+        params = jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
+        return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(begin, out_shardings=shardings)(params)
+
+
 def abstract_state(
     model: PureLlama, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:

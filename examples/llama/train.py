@@ -32,9 +32,11 @@ from examples.llama.steps import (
     make_diagnosis,
     make_evaluation,
     make_train_step,
+    state_from,
 )
 from examples.llama.stop import Stopped, StopRequest
 from examples.llama.trace import Trace
+from examples.llama.weights.folder import load_for
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def prepare(
     say(*checkpoints.set_aside)
     if checkpoints.latest_step == 0:
         raise RunMismatch(
-            f"{config.workdir} holds imported weights: give another --workdir"
+            f"{config.workdir} holds imported weights: give another --workdir, and "
+            f"--init-from {config.workdir} to begin with them"
         )
     start = checkpoints.latest_step or 0
     text = text_of_run(config, start > 0, console)
@@ -150,6 +153,8 @@ def prepare(
     say(*layout.exceptions(mesh, abstract.params), str(memory))
     if start:
         state = checkpoints.restore(abstract)
+    elif config.init_from is not None:
+        state = state_from(load_for(config, text.vocab_size, mesh), tx, abstract)
     else:
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(partial(init_state, model, tx), out_shardings=shardings)
@@ -221,7 +226,11 @@ def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
     if resumed:
         check_same_run(config)  # already before the data is read, which may take long
     text = open_text(config.data, console)
-    found = {"fingerprint": text.fingerprint, "vocab_size": text.vocab_size}
+    found = {
+        "fingerprint": text.fingerprint,
+        "vocab_size": text.vocab_size,
+        "end_of_text": text.tokenizer.end_of_text,
+    }
     hosts.check_same(str(found), "the text")
     if resumed:
         check_same_run(config, found)

@@ -69,7 +69,7 @@ def test_each_source_wins_over_those_before_it(tmp_path):
 )
 def test_what_is_written_is_read_back(config, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(file.dump(config))
+    path.write_text(file.dump(as_groups(config)))
     assert config_of(["train", "--config", str(path)]) == config
     # Anyone else's YAML reads it too.
     assert flat(yaml.safe_load(path.read_text())) == flat(as_groups(config))

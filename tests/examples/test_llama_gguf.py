@@ -161,12 +161,12 @@ def test_import_takes_the_tokenizer_where_it_can(tmp_path):
     assert import_weights(path, tmp_path / "a") == (TIED, VOCAB, "")
     weights = load_params(tmp_path / "a")
     assert weights.end_of_text == 0
-    assert weights.tokenizer == tmp_path / "a" / "tokenizer.json"
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
     jax.tree.map(np.testing.assert_array_equal, weights.params, params_of(TIED))
     path = write(tmp_path / "b.gguf", TIED, change=with_tokenizer("llama-bpe"))
     imported = import_weights(path, tmp_path / "b")
     assert "pre is 'llama-bpe'; only smollm" in imported.without_tokenizer
-    assert load_params(tmp_path / "b").tokenizer is None
+    assert not (tmp_path / "b" / "tokenizer.json").exists()
 
 
 def test_halves_and_neighbours():

@@ -32,7 +32,7 @@ def run(tmp_path, request):
     config = Config(model, optimizer=OptimizerConfig("adamw"), workdir=tmp_path / "run")
     tx = make_optimizer(config.optimizer, steps=10)
     config.workdir.mkdir()
-    record_run(config, "the data's fingerprint")
+    record_run(config, {"vocab_size": VOCAB, "end_of_text": 0})
     init = jax.jit(partial(init_state, PureLlama(model, VOCAB), tx))
     with Checkpoints(config.workdir) as checkpoints:
         for step in (1, 2):
@@ -78,14 +78,8 @@ def test_a_damaged_checkpoint_is_not_read(run):
 def test_export_and_import_are_inverse(run, tmp_path):
     config, params = run
     pieces = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-    pieces.save(str(tmp_path / "tokenizer.json"))
-    export_weights(
-        config.workdir,
-        tmp_path / "hf",
-        end_of_text=0,
-        tokenizer=tmp_path / "tokenizer.json",
-        context=99,
-    )
+    pieces.save(str(config.workdir / "tokenizer.json"))
+    export_weights(config.workdir, tmp_path / "hf", context=99)
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["max_position_embeddings"] == 99
     imported = import_weights(
@@ -109,7 +103,8 @@ def test_import_in_bfloat16_without_a_tokenizer(tmp_path):
     imported = import_weights(tmp_path / "hf", tmp_path / "there", "bfloat16")
     assert "hf has no tokenizer.json" in imported.without_tokenizer
     weights = load_params(tmp_path / "there")
-    assert weights.tokenizer is None
+    with pytest.raises(BadWeights, match="there has no tokenizer"):
+        weights.tokenizer()
     expected = jax.tree.map(lambda x: np.asarray(x.astype("bfloat16")), params)
     assert_same(weights.params, expected)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(weights.params)} == {"bfloat16"}

@@ -45,6 +45,9 @@ class Config:
     batch_size (none: all of them)."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator in what is minimised."""
+    init_from: Path | None = None
+    """Folder of a run, or of imported weights, whose parameters to begin with; their
+    model and tokenizer are then the defaults (none: random parameters)."""
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
     mesh: str | None = None

@@ -13,16 +13,16 @@ from typing import Any
 
 import yaml
 
-from examples.llama.config import Config, as_groups, flat
+from examples.llama.config import Config, flat
 
 
 class ConfigFileError(ValueError):
     """The file cannot be read as settings; the message names it and the place."""
 
 
-def dump(config: Config) -> str:
-    """All settings, in groups; `options_of` reads it back."""
-    return yaml.safe_dump(as_groups(config), sort_keys=False)
+def dump(groups: Mapping[str, Any]) -> str:
+    """As YAML; `load` and `options_of` read it back."""
+    return yaml.safe_dump(groups, sort_keys=False)
 
 
 def load(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,8 +136,25 @@ def load_file(path: Path) -> Tokenizer:
 
 def load_saved(folder: Path) -> Tokenizer:
     """What ``save`` wrote there; bytes where it wrote nothing."""
+    path = saved_file(folder)
+    return load_file(path) if path else ByteTokenizer()
+
+
+def saved_file(folder: Path) -> Path | None:
+    """That which ``save`` wrote there, if any."""
     paths = [folder / name for name in (_SENTENCEPIECE_FILE, _PIECES_FILE)]
-    return next((load_file(path) for path in paths if path.exists()), ByteTokenizer())
+    return next((path for path in paths if path.exists()), None)
+
+
+def copy_saved(source: Path, target: Path) -> bool:
+    """From folder to folder, with what is told beside it; whether there is one."""
+    path = saved_file(source)
+    if path is None:
+        return False
+    for name in (path.name, _SETTINGS_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PiecesTokenizer:

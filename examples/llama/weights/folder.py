@@ -1,12 +1,12 @@
 """Parameters alone: of a run's last checkpoint, or brought in from elsewhere.
 
-A folder that ``import_weights`` makes is laid out as a run's: ``config.json`` has the
-settings of the model, and the parameters are the checkpoint of step 0, without an
-optimizer's state. ``tokenizer.json`` is there if the weights came with one.
+A folder that ``import_weights`` makes is laid out as a run's: ``config.yaml`` has the
+settings of the model, ``data.json`` what ends a text, and the parameters are the
+checkpoint of step 0, without an optimizer's state. The tokenizer's file is there if the
+weights came with one.
 """
 
-import json
-import shutil
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +17,36 @@ from jax.sharding import Mesh
 
 from examples.llama import files, layout
 from examples.llama.checkpoint import Checkpoints, newest
-from examples.llama.config import ModelConfig, as_fields
+from examples.llama.config import Config, ModelConfig
+from examples.llama.data import tokenizers
+from examples.llama.data.tokenizers import Tokenizer
 from examples.llama.model import Params, PureLlama
+from examples.llama.run_record import data_of, record_weights, settings_of
 from examples.llama.weights import hugging_face
 from examples.llama.weights.gguf_file import GGUFFile
 from examples.llama.weights.names import BadWeights
 
-_TOKENIZER = "tokenizer.json"
+_BYTES = "byte"
+_HOW = ("compute_dtype", "param_dtype", "remat", "loss_chunk")
 
 
 class Weights(NamedTuple):
+    folder: Path
     config: ModelConfig
     vocab_size: int
     params: Params
-    end_of_text: int | None  # As imported weights say it; a run's data knows its own.
-    tokenizer: Path | None  # A tokenizer.json in the folder.
+    end_of_text: int | None
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises ``BadWeights`` where the weights came without one."""
+        settings = settings_of(self.folder)
+        by_file = tokenizers.saved_file(self.folder) is not None
+        if not by_file and settings.get("data", {}).get("tokenizer") != _BYTES:
+            raise BadWeights(
+                f"{self.folder} has no tokenizer: put its tokenizer.json or "
+                "tokenizer.model there"
+            )
+        return tokenizers.load_saved(self.folder)
 
 
 def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
@@ -42,17 +57,7 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
 
     Raises ``ValueError``, which names the file, where there is nothing good to read.
     """
-    record_file = workdir / "config.json"
-    if not record_file.is_file():
-        raise BadWeights(f"{workdir}: no config.json, so neither a run nor weights")
-    record = json.loads(record_file.read_text())
-    config = ModelConfig(
-        **{
-            name.removeprefix("model."): value
-            for name, value in record.items()
-            if name.startswith("model.")
-        }
-    )
+    config = ModelConfig(**settings_of(workdir)["model"])
     step = newest(workdir)
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(
@@ -61,14 +66,33 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
         stored: Any = manager.item_metadata(int(step.name))
         vocab_size = stored["params"]["embed"]["embedding"].shape[0]
         params = _restored(manager, int(step.name), config, vocab_size, mesh)
-    tokenizer = workdir / _TOKENIZER
-    return Weights(
-        config,
-        vocab_size,
-        params,
-        record.get("end_of_text"),
-        tokenizer if tokenizer.is_file() else None,
-    )
+    end_of_text = data_of(workdir).get("end_of_text")
+    return Weights(workdir, config, vocab_size, params, end_of_text)
+
+
+def load_for(config: Config, vocab_size: int, mesh: Mesh) -> Params:
+    """Those of ``config.init_from``, for the model of ``config``.
+
+    Raises ``BadWeights`` where they are of another model.
+    """
+    assert config.init_from is not None
+    weights = load_params(config.init_from, mesh)
+    there = _meaning(weights.config) | {"vocab_size": weights.vocab_size}
+    here = _meaning(config.model) | {"vocab_size": vocab_size}
+    different = [
+        f"\n  {name}: {there[name]} there, {here[name]} now"
+        for name in there
+        if there[name] != here[name]
+    ]
+    if different:
+        raise BadWeights(f"{config.init_from} is another model:{''.join(different)}")
+    return weights.params
+
+
+def _meaning(config: ModelConfig) -> dict[str, Any]:
+    """What parameters are for: all but how they are computed with."""
+    fields = dataclasses.asdict(config) | {"num_kv_heads": config.kv_heads}
+    return {name: x for name, x in fields.items() if name not in _HOW}
 
 
 def _restored(
@@ -116,38 +140,30 @@ def import_weights(
         if source.is_dir():
             loaded = hugging_face.load(source, dtype, scan_layers=scan_layers)
             end_of_text = hugging_face.end_of_text(source)
-            if (source / _TOKENIZER).is_file():
-                shutil.copyfile(source / _TOKENIZER, part / _TOKENIZER)
-            else:
-                without_tokenizer = f"{source} has no {_TOKENIZER}"
+            if not tokenizers.copy_saved(source, part):
+                without_tokenizer = f"{source} has no tokenizer.json or tokenizer.model"
         else:
             file = GGUFFile(source)
             loaded = file.load(dtype, scan_layers=scan_layers)
             end_of_text = file.end_of_text()
             try:
-                file.tokenizer().save(str(part / _TOKENIZER))
+                file.tokenizer().save(str(part / "tokenizer.json"))
             except BadWeights as error:
                 without_tokenizer = str(error)
         config, vocab_size, params = loaded
+        config = dataclasses.replace(config, param_dtype=dtype)
         with Checkpoints(part) as checkpoints:
             checkpoints.save(0, {"params": params})
-        record = as_fields(config, "model.") | {"end_of_text": end_of_text}
-        files.write(part / "config.json", json.dumps(record, indent=2) + "\n")
+        record_weights(part, config, vocab_size, end_of_text)
     return Imported(config, vocab_size, without_tokenizer)
 
 
 def export_weights(
-    workdir: Path,
-    folder: Path,
-    *,
-    dtype: Any = None,
-    context: int = 2048,
-    end_of_text: int | None = None,
-    tokenizer: Path | None = None,
+    workdir: Path, folder: Path, dtype: Any = None, context: int = 2048
 ) -> None:
     """Write the weights of ``workdir`` as a new Hugging Face folder; see its ``save``.
 
-    ``end_of_text`` and ``tokenizer`` are by default those that the weights came with.
+    Its tokenizer goes with them, where there is a file of it.
     """
     weights = load_params(workdir)
     hugging_face.save(
@@ -157,6 +173,6 @@ def export_weights(
         weights.params,
         dtype=dtype,
         context=context,
-        end_of_text=weights.end_of_text if end_of_text is None else end_of_text,
-        tokenizer=tokenizer or weights.tokenizer,
+        end_of_text=weights.end_of_text,
+        tokenizer=tokenizers.saved_file(workdir),
     )

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -125,7 +126,7 @@ def save(
       dtype: Of the files; None: that of the parameters.
       shard_bytes: More than so many bytes of tensors are divided among files.
       context: Tokens of a row that the model was trained on, for whoever asks it.
-      tokenizer: A ``tokenizer.json`` to go with it.
+      tokenizer: A ``tokenizer.json``, or a SentencePiece ``.model``, to go with it.
     """
     tensors = as_tensors(jax.tree.map(np.asarray, params), HUGGING_FACE)
     dtype = jnp.dtype(dtype or next(iter(tensors.values())).dtype)
@@ -187,6 +188,9 @@ def _divided(
 
 
 def _write_tokenizer(folder: Path, tokenizer: Path, end_of_text: int | None) -> None:
+    if tokenizer.suffix == ".model":
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        return
     text = tokenizer.read_text(encoding="utf-8")
     files.write(folder / "tokenizer.json", text)
     settings = {

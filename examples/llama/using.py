@@ -1,0 +1,71 @@
+"""What one does with a model that is there: measure it, and let it write."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from rich.console import Console
+
+from examples.llama import layout
+from examples.llama.commands import Eval, Generate, config_of
+from examples.llama.data.batches import placed
+from examples.llama.data.rows import held_out_batches
+from examples.llama.data.text import open_text
+from examples.llama.generate import generate
+from examples.llama.metrics import perplexity
+from examples.llama.model import PureLlama
+from examples.llama.steps import make_evaluation
+from examples.llama.weights.folder import load_params
+
+
+class Measured(NamedTuple):
+    loss: float  # nats per token
+    perplexity: float
+    tokens: int
+
+
+def evaluate(command: Eval, console: Console) -> Measured:
+    """The loss of each token of the held-out text, from those before it in its row."""
+    config = config_of(command.workdir)
+    changes = {
+        "path": command.data,
+        "eval_tokens": command.eval_tokens,
+        "batch_size": command.batch_size,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    if command.data is not None:
+        given["hub"] = None
+    mesh = layout.make_mesh(command.mesh, jax.devices())
+    data = dataclasses.replace(config.data, **given)
+    by_row = layout.by_row(mesh, data.batch_size)
+    weights = load_params(command.workdir, mesh)
+    held_out, notes = open_text(data, console).held_out()
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    batches = [placed(x, by_row) for x in held_out_batches(held_out, data.batch_size)]
+    model = PureLlama(weights.config, weights.vocab_size, mesh)
+    evaluate = make_evaluation(model, batches, layout.replicated(mesh))
+    loss = evaluate(weights.params)
+    tokens = sum(int(batch.mask.sum()) for batch in batches)
+    return Measured(loss, perplexity(loss), tokens)
+
+
+def go_on(command: Generate) -> list[tuple[str, str]]:
+    """Each prompt, and what the model has to say after it."""
+    weights = load_params(command.workdir)
+    tokenizer = weights.tokenizer()
+    end = weights.end_of_text
+    end = tokenizer.end_of_text if end is None else end
+    prompts = list(command.prompt) or [""]
+    made = generate(
+        PureLlama(weights.config, weights.vocab_size),
+        jax.device_put(weights.params),
+        # A new document comes after the end of another.
+        [list(ids) or [end] for ids in tokenizer.encode(prompts)],
+        command.max_new_tokens,
+        temperature=command.temperature,
+        top_p=command.top_p,
+        key=jax.random.key(command.seed),
+        end_of_text=end,
+    )
+    return [(p, tokenizer.decode(row)) for p, row in zip(prompts, made, strict=True)]
