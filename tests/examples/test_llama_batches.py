@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from command_line import finish
 from faulty_run import digest
+from outcome import losses
 from rich.console import Console
 
 from examples.llama import layout
@@ -130,3 +131,8 @@ def test_a_killed_run_goes_on_with_the_tokens_it_would_have_seen(
     seen = [json.loads(line) for line in lines]
     assert [step for step, _ in seen] == list(range(1, 13))
     assert dict(seen) == {step: digest(expected[step - 1]) for step in range(1, 13)}
+
+    # Epochs are counted from the start of the run.
+    epochs = [record["epoch"] for record in losses(config.workdir)[1:]]
+    assert epochs == [round(step * 8 / len(rows), 4) for step in range(1, 13)]
+    assert f"epoch {epochs[-1]:.2f}" in done.stdout
