@@ -136,7 +136,7 @@ def _defaults_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=RECIPES)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--optimizer")
-    parser.add_argument("--init-from", type=Path)
+    parser.add_argument("--init-from", type=lambda x: None if x == "None" else Path(x))
     return parser
 
 
@@ -155,8 +155,7 @@ def config_of(run: Path) -> Config:
 
     Of imported weights, the default settings with their model and tokenizer.
     """
-    content = file.load(run / "config.yaml")
-    command = parse(["train", *file.options_of(content, run)])
+    command = parse(["train", "--config", str(run / "config.yaml")])
     assert isinstance(command, Train)
     return override(command.config, _defaults_of(run))
 

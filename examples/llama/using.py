@@ -39,10 +39,11 @@ def evaluate(command: Eval, console: Console) -> Measured:
     data = dataclasses.replace(config.data, **given)
     by_row = layout.by_row(mesh, data.batch_size)
     weights = load_params(command.workdir, mesh)
-    held_out, notes = open_text(data, console).held_out()
-    for note in notes:
+    held_out = open_text(data, console).held_out()
+    for note in held_out.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-    batches = [placed(x, by_row) for x in held_out_batches(held_out, data.batch_size)]
+    size = data.batch_size
+    batches = [placed(x, by_row) for x in held_out_batches(held_out.rows, size)]
     model = PureLlama(weights.config, weights.vocab_size, mesh)
     evaluate = make_evaluation(model, batches, layout.replicated(mesh))
     loss = evaluate(weights.params)

@@ -28,6 +28,12 @@ class TextData(NamedTuple):
     notes: list[str]  # What was left out of it.
 
 
+class Part(NamedTuple):
+    rows: Rows
+    tokens: int
+    notes: list[str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """Where the tokens of a run come from; the tokens themselves are not read yet."""
@@ -54,28 +60,35 @@ class Text:
 
     def load(self) -> TextData:
         """Rows to train and to be measured on, tokenised now if they never were."""
-        train, held_out = self._tokens("train"), self._tokens("validation")
-        config, pad = self.config, self.tokenizer.pad
-        if config.batching == "one-per-row":
-            rows = [
-                DocumentRows(part.ids, part.ends, config.seq_len, pad)
-                for part in (train, held_out)
-            ]
+        train, held_out = self.train(), self.held_out()
+        notes = [*train.notes, *held_out.notes]
+        return TextData(train.rows, held_out.rows, train.tokens, notes)
+
+    def train(self) -> Part:
+        tokens, seq_len = self._tokens("train"), self.config.seq_len
+        if self.config.batching == "one-per-row":
+            rows = self._one_per_row(tokens)
         else:
-            length = config.eval_tokens + 1
-            rows = [
-                PackedRows(train.ids, config.seq_len),
-                PackedRows(held_out.ids, config.seq_len, pad, length),
-            ]
-        if not len(rows[0]):
+            rows = PackedRows(tokens.ids, seq_len)
+        if not len(rows):
             raise DataError(
-                f"the training text has {len(train.ids)} tokens, a single row of "
-                f"seq_len {config.seq_len} needs {config.seq_len + 1}"
+                f"the training text has {len(tokens.ids)} tokens, a single row of "
+                f"seq_len {seq_len} needs {seq_len + 1}"
             )
-        if not len(rows[1]):
-            raise DataError("the held-out text has not a single token to predict")
-        notes = [*_notes(train, "train"), *_notes(held_out, "validation")]
-        return TextData(rows[0], rows[1], len(train.ids), notes)
+        return Part(rows, len(tokens.ids), _notes(tokens, "train"))
+
+    def held_out(self) -> Part:
+        tokens, config = self._tokens("validation"), self.config
+        if config.batching == "one-per-row":
+            rows = self._one_per_row(tokens)
+        else:
+            pad, length = self.tokenizer.pad, config.eval_tokens + 1
+            rows = PackedRows(tokens.ids, config.seq_len, pad, length)
+        return Part(rows, len(tokens.ids), _notes(tokens, "validation"))
+
+    def _one_per_row(self, tokens: Tokens) -> Rows:
+        seq_len, pad = self.config.seq_len, self.tokenizer.pad
+        return DocumentRows(tokens.ids, tokens.ends, seq_len, pad)
 
     def _tokens(self, split: Split) -> Tokens:
         return token_cache.tokenise(

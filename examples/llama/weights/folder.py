@@ -58,16 +58,9 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
     Raises ``ValueError``, which names the file, where there is nothing good to read.
     """
     config = ModelConfig(**settings_of(workdir)["model"])
-    step = newest(workdir)
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(
-        step.parent, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
-    ) as manager:
-        stored: Any = manager.item_metadata(int(step.name))
-        vocab_size = stored["params"]["embed"]["embedding"].shape[0]
-        params = _restored(manager, int(step.name), config, vocab_size, mesh)
-    end_of_text = data_of(workdir).get("end_of_text")
-    return Weights(workdir, config, vocab_size, params, end_of_text)
+    data = data_of(workdir)
+    params = _restored(newest(workdir), config, data["vocab_size"], mesh)
+    return Weights(workdir, config, data["vocab_size"], params, data["end_of_text"])
 
 
 def load_for(config: Config, vocab_size: int, mesh: Mesh) -> Params:
@@ -96,11 +89,7 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
 
 
 def _restored(
-    manager: ocp.CheckpointManager,
-    step: int,
-    config: ModelConfig,
-    vocab_size: int,
-    mesh: Mesh | None,
+    step: Path, config: ModelConfig, vocab_size: int, mesh: Mesh | None
 ) -> Params:
     init = PureLlama(config, vocab_size).init
     wanted = {"params": jax.eval_shape(init, jax.random.key(0))}
@@ -112,7 +101,8 @@ def _restored(
             {"params": layout.param_shardings(mesh, wanted["params"])},
         )
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-    return manager.restore(step, args=args)["params"]
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(step / "default", args=args)["params"]
 
 
 class Imported(NamedTuple):
