@@ -103,7 +103,7 @@ def test_a_row_ends_at_the_end_of_text():
 def test_the_same_key_the_same_tokens():
     model, params = model_of("stacked")
 
-    def draw(seed, temperature=2.0):
+    def draw(seed, temperature=1e3):  # every token is about as likely
         key = jax.random.key(seed)
         made = generate(model, params, [[1]] * 4, NEW, temperature=temperature, key=key)
         return np.stack(made)
@@ -111,6 +111,7 @@ def test_the_same_key_the_same_tokens():
     np.testing.assert_array_equal(draw(0), draw(0))
     assert (draw(0) != draw(1)).any()
     assert len(np.unique(draw(0), axis=0)) == 4  # rows draw by themselves
+    assert len(np.unique(draw(0)[0])) > 4  # and so does every token of one
     (likeliest,) = generate(model, params, [[1]], NEW)
     np.testing.assert_array_equal(draw(0, 1e-4), np.stack([likeliest] * 4))
 
