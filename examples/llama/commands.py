@@ -47,6 +47,8 @@ class Eval:
     """Folder of *validation*.json.gz (none: the run's own text)."""
     eval_tokens: int | None = None
     """Held-out tokens to predict (none: as many as the run does)."""
+    seq_len: int | None = None
+    """Tokens per row that are predicted (none: as many as the run does)."""
     batch_size: int | None = None
     """Rows at a time, over all devices (none: as many as the run's steps)."""
     mesh: str | None = None

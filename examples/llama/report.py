@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,12 +21,10 @@ class Reporter:
         self,
         log: MetricsLog,
         display: ProgressDisplay,
-        tokens_per_step: int,
         work: float | None = None,
     ):
         """``work``: of one step, in seconds of all devices at their peak; if known."""
         self._log, self._display = log, display
-        self._tokens_per_step = tokens_per_step
         self._work = work
         self._stopwatch = Stopwatch()
         self._held_back: dict[str, Any] = {}
@@ -59,33 +57,40 @@ class Reporter:
             name: x.item() if isinstance(x, jax.Array) else x
             for name, x in held_back.items()
         }
-        self._stopwatch.step_done()
-        if rate := self._stopwatch.steps_per_second:
-            record["tokens_per_second"] = round(rate * self._tokens_per_step, 1)
+        tokens = record.pop("tokens", 0)
+        if speed := self._stopwatch.step_done(tokens):
+            record["tokens_per_second"] = round(speed.tokens, 1)
             if self._work is not None:
-                record["model_flops_utilization"] = round(rate * self._work, 4)
+                record["model_flops_utilization"] = round(speed.steps * self._work, 4)
         self._log.write(record)
         self._display.update(record)
 
 
+class Speed(NamedTuple):
+    """A second's worth."""
+
+    steps: float
+    tokens: float
+
+
 class Stopwatch:
-    """Steps per second over the last steps, without the pauses between them."""
+    """Speed over the last steps, without the pauses between them."""
 
     def __init__(self, window: int = 20) -> None:
-        self._durations: deque[float] = deque(maxlen=window)
+        self._laps: deque[tuple[float, float]] = deque(maxlen=window)
         self._last: float | None = None
 
-    def step_done(self) -> None:
+    def step_done(self, tokens: float) -> Speed | None:
+        """None as long as no step has been timed from end to end."""
         now = time.perf_counter()
         if self._last is not None:
-            self._durations.append(now - self._last)
+            self._laps.append((now - self._last, tokens))
         self._last = now
+        if not self._laps:
+            return None
+        seconds, tokens = map(sum, zip(*self._laps, strict=True))
+        return Speed(len(self._laps) / seconds, tokens / seconds)
 
     def pause(self) -> None:
         """Leave out what lies before the next step: evaluating, saving, compiling."""
         self._last = None
-
-    @property
-    def steps_per_second(self) -> float | None:
-        total = sum(self._durations)
-        return len(self._durations) / total if total else None

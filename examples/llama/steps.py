@@ -111,7 +111,11 @@ def make_train_step(
         loss, grads = jax.lax.optimization_barrier(loss_and_grads(state.params, batch))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"train_loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {
+            "train_loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "tokens": jnp.sum(batch.mask),  # that were predicted, without padding
+        }
         for name, schedule in (logged or {}).items():
             metrics[name] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(params, opt_state, state.step + 1), metrics

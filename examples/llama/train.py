@@ -109,7 +109,7 @@ def make_reporter(
     tokens = config.data.batch_size * config.data.seq_len
     work = flops.per_token(config.model, run.state.params, config.data.seq_len)
     peak = flops.peak(jax.devices(), config.peak_tflops)
-    return Reporter(log, display, tokens, work * tokens / peak if peak else None)
+    return Reporter(log, display, work * tokens / peak if peak else None)
 
 
 class Run(NamedTuple):

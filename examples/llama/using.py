@@ -27,18 +27,16 @@ class Measured(NamedTuple):
 def evaluate(command: Eval, console: Console) -> Measured:
     """The loss of each token of the held-out text, from those before it in its row."""
     config = config_of(command.workdir)
-    changes = {
-        "path": command.data,
-        "eval_tokens": command.eval_tokens,
-        "batch_size": command.batch_size,
-    }
-    given = {name: value for name, value in changes.items() if value is not None}
+    names = ("eval_tokens", "seq_len", "batch_size")
+    given = {name: getattr(command, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
     if command.data is not None:
-        given["hub"] = None
+        given |= {"path": command.data, "hub": None}
     mesh = layout.make_mesh(command.mesh, jax.devices())
     data = dataclasses.replace(config.data, **given)
     by_row = layout.by_row(mesh, data.batch_size)
     weights = load_params(command.workdir, mesh)
+    weights.tokenizer()  # Weights that came without one cannot be measured.
     held_out = open_text(data, console).held_out()
     for note in held_out.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
