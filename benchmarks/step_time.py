@@ -23,8 +23,8 @@ from examples.llama import layout
 from examples.llama.config import PRESETS, OptimizerConfig, OptimizerName
 from examples.llama.data.rows import Batch
 from examples.llama.gradients import make_loss_and_grads
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
+from examples.llama.pure import PureLlama
 from examples.llama.steps import abstract_state, init_state, make_train_step
 
 NAMES: tuple[OptimizerName, ...] = ("adamw", "lorapre_adamw", "lorapre_muon", "muon")

@@ -30,8 +30,8 @@ from examples.llama.data.batches import train_batches
 from examples.llama.data.rows import Batch, PackedRows
 from examples.llama.data.tokenizers import ByteTokenizer
 from examples.llama.gradients import make_loss_and_grads
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import MATRICES
+from examples.llama.pure import PureLlama
 from examples.llama.steps import TrainState, abstract_state, init_state, make_train_step
 
 RATE, RANK, WINDOW, B1, B2 = 1e-3, 16, 20, 0.9, 0.95

@@ -41,8 +41,8 @@ from examples.llama import layout
 from examples.llama.config import PRESETS, OptimizerConfig, OptimizerName
 from examples.llama.data.rows import Batch
 from examples.llama.gradients import make_loss_and_grads
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
+from examples.llama.pure import PureLlama
 from examples.llama.steps import TrainState, abstract_state, make_train_step
 
 VOCABULARY = 32_000

@@ -17,8 +17,8 @@ from benchmarks.quality.methods import Method, adam
 from benchmarks.quality.scales import Scale, Texts
 from examples.llama.data.batches import train_batches
 from examples.llama.data.rows import Batch, PackedRows, held_out_batches
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import schedule
+from examples.llama.pure import PureLlama
 from examples.llama.steps import make_evaluation
 
 WARMUP = 0.1

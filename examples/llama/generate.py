@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from examples.llama.cache import Cache
-from examples.llama.model import Params, PureLlama
+from examples.llama.pure import Params, PureLlama
 
 
 def generate(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from examples.llama import layout
 from examples.llama.data.rows import Batch
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 
 LossAndGrads = Callable[[Any, Batch], tuple[jax.Array, Any]]
 

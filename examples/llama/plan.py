@@ -11,8 +11,8 @@ import lorapre_jax as lp
 from examples.llama import flops, layout
 from examples.llama.config import Config, as_groups, flat
 from examples.llama.config.recipes import Setting
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import DEFAULT_RATES
+from examples.llama.pure import PureLlama
 from examples.llama.steps import TrainState, assemble
 
 

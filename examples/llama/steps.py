@@ -15,8 +15,8 @@ from examples.llama import layout
 from examples.llama.config import Config
 from examples.llama.data.rows import Batch
 from examples.llama.gradients import LossAndGrads
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
+from examples.llama.pure import PureLlama
 
 
 class TrainState(NamedTuple):

@@ -13,7 +13,7 @@ from examples.llama.data.rows import held_out_batches
 from examples.llama.data.text import open_text
 from examples.llama.generate import generate
 from examples.llama.metrics import perplexity
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 from examples.llama.steps import make_evaluation
 from examples.llama.weights.folder import load_params
 

@@ -11,7 +11,7 @@ import pytest
 from examples.llama import layout
 from examples.llama.config import ModelConfig
 from examples.llama.generate import Sampling, choose, generate, nucleus
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 
 VOCAB = 40
 STACKED = ModelConfig(

@@ -12,7 +12,7 @@ from examples.llama import layout
 from examples.llama.config import Config
 from examples.llama.data.rows import Batch
 from examples.llama.gradients import make_loss_and_grads
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 
 VOCABULARY = 40
 

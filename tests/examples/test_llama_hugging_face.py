@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from examples.llama import files
 from examples.llama.config import ModelConfig
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 from examples.llama.weights import hugging_face
 from examples.llama.weights.names import HUGGING_FACE, BadWeights, as_tensors, unfilled
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.llama import layout
 from examples.llama.config import PRESETS, Config, ModelConfig
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 
 # Parameters with 32,000 tokens; the names of the models round them freely.
 MILLIONS = {"60m": 58, "130m": 134, "350m": 368, "1b": 1339, "7b": 6738}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples.llama.config import ModelConfig
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 
 VOCAB = 40
 CONFIG = ModelConfig(width=32, ffn_width=48, num_layers=2, num_heads=4, num_kv_heads=2)

@@ -15,8 +15,8 @@ from rich.console import Console
 import lorapre_jax as lp
 from examples.llama import layout
 from examples.llama.config import Config, ModelConfig, OptimizerConfig
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import DEFAULT_RATES, make_optimizer, schedule
+from examples.llama.pure import PureLlama
 from examples.llama.steps import abstract_state
 from examples.llama.train import train
 

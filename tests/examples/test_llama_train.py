@@ -21,8 +21,8 @@ from examples.llama.data.batches import placed
 from examples.llama.data.rows import DocumentRows, PackedRows, held_out_batches
 from examples.llama.gradients import make_loss_and_grads
 from examples.llama.metrics import MetricsLog
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import schedules
+from examples.llama.pure import PureLlama
 from examples.llama.run_record import RunMismatch
 from examples.llama.steps import make_evaluation
 from examples.llama.stop import Stopped

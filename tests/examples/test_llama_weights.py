@@ -12,8 +12,8 @@ import tokenizers
 from examples.llama import layout
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 from examples.llama.config import Config, ModelConfig, OptimizerConfig
-from examples.llama.model import PureLlama
 from examples.llama.optimizers import make_optimizer
+from examples.llama.pure import PureLlama
 from examples.llama.run_record import RunMismatch, record_run
 from examples.llama.steps import init_state
 from examples.llama.train import train

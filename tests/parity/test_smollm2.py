@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.pretrained import smollm2
 from examples.llama.generate import generate
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 from examples.llama.weights.gguf_file import GGUFFile
 
 REASON = "torch and transformers are an extra: make test-parity"

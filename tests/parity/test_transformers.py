@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from examples.llama.config import ModelConfig
-from examples.llama.model import PureLlama
+from examples.llama.pure import PureLlama
 from examples.llama.weights import hugging_face
 from examples.llama.weights.names import unfilled
 

@@ -20,7 +20,7 @@ from examples.llama.checkpoint import Checkpoints, newest
 from examples.llama.config import Config, ModelConfig
 from examples.llama.data import tokenizers
 from examples.llama.data.tokenizers import Tokenizer
-from examples.llama.model import Params, PureLlama
+from examples.llama.pure import Params, PureLlama
 from examples.llama.run_record import data_of, record_weights, settings_of
 from examples.llama.weights import hugging_face
 from examples.llama.weights.gguf_file import GGUFFile

@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from tokenizers import decoders, models, pre_tokenizers
 
 from examples.llama.config import ModelConfig
-from examples.llama.model import Params
+from examples.llama.pure import Params
 from examples.llama.weights.names import (
     GGUF,
     BadWeights,

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from examples.llama import files
 from examples.llama.config import ModelConfig
-from examples.llama.model import Params
+from examples.llama.pure import Params
 from examples.llama.weights.hugging_face_config import config_json, read_config
 from examples.llama.weights.names import (
     HUGGING_FACE,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from examples.llama.config import ModelConfig
-from examples.llama.model import Params, PureLlama
+from examples.llama.pure import Params, PureLlama
 
 
 class BadWeights(ValueError):

@@ -1,0 +1,94 @@
+"""The model as pure functions of its parameters, and its loss."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from examples.llama import layout
+from examples.llama.cache import Cache
+from examples.llama.config import ModelConfig
+from examples.llama.model import Llama
+
+Params = dict[str, Any]
+
+
+class PureLlama:
+    """The model as pure functions over a plain nested dict of arrays.
+
+    On a ``mesh`` they are for tracing alone, and divide activations as ``layout`` says.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        mesh: Mesh | AbstractMesh | None = None,
+    ):
+        self.vocab_size, self.mesh = vocab_size, mesh
+        self._config = config
+        self._make = lambda rngs: Llama(config, vocab_size, rngs=rngs)
+        abstract = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
+        self._graph = nnx.graphdef(abstract)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters; ``jax.eval_shape`` of it gives shapes alone."""
+        return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=key))))
+
+    def apply(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Logits (b, s, v) float32 of ``tokens`` (b, s)."""
+        with layout.use(self.mesh):
+            return nnx.merge(self._graph, params)(tokens)
+
+    def empty_cache(self, begin: jax.Array, slots: int) -> Cache:
+        """For rows of at most ``slots`` tokens, which begin in slots ``begin`` (b,)."""
+        with layout.use(self.mesh):
+            return Cache.empty(self._config, begin, slots)
+
+    def extend(
+        self, params: Params, tokens: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Logits (b, v) float32 after ``tokens`` (b, s), which follow the cache's."""
+        with layout.use(self.mesh):
+            return nnx.merge(self._graph, params).extend(tokens, cache)
+
+    def losses(
+        self, params: Params, inputs: Any, targets: Any, z_loss: float = 0.0
+    ) -> jax.Array:
+        """Cross-entropy in nats of each target, (b, s) float32; tokens (b, s) int32.
+
+        To it comes ``z_loss`` times the squared log of the softmax's denominator, which
+        keeps that near one (PaLM, arXiv 2204.02311, section 5). Only ``loss_chunk``
+        positions of each row have their logits in memory at once; the backward pass
+        computes them again.
+        """
+        with layout.use(self.mesh):
+            model = nnx.merge(self._graph, params)
+            return self._losses(model, inputs, targets, z_loss)
+
+    def _losses(
+        self, model: Llama, inputs: Any, targets: Any, z_loss: float
+    ) -> jax.Array:
+        features = model.features(inputs)
+
+        def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+            features, targets = part
+            logits = model.logits(features)
+            found = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            if not z_loss:
+                return found
+            return found + z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
+
+        batch, length = inputs.shape
+        chunk = min(self._config.loss_chunk or length, length)
+        if chunk == length:
+            return losses((features, targets))
+        parts = jax.tree.map(
+            lambda x: x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1),
+            (features, targets),
+        )
+        found = jax.lax.map(jax.checkpoint(losses), parts)
+        return found.swapaxes(0, 1).reshape(batch, length)
