@@ -177,7 +177,7 @@ def test_a_document_counts_by_its_tokens(numpy_logits):
     for document in np.split(tokens, ends[:-1]):
         if len(document) > 9:
             document = np.append(document[:8], document[-1])
-        logits = numpy_logits(plain, document[:-1], head_dim=16)
+        logits = numpy_logits(plain, document[:-1], config)
         log_z = np.log(np.exp(logits).sum(-1))
         expected += list(log_z - logits[np.arange(len(document) - 1), document[1:]])
     assert len(expected) == 2 + 1 + 8 + 7 + 8

@@ -117,7 +117,7 @@ def test_nothing_is_left_of_an_import_that_fails(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     with pytest.raises(FileExistsError, match="is there already"):
         import_weights(tmp_path / "hf", tmp_path / "hf")
-    with pytest.raises(BadWeights, match="neither a run nor weights"):
+    with pytest.raises(RunMismatch, match="neither a run nor weights"):
         load_params(tmp_path / "hf")
 
 
