@@ -41,6 +41,7 @@ bench-device: bootstrap  ## Oracle checks and figures on an NVIDIA GPU.
 	  $(BIN)/python -m pytest tests/test_trajectories.py tests/test_properties.py
 	$(BIN)/python -m benchmarks.update_time --size 60m --repeats 50
 	$(BIN)/python -m benchmarks.update_time --size 350m --repeats 20
+	$(BIN)/python -m benchmarks.step_time --preset 60m --micro-batch-size 64
 	$(BIN)/python -m benchmarks.update_memory
 
 bootstrap: $(VENV)/.installed

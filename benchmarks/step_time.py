@@ -96,12 +96,12 @@ def rows_of(subjects: Mapping[str, Subject], micro: int) -> list[dict[str, Any]]
                 "update s": update,
                 "step s": step,
                 "tokens/s": micro * SEQ_LEN / step,
-                "published step, composed, s": composed,
+                "published step (composed) s": composed,
                 "peak MB": subject.peak_bytes / 1e6,
                 "compile s": subject.compile_seconds,
             }
         )
-    columns = ("update s", "step s", "tokens/s", "published step, composed, s")
+    columns = ("update s", "step s", "tokens/s", "published step (composed) s")
     base = rows[0]
     for row in rows:
         ratios = {x: row[x] / base[x] for x in (*columns, "peak MB")}
