@@ -117,11 +117,12 @@ def parse(arguments: list[str]) -> Command:
             recipe = RECIPES[options.recipe](options.preset, optimizer)
             values = {name: setting.value for name, setting in recipe.items()}
             config = override(config, values)
-        if options.init_from:
-            config = override(config, _defaults_of(options.init_from))
+        if options.init_from not in (None, "None"):
+            config = override(config, _defaults_of(Path(options.init_from)))
         # Before what was given beside it, which wins.
         rest[1:1] = file.options_of(content, options.config)
         rest += ["--optimizer", options.optimizer] if options.optimizer else []
+        rest += ["--init-from", options.init_from] if options.init_from else []
     return tyro.cli(
         _commands(config, recipe),
         args=rest,
@@ -138,7 +139,7 @@ def _defaults_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=RECIPES)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--optimizer")
-    parser.add_argument("--init-from", type=lambda x: None if x == "None" else Path(x))
+    parser.add_argument("--init-from")
     return parser
 
 

@@ -13,12 +13,14 @@ from examples.llama.config import (
     PRESETS,
     Config,
     DataConfig,
+    ModelConfig,
     OptimizerConfig,
     as_groups,
     file,
     flat,
 )
 from examples.llama.config.recipes import RECIPES
+from examples.llama.run_record import record_weights
 
 
 def config_of(arguments):
@@ -51,6 +53,20 @@ def test_each_source_wins_over_those_before_it(tmp_path):
     assert (config.steps, config.mesh) == (40, "fsdp=2")  # the file
     assert (config.optimizer.name, config.model.scan_layers) == ("muon", False)
     assert config.optimizer.rank == 8  # the option itself
+
+
+def test_weights_to_begin_with_win_over_those_of_a_file(tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    record_weights(weights, ModelConfig(width=64), vocab_size=300, end_of_text=0)
+    path = tmp_path / "config.yaml"
+    path.write_text(file.dump(as_groups(Config(ModelConfig(width=64)))))
+    begin = ["train", "--config", str(path)]
+    assert config_of(begin).init_from is None
+    assert config_of([*begin, "--init-from", str(weights)]).init_from == weights
+    path.write_text(f"init_from: {weights}\n")
+    assert config_of(begin).init_from == weights
+    assert config_of([*begin, "--init-from", "None"]).init_from is None
 
 
 @pytest.mark.parametrize(
