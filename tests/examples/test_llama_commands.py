@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -80,6 +81,7 @@ def test_weights_to_begin_with_win_over_those_of_a_file(tmp_path):
             z_loss=1e-4,
             mesh="fsdp=4,tensor=2",
             profile="3:4",
+            workdir=Path("-a 'b'\n: \u00e9"),
         ),
     ],
 )
@@ -97,7 +99,8 @@ def test_what_is_written_is_read_back(config, tmp_path):
         ("optimizer: {rnak: 3}", r"optimizer.rnak is no setting; did you mean .*rank"),
         ("- 1", "holds no settings"),
         ("a: [", "not YAML"),
-        (None, "no such file"),
+        ("3: 4", "3 is no setting"),
+        (None, "No such file"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(content, message, tmp_path):
@@ -106,6 +109,8 @@ def test_a_bad_file_is_refused_by_name(content, message, tmp_path):
         path.write_text(content)
     with pytest.raises(file.ConfigFileError, match=rf"bad\.yaml: {message}"):
         parse(["train", "--config", str(path)])
+    with pytest.raises(file.ConfigFileError, match="Is a directory"):
+        parse(["train", "--config", str(tmp_path)])
 
 
 def test_a_bad_value_in_a_file_is_refused(tmp_path, capsys):

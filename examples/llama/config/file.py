@@ -29,8 +29,8 @@ def load(path: Path) -> Any:
     """The file's content, a mapping; ``ConfigFileError`` where it is not one."""
     try:
         content = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigFileError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ConfigFileError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigFileError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, Mapping):
@@ -50,7 +50,7 @@ def options_of(content: Mapping[str, Any], path: Path | None) -> list[str]:
         if isinstance(value, bool):
             options.append(f"--{'' if value else 'no-'}{names[setting]}")
         else:
-            options += [f"--{names[setting]}", str(value)]
+            options.append(f"--{names[setting]}={value}")  # It may begin with a dash.
     return options
 
 
