@@ -36,7 +36,12 @@ def fails(capsys, *arguments):
         parse(list(arguments))
     assert exit_.value.code != 0
     printed = capsys.readouterr()
-    return " ".join((printed.out + printed.err).replace("│", " ").split())
+    return unboxed(printed.out + printed.err)
+
+
+def unboxed(text):
+    """Without the frame, and the line breaks that the terminal's width makes."""
+    return " ".join(text.replace("│", " ").split())
 
 
 def test_each_source_wins_over_those_before_it(tmp_path):
@@ -131,7 +136,7 @@ def test_help_has_units_and_defaults(capsys):
     with pytest.raises(SystemExit) as exit_:
         parse(["train", "--preset", "1b", "--help"])
     assert exit_.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    text = unboxed(capsys.readouterr().out)
     assert "--width INT Features per token in the residual stream. (default: 2048)" in (
         text
     )
@@ -244,7 +249,7 @@ def test_errors_are_told_without_a_traceback(options, message):
     command = [sys.executable, "-m", "examples.llama", "train", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert message in unboxed(done.stderr)
     assert "Traceback" not in done.stderr
 
 
