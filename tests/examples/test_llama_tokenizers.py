@@ -77,6 +77,15 @@ def test_a_file_is_a_tokenizer(models_folder, tmp_path, file, size, end, pad):
     np.testing.assert_array_equal(next(again.encode(SAMPLE)), ids[0])
 
 
+def test_the_last_one_saved_is_the_one(models_folder, tmp_path):
+    sentences, pieces = (
+        load_file(models_folder / name) for name in ("t5.model", "tokenizer.json")
+    )
+    for tokenizer in (sentences, pieces, sentences, ByteTokenizer(), pieces, pieces):
+        tokenizer.save(tmp_path)
+        assert load_saved(tmp_path).fingerprint == tokenizer.fingerprint
+
+
 def test_bytes_are_a_tokenizer(tmp_path):
     tokenizer = ByteTokenizer()
     (ids,) = tokenizer.encode(["né"])

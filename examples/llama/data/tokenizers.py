@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
     def save(self, folder: Path) -> None:
-        """As a file there, under its usual name; ``load_saved`` reads it."""
+        """As the one file there, under its usual name; ``load_saved`` reads it."""
         ...
 
 
@@ -59,7 +59,8 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
-        """Nothing: it has no file."""
+        """It has no file."""
+        _clear(folder)
 
 
 class SentencePieceTokenizer:
@@ -84,6 +85,7 @@ class SentencePieceTokenizer:
         return self._pieces.decode([int(i) for i in ids])
 
     def save(self, folder: Path) -> None:
+        _clear(folder, but=_SENTENCEPIECE_FILE)
         files.write(folder / _SENTENCEPIECE_FILE, self._model)
 
 
@@ -113,6 +115,7 @@ class PiecesTokenizer:
         return self._pieces.decode([int(i) for i in ids])
 
     def save(self, folder: Path) -> None:
+        _clear(folder, but=_PIECES_FILE)
         files.write(folder / _PIECES_FILE, self._description)
         settings = json.dumps({"eos_token": self._end}, indent=2)
         files.write(folder / _SETTINGS_FILE, settings + "\n")
@@ -144,6 +147,12 @@ def saved_file(folder: Path) -> Path | None:
     """That which ``save`` wrote there, if any."""
     paths = [folder / name for name in (_SENTENCEPIECE_FILE, _PIECES_FILE)]
     return next((path for path in paths if path.exists()), None)
+
+
+def _clear(folder: Path, but: str | None = None) -> None:
+    """Of what other tokenizers saved there, as for a run that never got anywhere."""
+    for name in {_SENTENCEPIECE_FILE, _PIECES_FILE} - {but}:
+        (folder / name).unlink(missing_ok=True)
 
 
 def copy_saved(source: Path, target: Path) -> bool:
