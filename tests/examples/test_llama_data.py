@@ -128,6 +128,7 @@ BAD_LINES = [
     (b'{"text": 3}\n', 'no "text" field'),
     (b'{"text": " \\n"}\n', "an empty document"),
     (b"\xff\n", "not UTF-8"),
+    (b'{"text": "\\ud83d"}\n', "not Unicode text"),
 ]
 
 

@@ -66,4 +66,8 @@ def text_of(record: Any) -> str:
         raise BadLine('no "text" field with a string')
     if not text.strip():
         raise BadLine("an empty document")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Half of a pair, which JSON can spell.
+        raise BadLine(f"not Unicode text: {error}") from error
     return text
