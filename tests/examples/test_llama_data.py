@@ -193,7 +193,7 @@ def test_missing_or_empty_text_is_named(tmp_path, text_folder):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         Shards(tmp_path / "nowhere", tmp_path)
     with pytest.raises(DataError, match=r"no \*train\*\.json\.gz shard"):
-        Shards(tmp_path, tmp_path)
+        Shards(tmp_path, tmp_path).fingerprint("train")
     break_shard(tmp_path, gzip.compress(b"\n"))
     with pytest.raises(DataError, match="hold no text"):
         open_text(DataConfig(tmp_path, cache=tmp_path / "cache"), QUIET).load()
@@ -212,9 +212,17 @@ def test_a_shard_may_be_missing_at_the_end_alone(tmp_path):
     for number in (0, 1, 3):
         write_shard(tmp_path / f"c4-train.{number:05}-of-00009.json.gz", ["fine"])
     with pytest.raises(DataError, match=r"c4-train.00002-of-00009.json.gz: missing"):
-        Shards(tmp_path, tmp_path)
+        Shards(tmp_path, tmp_path).fingerprint("train")
     write_shard(tmp_path / "c4-train.00002-of-00009.json.gz", ["more"])
     assert texts_of(Shards(tmp_path, tmp_path))[0] == ["fine", "fine", "more", "fine"]
+
+
+def test_held_out_text_alone_can_be_measured_on(tmp_path):
+    write_shard(tmp_path / "c4-validation.0.json.gz", ["fine"])
+    text = open_text(DataConfig(tmp_path, seq_len=4, cache=tmp_path), QUIET)
+    assert text.held_out().rows[0].mask.sum() == 4
+    with pytest.raises(DataError, match=r"no \*train\*\.json\.gz shard"):
+        text.load()
 
 
 @pytest.mark.parametrize(

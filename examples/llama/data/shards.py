@@ -23,25 +23,24 @@ from examples.llama.data.documents import (
 class Shards:
     """``*train*.json.gz`` and ``*validation*.json.gz`` in ``folder``.
 
+    One of the two is enough for whoever reads that alone.
     The digest of each file is remembered in the folder ``memory``.
     """
 
     def __init__(self, folder: Path, memory: Path):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
-        self._paths: dict[Split, list[Path]] = {
-            split: _complete(folder, split) for split in ("train", "validation")
-        }
-        self._memory = memory
+        self._folder, self._memory = folder, memory
         self.name = str(folder)
 
     def fingerprint(self, split: Split) -> str:
         """Of the files' bytes, whatever their names."""
-        digests = [digest_of(path, self._memory) for path in self._paths[split]]
+        paths = _complete(self._folder, split)
+        digests = [digest_of(path, self._memory) for path in paths]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def documents(self, split: Split, bad: BadLines) -> Iterator[Document]:
-        paths = self._paths[split]
+        paths = _complete(self._folder, split)
         before, total = 0, sum(path.stat().st_size for path in paths)
         for path in paths:
             for line in _lines(path):

@@ -51,9 +51,9 @@ class Text:
     @property
     def fingerprint(self) -> str:
         """Changes when any token that a run trains on or is measured on may change."""
-        train, held_out = (
+        held_out, train = (  # The small one first: if it is missing, that is told soon.
             token_cache.key_of(self.source, split, self.tokenizer, self._limit(split))
-            for split in ("train", "validation")
+            for split in ("validation", "train")
         )
         tokenizer = self.tokenizer.fingerprint[:16]
         return f"train {train[:16]}, held out {held_out[:16]}, tokenizer {tokenizer}"
