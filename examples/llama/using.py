@@ -1,6 +1,5 @@
 """What one does with a model that is there: measure it, and let it write."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,6 +7,7 @@ from rich.console import Console
 
 from examples.llama import layout
 from examples.llama.commands import Eval, Generate, config_of
+from examples.llama.config import override
 from examples.llama.data.batches import placed
 from examples.llama.data.rows import held_out_batches
 from examples.llama.data.text import open_text
@@ -28,12 +28,13 @@ def evaluate(command: Eval, console: Console) -> Measured:
     """The loss of each token of the held-out text, from those before it in its row."""
     config = config_of(command.workdir)
     names = ("eval_tokens", "seq_len", "batch_size")
-    given = {name: getattr(command, name) for name in names}
+    given = {f"data.{name}": getattr(command, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if command.data is not None:
-        given |= {"path": command.data, "hub": None}
+        given |= {"data.path": command.data, "data.hub": None}
+    # As a whole, so that it is checked with what the model asks for.
+    data = override(config, given | {"micro_batch_size": None}).data
     mesh = layout.make_mesh(command.mesh, jax.devices())
-    data = dataclasses.replace(config.data, **given)
     by_row = layout.by_row(mesh, data.batch_size)
     weights = load_params(command.workdir, mesh)
     weights.tokenizer()  # Weights that came without one cannot be measured.

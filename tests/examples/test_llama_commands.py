@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from examples.llama import __main__
+from examples.llama.checkpoint import DamagedCheckpoint
 from examples.llama.commands import Eval, Export, Generate, Train, parse
 from examples.llama.config import (
     PRESETS,
@@ -21,7 +23,8 @@ from examples.llama.config import (
     flat,
 )
 from examples.llama.config.recipes import RECIPES
-from examples.llama.run_record import record_weights
+from examples.llama.run_record import record_run, record_weights
+from examples.llama.using import evaluate
 
 
 def config_of(arguments):
@@ -167,6 +170,18 @@ def test_the_other_commands():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Config(**settings)
+
+
+def test_an_impossible_evaluation_is_refused_before_anything_is_read(tmp_path):
+    config = Config(ModelConfig(loss_chunk=64), micro_batch_size=4, workdir=tmp_path)
+    record_run(config, {"vocab_size": 257, "end_of_text": 256})
+    with pytest.raises(ValueError, match=r"loss_chunk \(64\) must divide seq_len \(96"):
+        evaluate(Eval(tmp_path, seq_len=96), Console(quiet=True))
+    # How training divides its batch is nothing to it: it fails for want of weights.
+    with pytest.raises(DamagedCheckpoint, match="has no good checkpoint"):
+        evaluate(
+            Eval(tmp_path, batch_size=6, mesh="data=2,tensor=4"), Console(quiet=True)
+        )
 
 
 @pytest.mark.parametrize("preset", ["60m", "130m", "350m", "1b", "7b"])
