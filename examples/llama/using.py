@@ -1,8 +1,10 @@
 """What one does with a model that is there: measure it, and let it write."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from examples.llama import layout
@@ -11,6 +13,7 @@ from examples.llama.config import override
 from examples.llama.data.batches import placed
 from examples.llama.data.rows import held_out_batches
 from examples.llama.data.text import open_text
+from examples.llama.data.tokenizers import Tokenizer
 from examples.llama.generate import generate
 from examples.llama.metrics import perplexity
 from examples.llama.pure import PureLlama
@@ -57,15 +60,30 @@ def go_on(command: Generate) -> list[tuple[str, str]]:
     end = weights.end_of_text
     end = tokenizer.end_of_text if end is None else end
     prompts = list(command.prompt) or [""]
+    # A new document comes after the end of another.
+    begun = [list(ids) or [end] for ids in tokenizer.encode(prompts)]
     made = generate(
         PureLlama(weights.config, weights.vocab_size),
         jax.device_put(weights.params),
-        # A new document comes after the end of another.
-        [list(ids) or [end] for ids in tokenizer.encode(prompts)],
+        begun,
         command.max_new_tokens,
         temperature=command.temperature,
         top_p=command.top_p,
         key=jax.random.key(command.seed),
         end_of_text=end,
     )
-    return [(p, tokenizer.decode(row)) for p, row in zip(prompts, made, strict=True)]
+    return [
+        (prompt, continuation(tokenizer, ids, row))
+        for prompt, ids, row in zip(prompts, begun, made, strict=True)
+    ]
+
+
+def continuation(
+    tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int] | np.ndarray
+) -> str:
+    """The text of ``after`` where it stands.
+
+    Alone it might lose the space that it begins with, as SentencePiece takes that one
+    for its own.
+    """
+    return tokenizer.decode([*before, *after])[len(tokenizer.decode(before)) :]

@@ -18,6 +18,7 @@ from examples.llama.data.tokenizers import (
     model_vocabulary,
     train_bpe,
 )
+from examples.llama.using import continuation
 
 QUIET = Console(quiet=True)
 SAMPLE = ["the old dog sees a bird", "the cat", "and <|endoftext|> </s> the cat"]
@@ -75,6 +76,18 @@ def test_a_file_is_a_tokenizer(models_folder, tmp_path, file, size, end, pad):
     again = load_saved(tmp_path)
     assert again.fingerprint == tokenizer.fingerprint
     np.testing.assert_array_equal(next(again.encode(SAMPLE)), ids[0])
+
+
+@pytest.mark.parametrize("name", ["t5.model", "llama.model", "tokenizer.json"])
+def test_what_goes_on_keeps_its_space(models_folder, name):
+    tokenizer = load_file(models_folder / name)
+    (ids,) = tokenizer.encode(["the old dog sees"])
+    ids = ids.tolist()
+    for i in range(1, len(ids)):
+        begun = tokenizer.decode(ids[:i])
+        assert begun + continuation(tokenizer, ids[:i], ids[i:]) == "the old dog sees"
+    end = tokenizer.end_of_text
+    assert continuation(tokenizer, [end], ids) == "the old dog sees"
 
 
 def test_the_last_one_saved_is_the_one(models_folder, tmp_path):
