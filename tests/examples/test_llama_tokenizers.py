@@ -88,6 +88,8 @@ def test_what_goes_on_keeps_its_space(models_folder, name):
         assert begun + continuation(tokenizer, ids[:i], ids[i:]) == "the old dog sees"
     end = tokenizer.end_of_text
     assert continuation(tokenizer, [end], ids) == "the old dog sees"
+    # A model may have more ids than its tokenizer.
+    assert tokenizer.decode([*ids, tokenizer.vocab_size]) == "the old dog sees"
 
 
 def test_the_last_one_saved_is_the_one(models_folder, tmp_path):

@@ -37,7 +37,9 @@ class Tokenizer(Protocol):
         """Ids of each text, (length,) integers, without the end of text."""
         ...
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Without the ids that only the model has."""
+        ...
 
     def save(self, folder: Path) -> None:
         """As the one file there, under its usual name; ``load_saved`` reads it."""
@@ -82,7 +84,7 @@ class SentencePieceTokenizer:
             yield np.asarray(ids, np.uint32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._pieces.decode([int(i) for i in ids])
+        return self._pieces.decode([int(i) for i in ids if i < self.vocab_size])
 
     def save(self, folder: Path) -> None:
         _clear(folder, but=_SENTENCEPIECE_FILE)
