@@ -75,12 +75,15 @@ def row_parts(mesh: Mesh | AbstractMesh) -> int:
     return _parts(mesh, _RULES["batch"])
 
 
-def by_row(mesh: Mesh, batch_size: int) -> NamedSharding:
-    """Of a batch whose first axis is its rows."""
-    parts = row_parts(mesh)
-    if batch_size % parts:
+def by_row(
+    mesh: Mesh | AbstractMesh, batch_size: int, micro_batch_size: int | None = None
+) -> NamedSharding:
+    """Of a batch whose first axis is its rows, so many of them computed at once."""
+    parts, rows = row_parts(mesh), micro_batch_size or batch_size
+    if rows % parts:
+        name = "micro_batch_size" if micro_batch_size else "batch_size"
         raise ValueError(
-            f"batch_size ({batch_size}) must be a multiple of the {parts} devices that "
+            f"{name} ({rows}) must be a multiple of the {parts} devices that "
             f"divide its rows (mesh axes {' and '.join(_RULES['batch'])})"
         )
     return NamedSharding(mesh, PartitionSpec(_RULES["batch"]))

@@ -25,6 +25,8 @@ def plan(
 ) -> str:
     """Lines for people. Nothing is allocated or compiled.
 
+    Raises ``ValueError`` where the mesh does not divide the rows.
+
     Args:
       config: The run. With a mesh, it is for that many devices, wherever they are.
       vocab_size: Of its tokenizer.
@@ -33,6 +35,8 @@ def plan(
       every_leaf: Also how the optimizer keeps each parameter.
     """
     mesh = layout.abstract_mesh(config.mesh, devices)
+    # Refused as by the run itself.
+    layout.by_row(mesh, config.data.batch_size, config.micro_batch_size)
     model, tx, state = assemble(config, vocab_size, mesh)
     memory = lp.describe(tx, state.params)
 

@@ -70,7 +70,7 @@ def train(config: Config, console: Console | None = None) -> Result:
     console = (console or Console()) if hosts.is_first() else Console(quiet=True)
     # What the devices do not allow is refused before anything is done.
     mesh = layout.make_mesh(config.mesh, jax.devices())
-    by_row = layout.by_row(mesh, config.micro_batch_size or config.data.batch_size)
+    by_row = layout.by_row(mesh, config.data.batch_size, config.micro_batch_size)
     with Checkpoints(config.workdir) as checkpoints:
         run = prepare(config, mesh, by_row, checkpoints, console)
         with (

@@ -247,6 +247,14 @@ def test_a_dry_run_prints_the_plan_of_a_pod(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_that_cannot_be_is_refused(monkeypatch, capsys):
+    rows = ["--batch-size", "64", "--micro-batch-size", "16", "--mesh", "fsdp=64"]
+    monkeypatch.setattr(sys, "argv", ["examples.llama", "train", *rows, "--dry-run"])
+    assert __main__.main() == 1
+    message = "micro_batch_size (16) must be a multiple of the 64 devices"
+    assert message in capsys.readouterr().err
+
+
 def test_describe_has_every_leaf(capsys):
     text = planned(capsys, "describe", "--rank", "4")
     assert "layers/attention/q/kernel" in text
