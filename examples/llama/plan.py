@@ -70,9 +70,10 @@ def plan(
 def _per_device(
     config: Config, model: PureLlama, state: TrainState, mesh: Any
 ) -> dict[str, int]:
-    def nbytes(tree: Any) -> int:
+    def nbytes(tree: Any, dtype: Any = None) -> int:
         return sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+            math.prod(x.sharding.shard_shape(x.shape))
+            * jnp.dtype(dtype or x.dtype).itemsize
             for x in jax.tree.leaves(tree)
         )
 
@@ -85,6 +86,8 @@ def _per_device(
         "optimizer state": nbytes(state.opt_state),
         f"activations of {-(-micro // parts)} rows, about": -(-micro // parts) * kept,
     }
+    if micro < config.data.batch_size:
+        rows["sums of gradients, float32"] = nbytes(state.params, jnp.float32)
     return rows | {"in all, but for the update's temporaries": sum(rows.values())}
 
 

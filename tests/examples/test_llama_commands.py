@@ -230,6 +230,11 @@ def planned(capsys, *arguments):
     return printed.out
 
 
+def on_each_device(text, name):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"  {name}  ")]
+    return int(line.split()[-1].replace(",", ""))
+
+
 def test_a_dry_run_prints_the_plan_of_a_pod(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = ("--preset", "7b", "--recipe", "paper", "--mesh", "fsdp=64,tensor=4")
@@ -240,10 +245,14 @@ def test_a_dry_run_prints_the_plan_of_a_pod(capsys, tmp_path, monkeypatch):
     assert "0.25            GaLore, arXiv 2403.03507" in text
     assert "512             instead of 1024 (LoRA-Pre" in text
     # Two bytes a parameter, and 256 devices divide all but the norms.
-    (line,) = [line for line in text.splitlines() if "  parameters" in line]
     norms = 2 * (2 * 32 + 1) * 4096
     total = 2 * 6_738_415_616
-    assert int(line.split()[-1].replace(",", "")) == (total - norms) // 256 + norms
+    of_each = (total - norms) // 256 + norms
+    assert on_each_device(text, "parameters") == of_each
+    # In parts, the gradients are added up in four bytes.
+    text = planned(capsys, "train", *recipe, "--dry-run", "--micro-batch-size", "256")
+    assert on_each_device(text, "gradients") == of_each
+    assert on_each_device(text, "sums of gradients, float32") == 2 * of_each
     assert not list(tmp_path.iterdir())
 
 
