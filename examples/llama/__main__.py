@@ -36,12 +36,9 @@ def main() -> int:
     except ValueError as error:  # bad data, or not this run's: the message is enough
         return _failed(console, error, code=1)
     except OSError as error:  # a full disk, above all
-        return _failed(
-            console,
-            error,
-            "What was saved is kept. Run the same command again to go on.",
-            code=74,  # EX_IOERR of sysexits.h
-        )
+        more = ["What was saved is kept. Run the same command again to go on."]
+        more = more if isinstance(command, Train) else []
+        return _failed(console, error, *more, code=74)  # EX_IOERR of sysexits.h
     except Stopped as stopped:
         console.quiet = not hosts.is_first()
         console.print(f"{stopped} Run the same command again to go on.")

@@ -285,5 +285,21 @@ def test_errors_are_told_without_a_traceback(options, message):
     assert "Traceback" not in done.stderr
 
 
+def test_what_goes_on_again_is_training_alone(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise OSError("no space left")
+
+    command = ["examples.llama", "export", str(tmp_path), str(tmp_path)]
+    monkeypatch.setattr(__main__, "export_weights", full)
+    monkeypatch.setattr(__main__, "config_of", lambda _: Config())
+    monkeypatch.setattr(sys, "argv", command)
+    assert __main__.main() == 74
+    assert capsys.readouterr().err == "error: no space left\n"
+    monkeypatch.setattr(__main__, "train", full)
+    monkeypatch.setattr(sys, "argv", ["examples.llama", "train"])
+    assert __main__.main() == 74
+    assert "Run the same command again" in capsys.readouterr().err
+
+
 def test_settings_of_a_run_are_json_values():
     assert json.loads(json.dumps(as_groups(Config()))) == as_groups(Config())
