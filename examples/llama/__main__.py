@@ -15,9 +15,8 @@ from examples.llama.commands import (
     Generate,
     Import,
     Train,
-    config_of,
 )
-from examples.llama.data.text import planned_vocab_size
+from examples.llama.data.text import planned_vocabulary
 from examples.llama.plan import plan
 from examples.llama.stop import Stopped
 from examples.llama.train import train
@@ -41,7 +40,7 @@ def main() -> int:
         return _failed(console, error, *more, code=74)  # EX_IOERR of sysexits.h
     except Stopped as stopped:
         console.quiet = not hosts.is_first()
-        console.print(f"{stopped} Run the same command again to go on.")
+        _say(console, f"{stopped} Run the same command again to go on.")
         # EX_TEMPFAIL, or 128 + SIGTERM as a shell reports it.
         return 75 if stopped.in_time else 143
     except KeyboardInterrupt:
@@ -78,12 +77,16 @@ def _describe(command: Describe, console: Console) -> None:
 
 
 def _plan_of(command: Train | Describe, every_leaf: bool) -> str:
-    config = command.config
-    vocab_size = planned_vocab_size(config.data)
-    return plan(config, vocab_size, command.recipe, jax.device_count(), every_leaf)
+    vocab_size, notes = planned_vocabulary(command.config.data)
+    devices = jax.device_count()
+    text = plan(command.config, vocab_size, command.recipe, devices, every_leaf)
+    return "\n".join([*notes, text])
 
 
 def _eval(command: Eval, console: Console) -> None:
+    if command.distributed is not None:
+        hosts.join(command.distributed)
+    console.quiet = not hosts.is_first()
     found = evaluate(command, console)
     _say(console, f"held-out loss    {found.loss:.4f} nats per token")
     _say(console, f"perplexity       {found.perplexity:.3f}")
@@ -108,9 +111,7 @@ def _import(command: Import, console: Console) -> None:
 
 
 def _export(command: Export, console: Console) -> None:
-    config = config_of(command.workdir)
-    context = config.data.seq_len
-    export_weights(command.workdir, command.target, command.dtype, context)
+    export_weights(command.workdir, command.target, command.dtype)
     _say(console, f"written to {command.target}")
 
 

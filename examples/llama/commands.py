@@ -51,8 +51,12 @@ class Eval:
     """Tokens per row that are predicted (none: as many as the run does)."""
     batch_size: int | None = None
     """Rows at a time, over all devices (none: as many as the run's steps)."""
+    skip_bad_lines: bool = False
+    """Leave out lines without a document, and say how many and where."""
     mesh: str | None = None
     """Devices along data, fsdp and tensor (none: all along data)."""
+    distributed: str | None = None
+    """As for train: one job of several processes."""
 
 
 @dataclasses.dataclass(frozen=True)

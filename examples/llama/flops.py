@@ -18,7 +18,8 @@ _PEAK_TFLOPS = {
     "TPU v6 lite": 918,
     "TPU v6e": 918,
     "NVIDIA A100": 312,
-    "NVIDIA H100": 989,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
     "NVIDIA H200": 989,
 }
 

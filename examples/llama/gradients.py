@@ -18,24 +18,31 @@ def make_loss_and_grads(
 ) -> LossAndGrads:
     """``loss_and_grads(params, batch)``: the mean over the targets that count.
 
+    The gradient is that of the loss with ``z_loss``'s penalty, the loss is without.
+
     With a ``micro_batch_size`` only so many rows, over all devices, have their
     activations in memory at once; the sums over the parts are float32, and each target
     weighs the same in whatever part it is. Gradients have the parameters' dtypes.
     """
 
-    def loss(params: Any, part: Batch, count: jax.Array) -> jax.Array:
-        losses = model.losses(params, part.inputs, part.targets, z_loss)
-        return jnp.sum(losses * part.mask) / count
+    def loss(params: Any, part: Batch, count: jax.Array) -> Any:
+        found = model.penalised_losses(params, part.inputs, part.targets, z_loss)
+        penalised, plain = (jnp.sum(losses * part.mask) / count for losses in found)
+        return penalised, plain
+
+    def parts_of(params: Any, part: Batch, count: jax.Array) -> tuple[jax.Array, Any]:
+        (_, plain), grads = jax.value_and_grad(loss, has_aux=True)(params, part, count)
+        return plain, grads
 
     def loss_and_grads(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
         count = jnp.maximum(jnp.sum(batch.mask), 1)  # None may, in a batch of one row.
         rows = batch.inputs.shape[0]
         micro_rows = micro_batch_size or rows
         if micro_rows == rows:
-            return jax.value_and_grad(loss)(params, batch, count)
+            return parts_of(params, batch, count)
 
         def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            found = jax.value_and_grad(loss)(params, part, count)
+            found = parts_of(params, part, count)
             return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, found), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)

@@ -63,6 +63,13 @@ def on_first(work: Callable[[], Any]) -> Any:
     return result
 
 
+def from_first(value: bool) -> bool:
+    """What the first process says, on all of them at the same time."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def check_same(text: str, what: str) -> None:
     """On all processes."""
     if jax.process_count() > 1:

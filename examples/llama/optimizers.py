@@ -58,7 +58,18 @@ def make_optimizer(
     rule = _RULES[config.name](config, given)
     if config.clip_norm is None:
         return rule
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+    return optax.chain(_clip(config.clip_norm), rule)
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+    """By the global norm, which bfloat16 gradients would add up in bfloat16."""
+    clip = optax.clip_by_global_norm(norm)
+
+    def update(grads: Any, _: Any) -> Any:
+        clipped, _ = clip.update(optax.tree.cast(grads, "float32"), clip.init(grads))
+        return jax.tree.map(lambda x, g: x.astype(g.dtype), clipped, grads)
+
+    return optax.stateless(update)
 
 
 def schedules(

@@ -54,7 +54,7 @@ def write_page(
         for record in records
         if "held_out_loss" in record
     ]
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    versions = {name: _version(name) for name in _PACKAGES}
     machine = {
         "Python": platform.python_version(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -74,6 +74,13 @@ def write_page(
         ]
     )
     files.write(page, content)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _table(rows) -> str:

@@ -55,32 +55,38 @@ class PureLlama:
         with layout.use(self.mesh):
             return nnx.merge(self._graph, params).extend(tokens, cache)
 
-    def losses(
-        self, params: Params, inputs: Any, targets: Any, z_loss: float = 0.0
-    ) -> jax.Array:
+    def losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
         """Cross-entropy in nats of each target, (b, s) float32; tokens (b, s) int32.
 
-        To it comes ``z_loss`` times the squared log of the softmax's denominator, which
-        keeps that near one (PaLM, arXiv 2204.02311, section 5). Only ``loss_chunk``
-        positions of each row have their logits in memory at once; the backward pass
-        computes them again.
+        Only ``loss_chunk`` positions of each row have their logits in memory at once;
+        the backward pass computes them again.
+        """
+        return self.penalised_losses(params, inputs, targets, 0.0)[0]
+
+    def penalised_losses(
+        self, params: Params, inputs: Any, targets: Any, z_loss: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same, with and without ``z_loss`` times a penalty.
+
+        That is the squared log of the softmax's denominator, which it keeps near one
+        (PaLM, arXiv 2204.02311, section 5).
         """
         with layout.use(self.mesh):
             model = nnx.merge(self._graph, params)
-            return self._losses(model, inputs, targets, z_loss)
+            found = self._losses(model, inputs, targets, z_loss)
+        return found if z_loss else (found, found)
 
-    def _losses(
-        self, model: Llama, inputs: Any, targets: Any, z_loss: float
-    ) -> jax.Array:
+    def _losses(self, model: Llama, inputs: Any, targets: Any, z_loss: float) -> Any:
         features = model.features(inputs)
 
-        def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def losses(part: tuple[jax.Array, jax.Array]) -> Any:
             features, targets = part
             logits = model.logits(features)
             found = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             if not z_loss:
                 return found
-            return found + z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            return found + z_loss * jnp.square(log_z), found
 
         batch, length = inputs.shape
         chunk = min(self._config.loss_chunk or length, length)
@@ -91,4 +97,4 @@ class PureLlama:
             (features, targets),
         )
         found = jax.lax.map(jax.checkpoint(losses), parts)
-        return found.swapaxes(0, 1).reshape(batch, length)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, length), found)

@@ -53,12 +53,9 @@ def record_run(config: Config, data: Mapping[str, Any]) -> None:
     files.write(config.workdir / _DATA, json.dumps(data, indent=2) + "\n")
 
 
-def record_weights(
-    workdir: Path, model: ModelConfig, vocab_size: int, end_of_text: int | None
-) -> None:
+def record_weights(workdir: Path, model: ModelConfig, data: Mapping[str, Any]) -> None:
     """The same of parameters that no run has made."""
     files.write(workdir / _SETTINGS, file.dump({"model": as_groups(model)}))
-    data = {"vocab_size": vocab_size, "end_of_text": end_of_text}
     files.write(workdir / _DATA, json.dumps(data, indent=2) + "\n")
 
 

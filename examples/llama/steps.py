@@ -113,7 +113,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "train_loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": optax.tree.norm(optax.tree.cast(grads, "float32")),
             "tokens": jnp.sum(batch.mask),  # that were predicted, without padding
         }
         for name, schedule in (logged or {}).items():

@@ -28,15 +28,19 @@ class StopRequest:
     """Within it, SIGTERM only makes ``received`` true, and so does the time limit.
 
     A scheduler sends SIGTERM before it takes the machine away. At the time limit, the
-    first process sends it to itself: so there is one way for all hosts to hear of it.
+    first of several processes sends it to itself: so there is one way for all hosts to
+    hear of it.
+
+    Attributes:
+      in_time: Whether the limit is what has been reached; the first process knows.
     """
 
-    def __init__(self, minutes: float | None = None):
+    def __init__(self, seconds: float | None = None):
         self._received = False
         self.in_time = False
         self._timer = None
-        if minutes is not None and hosts.is_first():
-            self._timer = threading.Timer(60 * minutes, self._time_is_up)
+        if seconds is not None and hosts.is_first():
+            self._timer = threading.Timer(max(seconds, 0), self._time_is_up)
             self._timer.daemon = True
 
     def received(self, step: int) -> bool:
@@ -48,7 +52,9 @@ class StopRequest:
 
     def _time_is_up(self) -> None:
         self.in_time = True
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._received = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _receive(self, *_: Any) -> None:
         self._received = True

@@ -1,6 +1,7 @@
 """A whole run: new, or gone on with from its last checkpoint."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from examples.llama.config import Config
 from examples.llama.data.batches import batches_on_devices, placed
 from examples.llama.data.rows import held_out_batches
 from examples.llama.data.text import Text, TextData, open_text
+from examples.llama.data.tokenizers import unused_ids
 from examples.llama.gradients import make_loss_and_grads
 from examples.llama.metrics import MetricsLog, perplexity, plot_losses
 from examples.llama.optimizers import schedules
@@ -67,6 +69,7 @@ class Result:
 
 def train(config: Config, console: Console | None = None) -> Result:
     """Train until ``config.steps``; what ``config.workdir`` has done is not redone."""
+    started = time.monotonic()
     console = (console or Console()) if hosts.is_first() else Console(quiet=True)
     # What the devices do not allow is refused before anything is done.
     mesh = layout.make_mesh(config.mesh, jax.devices())
@@ -75,7 +78,7 @@ def train(config: Config, console: Console | None = None) -> Result:
         run = prepare(config, mesh, by_row, checkpoints, console)
         with (
             contextlib.closing(run.batches),
-            StopRequest(config.time_limit) as stop,
+            StopRequest(seconds_left(config.time_limit, started)) as stop,
             MetricsLog(config.workdir, run.start, hosts.is_first()) as log,
             ProgressDisplay(
                 run.start, config.steps, config.log_every, console
@@ -101,6 +104,13 @@ def train(config: Config, console: Console | None = None) -> Result:
             lines, memory = result.lines(), str(run.memory)
             write_page(config, lines, log.records, result.plot, memory, result.page)
         return result
+
+
+def seconds_left(minutes: float | None, started: float) -> float | None:
+    """Of a limit that also what comes before the first step counts for."""
+    if minutes is None:
+        return None
+    return 60 * minutes - (time.monotonic() - started)
 
 
 def make_reporter(
@@ -147,7 +157,7 @@ def prepare(
     start = checkpoints.latest_step or 0
     text = text_of_run(config, start > 0, console)
     data = text.load()
-    say(*data.notes)
+    say(*data.notes, *unused_ids(text.tokenizer, text.vocab_size))
     model, tx, abstract = assemble(config, text.vocab_size, mesh)
     memory = lp.describe(tx, abstract.params)
     say(*layout.exceptions(mesh, abstract.params), str(memory))
@@ -160,8 +170,10 @@ def prepare(
         init = jax.jit(partial(init_state, model, tx), out_shardings=shardings)
         state = init(jax.random.key(config.seed))
     size = config.data.batch_size
+    # No more rows at once than a step has.
+    at_once = config.micro_batch_size or size
     held_out = [
-        placed(batch, by_row) for batch in held_out_batches(data.held_out, size)
+        placed(batch, by_row) for batch in held_out_batches(data.held_out, at_once)
     ]
     batches = batches_on_devices(
         data.train,
@@ -216,7 +228,7 @@ def run_steps(
             checkpoints.save(step, state)
         if stopped and step < config.steps:
             hosts.on_first(checkpoints.wait)
-            raise Stopped(step, stop.in_time)
+            raise Stopped(step, hosts.from_first(stop.in_time))
     # While SIGTERM still waits, and so do the other hosts: only the first one seals.
     hosts.on_first(checkpoints.wait)
 
@@ -230,6 +242,7 @@ def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
         "fingerprint": text.fingerprint,
         "vocab_size": text.vocab_size,
         "end_of_text": text.tokenizer.end_of_text,
+        "context": config.data.seq_len,
     }
     hosts.check_same(str(found), "the text")
     if resumed:

@@ -35,6 +35,12 @@ def evaluate(command: Eval, console: Console) -> Measured:
     given = {name: value for name, value in given.items() if value is not None}
     if command.data is not None:
         given |= {"data.path": command.data, "data.hub": None}
+    if command.skip_bad_lines:
+        given["data.skip_bad_lines"] = True
+    # As many rows at once as the run has had in memory.
+    given.setdefault(
+        "data.batch_size", config.micro_batch_size or config.data.batch_size
+    )
     # As a whole, so that it is checked with what the model asks for.
     data = override(config, given | {"micro_batch_size": None}).data
     mesh = layout.make_mesh(command.mesh, jax.devices())
@@ -44,10 +50,11 @@ def evaluate(command: Eval, console: Console) -> Measured:
     held_out = open_text(data, console).held_out()
     for note in held_out.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-    size = data.batch_size
-    batches = [placed(x, by_row) for x in held_out_batches(held_out.rows, size)]
+    batches = list(held_out_batches(held_out.rows, data.batch_size))
     model = PureLlama(weights.config, weights.vocab_size, mesh)
-    evaluate = make_evaluation(model, batches, layout.replicated(mesh))
+    evaluate = make_evaluation(
+        model, [placed(batch, by_row) for batch in batches], layout.replicated(mesh)
+    )
     loss = evaluate(weights.params)
     tokens = sum(int(batch.mask.sum()) for batch in batches)
     return Measured(loss, perplexity(loss), tokens)

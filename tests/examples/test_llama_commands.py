@@ -67,7 +67,7 @@ def test_each_source_wins_over_those_before_it(tmp_path):
 def test_weights_to_begin_with_win_over_those_of_a_file(tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
-    record_weights(weights, ModelConfig(width=64), vocab_size=300, end_of_text=0)
+    record_weights(weights, ModelConfig(width=64), {"vocab_size": 300})
     path = tmp_path / "config.yaml"
     path.write_text(file.dump(as_groups(Config(ModelConfig(width=64)))))
     begin = ["train", "--config", str(path)]
@@ -253,6 +253,7 @@ def test_a_dry_run_prints_the_plan_of_a_pod(capsys, tmp_path, monkeypatch):
     text = planned(capsys, "train", *recipe, "--dry-run", "--micro-batch-size", "256")
     assert on_each_device(text, "gradients") == of_each
     assert on_each_device(text, "sums of gradients, float32") == 2 * of_each
+    assert text.startswith("the tokenizer has only 257 of the model's 32,000 ids")
     assert not list(tmp_path.iterdir())
 
 

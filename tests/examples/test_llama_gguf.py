@@ -149,7 +149,7 @@ def with_tokenizer(split):
 def test_tokenizer(tmp_path):
     path = write(tmp_path / "a.gguf", TIED, change=with_tokenizer("smollm"))
     tokenizer = GGUFFile(path).tokenizer()
-    assert GGUFFile(path).end_of_text() == 0
+    assert GGUFFile(path).ends()["end_of_text"] == 0
     encoded = tokenizer.encode("ab ab12<|end|>b")
     assert encoded.tokens == ["ab", "Ġab", "1", "2", "<|end|>", "b"]
     assert encoded.ids == [PIECES.index(piece) for piece in encoded.tokens]

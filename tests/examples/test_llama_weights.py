@@ -32,7 +32,7 @@ def run(tmp_path, request):
     config = Config(model, optimizer=OptimizerConfig("adamw"), workdir=tmp_path / "run")
     tx = make_optimizer(config.optimizer, steps=10)
     config.workdir.mkdir()
-    record_run(config, {"vocab_size": VOCAB, "end_of_text": 0})
+    record_run(config, {"vocab_size": VOCAB, "end_of_text": 0, "context": 99})
     init = jax.jit(partial(init_state, PureLlama(model, VOCAB), tx))
     with Checkpoints(config.workdir) as checkpoints:
         for step in (1, 2):
@@ -79,7 +79,7 @@ def test_export_and_import_are_inverse(run, tmp_path):
     config, params = run
     pieces = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     pieces.save(str(config.workdir / "tokenizer.json"))
-    export_weights(config.workdir, tmp_path / "hf", context=99)
+    export_weights(config.workdir, tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["max_position_embeddings"] == 99
     imported = import_weights(
@@ -91,10 +91,11 @@ def test_export_and_import_are_inverse(run, tmp_path):
     assert (weights.vocab_size, weights.end_of_text) == (VOCAB, 0)
     assert_same(weights.params, params)
     export_weights(tmp_path / "back", tmp_path / "again")
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    for name in ("model.safetensors", "tokenizer.json"):
         first, second = (tmp_path / folder / name for folder in ("hf", "again"))
-        if name != "config.json":
-            assert first.read_bytes() == second.read_bytes()
+        assert first.read_bytes() == second.read_bytes()
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == settings | {"num_key_value_heads": 2}
 
 
 def test_import_in_bfloat16_without_a_tokenizer(tmp_path):

@@ -90,7 +90,7 @@ class Config:
             micro is None or (micro >= 1 and batch % micro == 0),
             f"micro_batch_size ({micro}) must divide batch_size ({batch})",
         )
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), got {self.seed}")
         chunk, length = self.model.loss_chunk, self.data.seq_len
         require(
             chunk is None or chunk >= length or length % chunk == 0,

@@ -118,14 +118,18 @@ def open_text(config: DataConfig, console: Console) -> Text:
     return text
 
 
-def planned_vocab_size(config: DataConfig) -> int:
-    """That of ``open_text(config)``, from the tokenizer's file at most."""
+def planned_vocabulary(config: DataConfig) -> tuple[int, list[str]]:
+    """Ids of the model of ``open_text(config)``, from the tokenizer's file at most.
+
+    And a note, where most of them have no use.
+    """
     if config.tokenizer == "bpe":
         assert config.vocab_size is not None  # checked by DataConfig
-        return config.vocab_size
+        return config.vocab_size, []
     path = None if config.tokenizer == "byte" else Path(config.tokenizer)
     tokenizer = tokenizers.load_file(path) if path else tokenizers.ByteTokenizer()
-    return tokenizers.model_vocabulary(tokenizer, config.vocab_size)
+    size = tokenizers.model_vocabulary(tokenizer, config.vocab_size)
+    return size, tokenizers.unused_ids(tokenizer, size)
 
 
 def open_source(config: DataConfig) -> Source:

@@ -186,8 +186,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PiecesTokenizer:
 def model_vocabulary(tokenizer: Tokenizer, size: int | None) -> int:
     """Ids that the model is to have: as many as asked for, or the tokenizer's.
 
-    More cost little: T5's 32,000 pieces meet 32,100 in the published models. Raises
-    ``DataError`` where there are too few of them.
+    Raises ``DataError`` where there are too few of them.
     """
     if size is not None and size < tokenizer.vocab_size:
         raise DataError(
@@ -196,6 +195,16 @@ def model_vocabulary(tokenizer: Tokenizer, size: int | None) -> int:
             "tokenizer"
         )
     return size or tokenizer.vocab_size
+
+
+def unused_ids(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """A note on a model with many more ids than its tokenizer, such as on bytes."""
+    if tokenizer.vocab_size > 0.9 * vocab_size:
+        return []
+    return [
+        f"the tokenizer has only {tokenizer.vocab_size:,} of the model's "
+        f"{vocab_size:,} ids: is it the one that was meant (--tokenizer)?"
+    ]
 
 
 def _beginning(texts: Iterable[str], characters: int) -> Iterator[str]:

@@ -57,7 +57,10 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
 
     Raises ``ValueError``, which names the file, where there is nothing good to read.
     """
-    config = ModelConfig(**settings_of(workdir)["model"])
+    try:
+        config = ModelConfig(**settings_of(workdir)["model"])
+    except (TypeError, KeyError) as error:
+        raise BadWeights(f"{workdir}: settings of another version: {error}") from error
     data = data_of(workdir)
     params = _restored(newest(workdir), config, data["vocab_size"], mesh)
     return Weights(workdir, config, data["vocab_size"], params, data["end_of_text"])
@@ -129,13 +132,13 @@ def import_weights(
     with files.new_folder(workdir) as part:
         if source.is_dir():
             loaded = hugging_face.load(source, dtype, scan_layers=scan_layers)
-            end_of_text = hugging_face.end_of_text(source)
+            ends = hugging_face.ends(source)
             if not tokenizers.copy_saved(source, part):
                 without_tokenizer = f"{source} has no tokenizer.json or tokenizer.model"
         else:
             file = GGUFFile(source)
             loaded = file.load(dtype, scan_layers=scan_layers)
-            end_of_text = file.end_of_text()
+            ends = file.ends()
             try:
                 file.tokenizer().save(str(part / "tokenizer.json"))
             except BadWeights as error:
@@ -144,13 +147,11 @@ def import_weights(
         config = dataclasses.replace(config, param_dtype=dtype)
         with Checkpoints(part) as checkpoints:
             checkpoints.save(0, {"params": params})
-        record_weights(part, config, vocab_size, end_of_text)
+        record_weights(part, config, ends | {"vocab_size": vocab_size})
     return Imported(config, vocab_size, without_tokenizer)
 
 
-def export_weights(
-    workdir: Path, folder: Path, dtype: Any = None, context: int = 2048
-) -> None:
+def export_weights(workdir: Path, folder: Path, dtype: Any = None) -> None:
     """Write the weights of ``workdir`` as a new Hugging Face folder; see its ``save``.
 
     Its tokenizer goes with them, where there is a file of it.
@@ -162,7 +163,7 @@ def export_weights(
         weights.vocab_size,
         weights.params,
         dtype=dtype,
-        context=context,
+        context=data_of(workdir)["context"] or 2048,
         end_of_text=weights.end_of_text,
         tokenizer=tokenizers.saved_file(workdir),
     )

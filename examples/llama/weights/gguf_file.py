@@ -122,8 +122,12 @@ class GGUFFile:
         )
         return made
 
-    def end_of_text(self) -> int | None:
-        return self._setting("tokenizer.ggml.eos_token_id", None)
+    def ends(self) -> dict[str, int | None]:
+        """The token that ends a text, and the longest text."""
+        return {
+            "end_of_text": self._setting("tokenizer.ggml.eos_token_id", None),
+            "context": self._setting("llama.context_length", None),
+        }
 
     def _dequantized(self, tensor: Any) -> np.ndarray:
         try:

@@ -70,11 +70,14 @@ def load(
     return config, vocab_size, params
 
 
-def end_of_text(folder: Path) -> int | None:
-    """The token that ends a text, or the first of those that do."""
+def ends(folder: Path) -> dict[str, int | None]:
+    """The token that ends a text, the first where several do; the longest text."""
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     number = found.get("eos_token_id")
-    return number[0] if isinstance(number, list) else number
+    return {
+        "end_of_text": number[0] if isinstance(number, list) else number,
+        "context": found.get("max_position_embeddings"),
+    }
 
 
 def _index(folder: Path) -> tuple[dict[str, Path], Path]:
