@@ -292,7 +292,6 @@ def test_what_goes_on_again_is_training_alone(monkeypatch, capsys, tmp_path):
 
     command = ["examples.llama", "export", str(tmp_path), str(tmp_path)]
     monkeypatch.setattr(__main__, "export_weights", full)
-    monkeypatch.setattr(__main__, "config_of", lambda _: Config())
     monkeypatch.setattr(sys, "argv", command)
     assert __main__.main() == 74
     assert capsys.readouterr().err == "error: no space left\n"
