@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ from examples.llama.steps import (
 from examples.llama.stop import Stopped, StopRequest
 from examples.llama.trace import Trace
 from examples.llama.weights.folder import load_for
+
+_PLOT, _PAGE = "loss.png", "report.html"
 
 
 @dataclass(frozen=True)
@@ -86,24 +88,34 @@ def train(config: Config, console: Console | None = None) -> Result:
             Trace(config.profile, config.workdir / "profile") as trace,
         ):
             report = make_reporter(config, run, log, display)
-            run_steps(config, run, checkpoints, report, stop, trace)
+            try:
+                run_steps(config, run, checkpoints, report, stop, trace)
+            except Stopped as stopped:
+                leave_page(config, run, log, {"so far": str(stopped)})
+                raise
         held_out_loss = log.last("held_out_loss")
         result = Result(
             held_out_loss=held_out_loss,
             held_out_perplexity=perplexity(held_out_loss),
             state_bytes=run.memory.total_bytes,
             state_ratio=run.memory.ratio,
-            plot=config.workdir / "loss.png",
-            page=config.workdir / "report.html",
+            plot=config.workdir / _PLOT,
+            page=config.workdir / _PAGE,
             checkpoint=checkpoints.path(config.steps),
             already_finished=run.start == config.steps,
         )
-        if hosts.is_first():
-            title = f"Llama by {config.optimizer.name}"
-            plot_losses(log.records, title, result.plot)
-            lines, memory = result.lines(), str(run.memory)
-            write_page(config, lines, log.records, result.plot, memory, result.page)
+        leave_page(config, run, log, result.lines())
         return result
+
+
+def leave_page(
+    config: Config, run: "Run", log: MetricsLog, results: Mapping[str, str]
+) -> None:
+    """For people: the curve, and a page about the run as far as it is."""
+    if hosts.is_first():
+        plot, page = config.workdir / _PLOT, config.workdir / _PAGE
+        plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
+        write_page(config, results, log.records, plot, str(run.memory), page)
 
 
 def seconds_left(minutes: float | None, started: float) -> float | None:

@@ -297,6 +297,8 @@ def test_the_time_limit_saves_and_the_same_command_goes_on(on_one_device, tmp_pa
         run(config)
     assert stop.value.in_time
     assert (config.workdir / "checkpoints" / "1").is_dir()
+    page = (config.workdir / "report.html").read_text()
+    assert "at its time limit; saved after step 1" in page
     config = dataclasses.replace(config, time_limit=60)
     assert "going on after step 1" in run(config)[1]
     ends = (losses(on_one_device.workdir)[-1], losses(config.workdir)[-1])
