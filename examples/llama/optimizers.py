@@ -58,15 +58,16 @@ def make_optimizer(
     rule = _RULES[config.name](config, given)
     if config.clip_norm is None:
         return rule
-    return optax.chain(_clip(config.clip_norm), rule)
+    return optax.chain(clip(config.clip_norm), rule)
 
 
-def _clip(norm: float) -> optax.GradientTransformation:
+def clip(norm: float) -> optax.GradientTransformation:
     """By the global norm, which bfloat16 gradients would add up in bfloat16."""
-    clip = optax.clip_by_global_norm(norm)
+    by_norm = optax.clip_by_global_norm(norm)
 
     def update(grads: Any, _: Any) -> Any:
-        clipped, _ = clip.update(optax.tree.cast(grads, "float32"), clip.init(grads))
+        wide = optax.tree.cast(grads, "float32")
+        clipped, _ = by_norm.update(wide, by_norm.init(wide))
         return jax.tree.map(lambda x, g: x.astype(g.dtype), clipped, grads)
 
     return optax.stateless(update)

@@ -15,7 +15,7 @@ from rich.console import Console
 import lorapre_jax as lp
 from examples.llama import layout
 from examples.llama.config import Config, ModelConfig, OptimizerConfig
-from examples.llama.optimizers import DEFAULT_RATES, make_optimizer, schedule
+from examples.llama.optimizers import DEFAULT_RATES, clip, make_optimizer, schedule
 from examples.llama.pure import PureLlama
 from examples.llama.steps import abstract_state
 from examples.llama.train import train
@@ -117,6 +117,16 @@ def test_few_layers_at_once_change_no_update(name):
         actual,
         expected,
     )
+
+
+def test_bfloat16_gradients_are_clipped_by_their_exact_norm():
+    """Sums of squares in bfloat16 would be wrong by some per cent."""
+    grads = {str(i): jnp.full(100, 0.1, jnp.bfloat16) for i in range(300)}
+    tx = clip(1.0)
+    clipped, _ = tx.update(grads, tx.init(grads))
+    assert {x.dtype for x in clipped.values()} == {jnp.dtype("bfloat16")}
+    norm = optax.tree.norm(optax.tree.cast(clipped, "float32"))
+    np.testing.assert_allclose(norm, 1.0, rtol=2e-3)
 
 
 def test_schedule_rises_to_its_peak_and_falls_to_a_tenth():
