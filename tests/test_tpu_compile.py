@@ -25,7 +25,7 @@ def compiler():
 
 def test_a_training_step():
     cell = tpu_compile.Cell(
-        "demo", mesh="fsdp=2,tensor=2", rank=8, batch_size=64, seq_len=64
+        "9m", mesh="fsdp=2,tensor=2", rank=8, batch_size=64, seq_len=64
     )
     row = tpu_compile.measured(cell)
     assert row["arguments"] >= row["parameters"] + row["optimizer state"]
