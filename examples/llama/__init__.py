@@ -1,1 +1,1 @@
-"""Pretrain a small Llama with low-rank momentum: ``python -m examples.llama``."""
+"""Pretrain a Llama with low-rank momentum: ``python -m examples.llama train``."""
