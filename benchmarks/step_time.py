@@ -3,7 +3,8 @@
     python -m benchmarks.step_time --preset 60m --rank 128 --micro-batch-size 8
 
 Times the gradient of a micro-batch, the update, and a whole step of one micro-batch,
-each compiled beforehand, in turns; medians. The step of the published batch (512 rows)
+each compiled beforehand, in turns, another one first each time; medians, and the range
+of the ratios of a turn. The step of the published batch (512 rows)
 is composed from the first two: no CPU can hold it. Memory is the compiler's own count.
 """
 
@@ -106,6 +107,14 @@ def rows_of(subjects: Mapping[str, Subject], micro: int) -> list[dict[str, Any]]
     for row in rows:
         ratios = {x: row[x] / base[x] for x in (*columns, "peak MB")}
         row |= {f"{name.removesuffix(' s')}, ratio": x for name, x in ratios.items()}
+        for part in ("update", "step"):
+            turns = zip(
+                subjects[row["optimizer"]].times[part],
+                subjects[base["optimizer"]].times[part],
+                strict=True,
+            )
+            paired = [mine / theirs for mine, theirs in turns]
+            row[f"{part}, ratio, range"] = f"{min(paired):.2f} to {max(paired):.2f}"
     return rows
 
 
@@ -126,8 +135,10 @@ def main() -> None:
     for subject in subjects.values():
         subject.measure()
         subject.times = {name: [] for name in subject.times}  # That one was to warm up.
-    for _ in range(args.repeats):
-        for subject in subjects.values():
+    order = list(subjects.values())
+    for turn in range(args.repeats):
+        first = turn % len(order)
+        for subject in order[first:] + order[:first]:
             subject.measure()
     rows = rows_of(subjects, args.micro_batch_size)
     print(_record.table(rows))
