@@ -31,11 +31,16 @@ class StopRequest:
     first of several processes sends it to itself: so there is one way for all hosts to
     hear of it.
 
+    Args:
+      start: Steps that the run has done already.
+      seconds: The time limit, from now; None: there is none.
+
     Attributes:
       in_time: Whether the limit is what has been reached; the first process knows.
     """
 
-    def __init__(self, seconds: float | None = None):
+    def __init__(self, start: int, seconds: float | None):
+        self._start = start
         self._received = False
         self.in_time = False
         self._timer = None
@@ -45,15 +50,16 @@ class StopRequest:
 
     def received(self, step: int) -> bool:
         """Of several processes, all hear of it at the same step."""
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not self._received:
             # JAX's own runtime has caught the signal, on whatever host it came.
-            return multihost_utils.reached_preemption_sync_point(step)
+            self._received = multihost_utils.reached_preemption_sync_point(step)
         return self._received
 
     def _time_is_up(self) -> None:
         self.in_time = True
-        self._received = True
-        if jax.process_count() > 1:
+        if jax.process_count() == 1:
+            self._received = True
+        else:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _receive(self, *_: Any) -> None:
@@ -62,6 +68,10 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if jax.process_count() == 1:
             self._before = signal.signal(signal.SIGTERM, self._receive)
+        else:
+            # The runtime names the step after the last one that any host asked about,
+            # though the run may be far beyond it: so ask about all that are done.
+            any(self.received(step) for step in range(1, self._start + 1))
         if self._timer:
             self._timer.start()
         return self

@@ -80,7 +80,7 @@ def train(config: Config, console: Console | None = None) -> Result:
         run = prepare(config, mesh, by_row, checkpoints, console)
         with (
             contextlib.closing(run.batches),
-            StopRequest(seconds_left(config.time_limit, started)) as stop,
+            StopRequest(run.start, seconds_left(config.time_limit, started)) as stop,
             MetricsLog(config.workdir, run.start, hosts.is_first()) as log,
             ProgressDisplay(
                 run.start, config.steps, config.log_every, console

@@ -28,11 +28,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def two_processes(config):
+def two_processes(config, *more):
     port = free_port()
     return [
         start(
-            config, "--mesh", MESH, "--distributed", f"localhost:{port},2,{i}",
+            config, "--mesh", MESH, "--distributed", f"localhost:{port},2,{i}", *more,
             devices=4,
         )
         for i in range(2)
@@ -89,6 +89,25 @@ def test_a_job_that_lost_a_process_goes_on_as_another_job(make_config, tmp_path)
     assert alone.returncode == 143
     steps = [record["step"] for record in records(config)]
     assert steps == list(range(len(steps)))
+
+
+def test_a_job_told_to_stop_saves_and_the_same_command_goes_on(make_config, tmp_path):
+    config = make_config(tmp_path / "run", "lorapre_adamw", steps=3000)
+    first, second = job = two_processes(config)
+    wait_for(lambda: len(records(config)) > 4)
+    second.send_signal(signal.SIGTERM)  # One host hears of it; all stop at one step.
+    outputs = [process.communicate(timeout=120) for process in job]
+    assert [first.returncode, second.returncode] == [143, 143], outputs
+    saved = records(config)[-1]["step"]
+    assert f"saved after step {saved}" in outputs[0][0]
+
+    first, second = job = two_processes(config, "--time-limit", "0.001")
+    outputs = [process.communicate(timeout=240) for process in job]
+    assert [first.returncode, second.returncode] == [75, 75], outputs
+    assert f"going on after step {saved}" in outputs[0][0]
+    steps = [record["step"] for record in records(config)]
+    assert steps == list(range(len(steps)))
+    assert saved < steps[-1] < 3000
 
 
 def test_each_process_reads_its_own_rows():
