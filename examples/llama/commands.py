@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import functools
+import operator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -104,6 +106,11 @@ class Export:
 
 
 Command = Train | Eval | Generate | Describe | Import | Export
+_KINDS = {kind.__name__.lower(): kind for kind in get_args(Command)}
+_ANY: Any = functools.reduce(
+    operator.or_,
+    (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in _KINDS.items()),
+)
 
 
 def parse(arguments: list[str]) -> Command:
@@ -111,29 +118,35 @@ def parse(arguments: list[str]) -> Command:
 
     Raises ``ValueError`` for settings that cannot be.
     """
-    config, recipe, rest = Config(), dict[str, Setting](), arguments
-    if arguments[:1] in (["train"], ["describe"]):
-        options, rest = _defaults_parser().parse_known_args(arguments)
-        content = file.load(options.config) if options.config else {}
-        config = Config(PRESETS[options.preset])
-        if options.recipe:
-            optimizer = options.optimizer or flat(content).get("optimizer.name")
-            recipe = RECIPES[options.recipe](options.preset, optimizer)
-            values = {name: setting.value for name, setting in recipe.items()}
-            config = override(config, values)
-        if options.init_from not in (None, "None"):
-            config = override(config, _defaults_of(Path(options.init_from)))
-        # Before what was given beside it, which wins.
-        rest[1:1] = file.options_of(content, options.config)
-        rest += ["--optimizer", options.optimizer] if options.optimizer else []
-        rest += ["--init-from", options.init_from] if options.init_from else []
-    return tyro.cli(
-        _commands(config, recipe),
-        args=rest,
-        prog=PROGRAM,
-        description="Llamas with low-rank momentum: pretrain, look at, use.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    # One command alone once it is known: errors then name its settings, no union's.
+    name = arguments[0] if arguments else ""
+    options = tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
+    if name not in _KINDS:
+        return tyro.cli(_ANY, args=arguments, prog=PROGRAM, config=options)
+    kind, rest, more = _KINDS[name], arguments[1:], {}
+    if kind in (Train, Describe):
+        config, recipe, rest = _configured(rest)
+        more["default"] = kind(config, recipe)
+        more["description"] = f"{kind.__doc__}\n\n{_DEFAULTS}"
+    return tyro.cli(kind, args=rest, prog=f"{PROGRAM} {name}", config=options, **more)
+
+
+def _configured(arguments: list[str]) -> tuple[Config, dict[str, Setting], list[str]]:
+    """The defaults that some options ask for, their recipe, and the other options."""
+    options, rest = _defaults_parser().parse_known_args(arguments)
+    content = file.load(options.config) if options.config else {}
+    config, recipe = Config(PRESETS[options.preset]), dict[str, Setting]()
+    if options.recipe:
+        optimizer = options.optimizer or flat(content).get("optimizer.name")
+        recipe = RECIPES[options.recipe](options.preset, optimizer)
+        config = override(config, {name: x.value for name, x in recipe.items()})
+    if options.init_from not in (None, "None"):
+        config = override(config, _defaults_of(Path(options.init_from)))
+    # Before what was given beside it, which wins.
+    rest = file.options_of(content, options.config) + rest
+    rest += ["--optimizer", options.optimizer] if options.optimizer else []
+    rest += ["--init-from", options.init_from] if options.init_from else []
+    return config, recipe, rest
 
 
 def _defaults_parser() -> argparse.ArgumentParser:
@@ -175,23 +188,3 @@ _DEFAULTS = (
     + "}, the published way to train that size; and of --config FILE, YAML as a run "
     "writes it. Each of these wins over those before it, and every option over them."
 )
-
-
-def _commands(config: Config, recipe: dict[str, Setting]) -> Any:
-    def configured(kind: type[Train] | type[Describe]) -> Any:
-        about = f"{kind.__doc__}\n\n{_DEFAULTS}"
-        default = kind(config, recipe)
-        return _named(kind, default=default, description=about)
-
-    return (
-        configured(Train)
-        | _named(Eval)
-        | _named(Generate)
-        | configured(Describe)
-        | _named(Import)
-        | _named(Export)
-    )
-
-
-def _named(kind: Any, **more: Any) -> Any:
-    return Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **more)]

@@ -135,6 +135,12 @@ def test_unknown_options_are_refused_with_the_nearest(capsys):
     assert "--preset" in fails(capsys, "eval", "runs/x", "--preset", "60m")
 
 
+def test_settings_that_cannot_be_are_refused_by_name(capsys):
+    told = fails(capsys, "train", "--batch-size", "0")
+    assert "Error parsing config.data: batch_size must be at least 1, got 0" in told
+    assert "python -m examples.llama train --help" in told
+
+
 def test_help_has_units_and_defaults(capsys):
     with pytest.raises(SystemExit) as exit_:
         parse(["train", "--preset", "1b", "--help"])
