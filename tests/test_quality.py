@@ -126,6 +126,30 @@ def test_differences_are_paired_by_seed():
     assert report.interval([0.0, 0.2]) == "+0.1000 ± 1.2706"
 
 
+def test_conditions_are_compared_on_the_runs_they_share():
+    def row(condition, method, seed, loss):
+        key = dataclasses.replace(KEY, condition=condition, method=method, seed=seed)
+        return key, RESULT | {"loss": loss}
+
+    known = dict(
+        [
+            row("plain", "adamw", 0, 2.0),
+            row("plain", "adamw", 1, 9.0),
+            row("plain", "muon", 0, 1.9),
+            row("plain", "fira/4", 0, 2.1),
+            row("rate x10", "adamw", 0, 3.0),
+            row("rate x10", "muon", 0, None),
+        ]
+    )
+    plain, high = report.robustness(known)
+    assert plain == {
+        "condition": "plain",
+        "adamw": "2.0000",
+        "muon": "1.9000 (-0.1000)",
+    }
+    assert high == {"condition": "rate x10", "adamw": "3.0000", "muon": "inf (+inf)"}
+
+
 def test_the_valley_is_measured_between_the_tried_rates():
     assert report.valley({1e-3: 2.05, 2e-3: 2.0, 4e-3: 2.05}) == pytest.approx(4)
     assert report.valley({1e-3: 2.1, 2e-3: 2.0, 4e-3: 2.1}) == pytest.approx(

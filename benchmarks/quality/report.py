@@ -161,13 +161,35 @@ def plot(known: Rows, times: Mapping[str, float], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def robustness(table: Rows, reference: str = "adamw") -> list[dict[str, Any]]:
+    """One line a condition: mean held-out losses, and how far they are from AdamW's.
+
+    Of the methods and seeds that raced under every condition.
+    """
+    losses: dict[str, dict[tuple[str, int], float]] = {}
+    for key, row in table.items():
+        found = losses.setdefault(key.condition, {})
+        found[key.method, key.seed] = rows.loss_of(row)
+    runs = set.intersection(*(set(found) for found in losses.values()))
+    lines = []
+    for condition, found in losses.items():
+        line: dict[str, Any] = {"condition": condition}
+        for method in sorted({method for method, _ in runs} | {reference}):
+            seeds = [seed for name, seed in runs if name == method]
+            mean = statistics.fmean(found[method, seed] for seed in seeds)
+            base = statistics.fmean(found[reference, seed] for seed in seeds)
+            apart = "" if method == reference else f" ({mean - base:+.4f})"
+            line[method] = f"{mean:.4f}{apart}"
+        lines.append(line)
+    return lines
+
+
 def sections(table: Rows, scale: str) -> list[str]:
-    """Markdown: the table of each condition, the ablations, the searched rates."""
-    parts = []
-    for condition in dict.fromkeys(key.condition for key in table):
-        chosen = {k: v for k, v in table.items() if k.condition == condition}
-        lines = summary(chosen, seconds_a_step(scale))
-        parts.append(f"## {condition}\n\n{_record.table(lines)}")
+    """Markdown: the table, the other conditions, the searched rates, the ablations."""
+    plain = {key: row for key, row in table.items() if key.condition == "plain"}
+    parts = [f"## plain\n\n{_record.table(summary(plain, seconds_a_step(scale)))}"]
+    if len(plain) < len(table):
+        parts.append(f"## conditions\n\n{_record.table(robustness(table))}")
     for kind in ("search", "ablations"):
         known = rows.read(rows.FOLDER / f"{kind}_{scale}.jsonl")
         if known:
