@@ -6,6 +6,7 @@ Times the gradient of a micro-batch, the update, and a whole step of one micro-b
 each compiled beforehand, in turns, another one first each time; medians, and the range
 of the ratios of a turn. The step of the published batch (512 rows)
 is composed from the first two: no CPU can hold it. Memory is the compiler's own count.
+optax's GaLore takes no stacked layers, as the others have here, and is left out.
 """
 
 import argparse
