@@ -59,15 +59,18 @@ def follow(race: Race, name: str, steps: int, log_every: int) -> list[dict]:
     return lines
 
 
-def _health(race: Race, state) -> dict[str, float]:
-    """Over all matrices: the largest norm and condition, the worst orthogonality."""
+def _health(race: Race, state) -> dict[str, float | None]:
+    """Over all matrices: the largest norm and condition, the worst orthogonality.
+
+    None without factors.
+    """
     pairs = [
         x
         for x in jax.tree.leaves(state.rules, is_leaf=lambda x: hasattr(x, "left"))
         if hasattr(x, "left")
     ]
     if not pairs:
-        return dict.fromkeys(("norm", "condition", "orthogonality"), float("nan"))
+        return dict.fromkeys(("norm", "condition", "orthogonality"))
     norms, conditions, errors = [], [], []
     for pair in pairs:
         gram = jnp.matmul(jnp.swapaxes(pair.left, -1, -2), pair.left)
