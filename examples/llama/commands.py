@@ -122,7 +122,10 @@ def parse(arguments: list[str]) -> Command:
     name = arguments[0] if arguments else ""
     options = tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
     if name not in _KINDS:
-        return tyro.cli(_ANY, args=arguments, prog=PROGRAM, config=options)
+        about = "Llamas with low-rank momentum: pretrain, look at, use."
+        return tyro.cli(
+            _ANY, args=arguments, prog=PROGRAM, config=options, description=about
+        )
     kind, rest, more = _KINDS[name], arguments[1:], {}
     if kind in (Train, Describe):
         config, recipe, rest = _configured(rest)
