@@ -158,6 +158,17 @@ def test_the_valley_is_measured_between_the_tried_rates():
     assert report.valley({1e-3: math.inf, 2e-3: 2.0, 4e-3: math.inf}) < 1.01
 
 
+def test_searched_losses_are_means_over_seeds_and_apart_by_dense_rate():
+    def row(dense_rate, seed, loss):
+        key = dataclasses.replace(KEY, dense_rate=dense_rate, seed=seed)
+        return key, RESULT | {"loss": loss}
+
+    known = dict([row(4e-3, 0, 2.0), row(4e-3, 1, 2.2), row(8e-3, 0, 1.9)])
+    common, other = report.searched(known)
+    assert (common["dense rate"], common["loss by rate"]) == ("", "0.002: 2.1000")
+    assert (other["dense rate"], other["loss by rate"]) == ("0.008", "0.002: 1.9000")
+
+
 def test_the_report_lies_beside_the_rows(tmp_path, monkeypatch, capsys):
     path = tmp_path / "table.jsonl"
     monkeypatch.setattr(rows, "FOLDER", tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import lorapre_jax as lp
 from benchmarks.quality.methods import Method, our_muon, ours
 
-GAINS = (0.0, 0.3, 0.5, 0.7, 1.4, 2.0)
+GAINS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.4, 2.0)
 _HIGH = (1e-3, 2e-3, 4e-3)
 
 

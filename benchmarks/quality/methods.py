@@ -161,7 +161,6 @@ METHODS: dict[str, Method] = {
     "adafactor": Method(_adafactor, _ADAM_RATES),
     "muon": Method(_muon, _MUON_RATES),
     "galore/4": Method(_galore(4), (2e-3, 4e-3, 8e-3)),
-    "galore/8": Method(_galore(8), (2e-3, 4e-3, 8e-3)),
     "q_galore/4": Method(peer(scale_by_q_galore, 4), _ADAM_RATES),
     "fira/4": Method(peer(scale_by_fira, 4), _ADAM_RATES),
     "apollo/4": Method(peer(scale_by_apollo, 4), _ADAM_RATES),

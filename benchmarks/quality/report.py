@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks import _record
 from benchmarks.quality import rows
 from benchmarks.quality.rows import Key, Row
+from benchmarks.quality.search import DENSE_RATES
 
 # 97.5 % points of Student's t by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -47,6 +48,7 @@ def summary(
         line = {
             "method": method,
             "rate": f"{key.rate:.3g}",
+            "dense rate": _dense_rate(key),
             "seeds": len(runs),
             "held-out loss": statistics.fmean(losses),
             "spread": f"{_deviation(losses):.4f}" if len(runs) > 1 else "",
@@ -88,6 +90,11 @@ def _cost(row: Row, base: Mapping[int, tuple[Key, Row]]) -> dict[str, Any]:
     }
 
 
+def _dense_rate(key: Key) -> str:
+    """That of the embedding, the head and the norms, where it is not the common one."""
+    return "" if key.dense_rate == DENSE_RATES[key.scale] else f"{key.dense_rate:.3g}"
+
+
 def seconds_a_step(scale: str) -> dict[str, float]:
     path = rows.FOLDER / f"timing_{scale}.json"
     if not path.exists():
@@ -97,13 +104,14 @@ def seconds_a_step(scale: str) -> dict[str, float]:
 
 
 def searched(known: Rows) -> list[dict[str, Any]]:
-    """Loss at every rate that was tried, and how wide the valley is."""
-    by_method: dict[tuple[str, Any], dict[float, float]] = {}
+    """Loss at every rate that was tried, over seeds, and how wide the valley is."""
+    by_method: dict[tuple[str, str], dict[float, list[float]]] = {}
     for key, row in known.items():
-        dense = "" if key.dense_rate == 4e-3 else f"{key.dense_rate:g}"
-        by_method.setdefault((key.method, dense), {})[key.rate] = rows.loss_of(row)
+        found = by_method.setdefault((key.method, _dense_rate(key)), {})
+        found.setdefault(key.rate, []).append(rows.loss_of(row))
     lines = []
-    for (method, dense), losses in by_method.items():
+    for (method, dense), all_losses in by_method.items():
+        losses = {rate: statistics.fmean(seeds) for rate, seeds in all_losses.items()}
         best = min(losses, key=losses.__getitem__)
         cells = (f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses))
         lines.append(
@@ -132,10 +140,12 @@ def valley(losses: Mapping[float, float], depth: float = 0.05) -> float:
 
 
 def plot(known: Rows, times: Mapping[str, float], path: Path) -> None:
-    """Held-out loss against step, bytes of matrix state, and seconds."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    """Held-out loss against step, bytes of matrix state and, if timed, seconds."""
+    panels = 3 if times else 2
+    figure = Figure(figsize=(4 * panels + 1, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    steps, state, clock = figure.subplots(1, 3, sharey=True)
+    axes = figure.subplots(1, panels, sharey=True)
+    steps, state = axes[:2]
     first = min(key.seed for key in known)
     for number, (key, row) in enumerate(rows.of(known, seed=first)):
         if row["loss"] is None:
@@ -146,17 +156,18 @@ def plot(known: Rows, times: Mapping[str, float], path: Path) -> None:
         at, losses = np.asarray(row["curve"]).T
         steps.plot(at, losses, dashes, marker=point, markersize=3, **style)
         if key.method in times:
-            clock.plot(at * times[key.method], losses, dashes, **style)
+            axes[2].plot(at * times[key.method], losses, dashes, **style)
         state.plot(row["state_bytes"]["matrices"], row["loss"], point, **style)
     best = min(rows.loss_of(row) for row in known.values())
     steps.set(
         xlabel="step", ylabel="held-out loss (nats)", ylim=(best - 0.05, best + 1)
     )
     state.set(xlabel="state of the matrices (bytes)", xscale="log")
-    clock.set(xlabel="seconds on one core")
+    if times:
+        axes[2].set(xlabel="seconds on one core")
     steps.legend(fontsize="x-small", ncols=2)
-    for axes in (steps, state, clock):
-        axes.grid(alpha=0.3)
+    for panel in axes:
+        panel.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
