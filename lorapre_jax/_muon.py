@@ -13,7 +13,13 @@ from lorapre_jax import _checks
 from lorapre_jax._adam import FirstMoment, decayed_weights, lorapre_adamw
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import OnlineRegression, mass
-from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients, orthogonalize
+from lorapre_jax._orthogonalize import (
+    NS_COEFFS,
+    Coefficients,
+    divided,
+    frobenius_norm,
+    orthogonalize,
+)
 from lorapre_jax._plan import Plan, init_moment, make_plan
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 from lorapre_jax._sharding import replicated_zero
@@ -57,11 +63,14 @@ def scale_by_lorapre_muon(
     update is, times a scale for the matrix's shape,
 
     .. math::
-      \mathrm{polar}(B A) + c \sqrt{(1 + \beta) / (1 - \beta)}\; \mathrm{polar}(R)
+      \mathrm{polar}(B A) + (c / s)\; \mathrm{polar}(s R), \quad
+      s = \sqrt{(1 - \beta) / (1 + \beta)}
 
     where polar is Newton-Schulz orthogonalisation. The residual is a single gradient's
-    and mostly noise: averaged as full Muon averages it, it would be smaller by the
-    inverse of that root, and orthogonalisation would divide by that little. A momentum
+    and mostly noise: averaged as full Muon averages it, it would be smaller by s, and
+    orthogonalisation would divide by that little. As in full Muon, its iteration starts
+    from `s R` over the norm of the whole average, `B A` and `s R`: a residual that is
+    next to nothing, such as the rounding of gradients of low rank, stays so. A momentum
     kept as `OnlineRegression.paper()` is orthogonalised as a whole (LoRA-Pre, arXiv
     2602.24283, for Muon), as is `Dense()`.
 
@@ -74,7 +83,7 @@ def scale_by_lorapre_muon(
       nesterov: Whether to look one step ahead, as `optax.contrib.muon` does. Static.
       ns_steps: Number of Newton-Schulz iterations. Static.
       ns_coeffs: Their coefficients `(a, b, c)`, or at least `ns_steps` such triples.
-      eps: Added to the Frobenius norm that the iteration starts by dividing by.
+      eps: Added to the Frobenius norm that the iteration's start is divided by.
       consistent_rms: None scales the update by `sqrt(max(1, q/p))` (Jordan et al.,
         2024); a number, 0.2 say, by `sqrt(max(p, q))` times it, so that the update's
         root mean square does not depend on the shape (Liu et al., 2025).
@@ -140,7 +149,7 @@ def scale_by_lorapre_muon(
             wide = jax.tree.map(without_underflow, updates)
             rest, moment = run(rule.begin, updates=wide, moments=moments)
             rest = orthogonalize_shares(
-                rule.polar, eps, shares, rest, param_shardings, batch
+                rule.polar, shares, rest, param_shardings, batch
             )
             updates, (mu, factors), _ = run(
                 rule.finish, updates=updates, moments=[moment, (rest, {})]
@@ -161,34 +170,38 @@ class _Rule(NamedTuple):
 
     def whole(self, leaf, hyper, g, mu):
         rest, mu = self.begin(leaf, hyper, g, mu)
-        return self.finish(leaf, hyper, g, mu, self.polar(rest, hyper["eps"]))[:2]
+        return self.finish(leaf, hyper, g, mu, self.polar(rest))[:2]
 
     def begin(self, leaf, hyper, g, mu):
-        """What is orthogonalised at its full size, and the new momentum."""
+        """What is orthogonalised at its full size, over its norm; the new momentum."""
         method, step = leaf.methods[0], (hyper["count"], hyper["seed"])
         beta = jnp.asarray(hyper["beta"], g.dtype)
         if isinstance(method, OnlineRegression):
             mu, residual = method.split_moment(mu, g, beta, *step)
-            return residual, mu
+            residual = _share_of_noise(beta) * residual
+            norm = jnp.hypot(frobenius_norm(mu.right), frobenius_norm(residual))
+            return divided(residual, norm, hyper["eps"]), mu
         m, mu = method.first_moment(mu, g, beta, *step)
-        return self.look_ahead(hyper, m, g), mu
+        m = self.look_ahead(hyper, m, g)
+        return divided(m, frobenius_norm(m), hyper["eps"]), mu
 
     def finish(self, leaf, hyper, g, mu, update):
         """The update; the other two are handed on."""
         orthogonal = update
         if isinstance(leaf.methods[0], OnlineRegression):
             beta = jnp.asarray(hyper["beta"], g.dtype)
-            gain = leaf.methods[0].complement_gain * jnp.sqrt((1 + beta) / (1 - beta))
+            gain = leaf.methods[0].complement_gain / _share_of_noise(beta)
             # The left factor is orthonormal: it stays outside.
             right = self.look_ahead(hyper, mu.right, mu.left.T @ g)
-            update = mu.left @ self.polar(right, hyper["eps"]) + gain * update
+            right = divided(right, frobenius_norm(right), hyper["eps"])
+            update = mu.left @ self.polar(right) + gain * update
         scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
         if leaf.is_factored:
             scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)
         return update * scale, mu, orthogonal
 
-    def polar(self, x, eps):
-        return orthogonalize(x, self.ns_coeffs, self.ns_steps, eps)
+    def polar(self, x):
+        return orthogonalize(x, self.ns_coeffs, self.ns_steps)
 
     def look_ahead(self, hyper, m, g):
         """The bias-corrected average as `optax.contrib.muon` looks ahead."""
@@ -299,6 +312,11 @@ def _refuse_other_than_matrices(plan: Plan) -> None:
                 f"({leaf.dense}), and Muon orthogonalises matrices only. Name its axes "
                 "in `matrices=`, or use lorapre_muon, which gives such leaves to Adam."
             )
+
+
+def _share_of_noise(beta):
+    """What averaging leaves of the root mean square of uncorrelated noise."""
+    return jnp.sqrt((1 - beta) / (1 + beta))
 
 
 def _shape_scale(shape: tuple[int, ...], consistent_rms, dtype) -> jax.Array:

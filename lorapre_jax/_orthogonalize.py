@@ -14,29 +14,34 @@ Coefficients = tuple[float, float, float] | tuple[tuple[float, float, float], ..
 NS_COEFFS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(
-    x: jax.Array, coefficients: Coefficients, steps: int, eps: jax.typing.ArrayLike
-) -> jax.Array:
+def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.Array:
     """The nearest (semi-)orthogonal matrix to `x: (p, q)`, approximately.
 
-    Iterates `X <- a X + (b G + c G^2) X`, `G = X X^T`, on the shorter side, from
-    `x / (|x|_F + eps)`; singular values end in about [0.7, 1.2].
+    Iterates `X <- a X + (b G + c G^2) X`, `G = X X^T`, on the shorter side. Singular
+    values end in about [0.7, 1.2], those below `a^-steps` nearer to zero.
 
     Args:
-      x: The matrix.
+      x: The matrix, of spectral norm at most one; see `divided`.
       coefficients: `(a, b, c)`, or one triple per step, of which the last `steps` run.
       steps: Number of iterations.
-      eps: Added to the Frobenius norm.
     """
     if x.shape[0] > x.shape[1]:
-        return orthogonalize(x.T, coefficients, steps, eps).T
-    norm = root_mean_square(x) * jnp.sqrt(jnp.asarray(x.size, x.dtype))
-    norm = norm + jnp.asarray(eps, x.dtype)
-    x = x / jnp.where(norm > 0, norm, 1)
+        return orthogonalize(x.T, coefficients, steps).T
     for a, b, c in _per_step(coefficients, steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x
+
+
+def divided(x: jax.Array, norm: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
+    """`x / (norm + eps)`, zero where that is no number."""
+    norm = norm + jnp.asarray(eps, x.dtype)
+    return x / jnp.where(norm > 0, norm, 1)
+
+
+def frobenius_norm(x: jax.Array) -> jax.Array:
+    """Free of inner under- and overflow."""
+    return root_mean_square(x) * jnp.sqrt(jnp.asarray(x.size, x.dtype))
 
 
 def _per_step(coefficients: Any, steps: int) -> tuple[tuple[float, float, float], ...]:

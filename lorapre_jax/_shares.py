@@ -16,7 +16,7 @@ from lorapre_jax._plan import LeafPlan, Plan
 from lorapre_jax._selection import named_leaves
 from lorapre_jax._sharding import entries_of, mesh_axes
 
-Polar = Callable[..., jax.Array]  # Of (matrix, eps).
+Polar = Callable[[jax.Array], jax.Array]  # Of one matrix.
 
 
 class _Group(NamedTuple):
@@ -95,13 +95,12 @@ def _checked(leaf: LeafPlan, place: Any) -> Any:
 
 def orthogonalize_shares(
     polar: Polar,
-    eps: jax.typing.ArrayLike,
     shares: Shares,
     tree: Any,
     places: Any,
     batch: int | None,
 ) -> Any:
-    """`polar(matrix, eps)` of every matrix of the tree, each on one device.
+    """`polar(matrix)` of every matrix of the tree, each on one device.
 
     The devices that hold blocks of a stack of matrices exchange them for whole ones:
     an all-to-all over the mesh axes of the rows, one over those of the columns, and the
@@ -118,11 +117,11 @@ def orthogonalize_shares(
         in_group = jax.shard_map(
             on_one_device,
             mesh=group.mesh,
-            in_specs=(PartitionSpec(), *specs),
+            in_specs=specs,
             out_specs=specs,
         )
         blocks = [_moved(leaves[path], places[path]) for path in views]
-        done = in_group(jnp.asarray(eps), *blocks)
+        done = in_group(*blocks)
         for path, x in zip(views, done, strict=True):
             leaves[path] = _moved(x, jax.typeof(leaves[path]).sharding)
     return jax.tree.unflatten(jax.tree.structure(tree), leaves.values())
@@ -143,7 +142,6 @@ def _of_group(
     group: _Group,
     views: list[MatrixView],
     batch: int | None,
-    eps: jax.Array,
     *blocks: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """On one device: its blocks in, its blocks out."""
@@ -165,7 +163,7 @@ def _of_group(
         stack = jax.lax.all_to_all(stack, axes, 0, side, tiled=True)
 
     def whole(x: jax.Array) -> jax.Array:
-        return polar(x.astype(at_least_float32(dtype)), eps).astype(dtype)
+        return polar(x.astype(at_least_float32(dtype))).astype(dtype)
 
     if batch is None:
         stack = jax.vmap(whole)(stack)

@@ -125,11 +125,14 @@ def ema(grads, first, decay=0.9, debias=True):
 def muon(grads, first, beta=0.95, nesterov=True, steps=5, eps=1e-8, rms=None):
     updates = []
     for t, g in enumerate(grads, 1):
-        seen, residual, c = g, np.zeros_like(g), 0.0
+        seen, rest = g, 0.0
         if isinstance(first, Regression):
             m, residual, left = first.split(g, beta, t)
             seen = left @ left.T @ g
-            c = first.gain * np.sqrt((1 + beta) / (1 - beta))
+            s = np.sqrt((1 - beta) / (1 + beta))
+            whole = np.sqrt(np.linalg.norm(m) ** 2 + np.linalg.norm(s * residual) ** 2)
+            rest = newton_schulz(s * residual, whole + eps, steps)
+            rest = first.gain / s * rest
         else:
             m = first.first(g, beta, t)
         if nesterov:  # The average one step ahead, as optax.contrib.muon writes it.
@@ -138,13 +141,13 @@ def muon(grads, first, beta=0.95, nesterov=True, steps=5, eps=1e-8, rms=None):
             m = m + (1 - beta) * seen / (1 - beta**t)
         p, q = g.shape
         scale = np.sqrt(max(1, q / p)) if rms is None else np.sqrt(max(p, q)) * rms
-        held = newton_schulz(m, steps, eps)
-        updates.append(scale * (held + c * newton_schulz(residual, steps, eps)))
+        held = newton_schulz(m, np.linalg.norm(m) + eps, steps)
+        updates.append(scale * (held + rest))
     return updates
 
 
-def newton_schulz(x, steps, eps):
-    x = x / (np.linalg.norm(x) + eps)
+def newton_schulz(x, norm, steps):
+    x = x / norm
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x

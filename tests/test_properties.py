@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -56,6 +57,25 @@ def compiled(method, moment, shape, rank, dtype="float32"):
     return state, lambda state, g, decay, t: step(
         state, jnp.asarray(g, dtype), jnp.asarray(decay, dtype), jnp.asarray(t), 0
     )
+
+
+def test_muon_is_full_muon_where_the_momentum_has_low_rank():
+    p, q = 12, 8
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
+    full = optax.contrib.scale_by_muon(weight_dimension_numbers={"w": axes})
+    ours = lp.scale_by_lorapre_muon(RANK, min_dim_size_to_factor=1)
+    rng = np.random.default_rng(0)
+    columns = rng.standard_normal((p, RANK - 1))
+    params: Any = {"w": jnp.zeros((p, q))}
+    # optax's leaves the shape's scale to its alias; it is 1 for q < p.
+    states = full.init(params), ours.init(params)
+    for _ in range(10):
+        g: Any = {"w": jnp.float32(columns @ rng.standard_normal((RANK - 1, q)))}
+        expected, state = full.update(g, states[0], params)
+        update, own = ours.update(g, states[1], params)
+        states = state, own
+        # Not a trace of the residual, which is the gradient's rounding.
+        chex.assert_trees_all_close(update, expected, atol=1e-3)
 
 
 def normal(seed, shape, steps=4):
