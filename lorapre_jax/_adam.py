@@ -10,7 +10,13 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import AlgorithmOne, Dense, OnlineRegression, RankOne
+from lorapre_jax._methods import (
+    AlgorithmOne,
+    Dense,
+    OnlineRegression,
+    RankOne,
+    unbiased_decay,
+)
 from lorapre_jax._plan import init_moment, make_plan
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
@@ -59,7 +65,14 @@ def scale_by_lorapre_adam(
     the methods keep (LoRA-Pre, arXiv 2602.24283, Algorithm 1):
 
     .. math::
-      u_t = \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
+      u_t = \frac{\hat m_t}{
+        \max(\sqrt{\hat v_t}, \sqrt{1 - d_t}\,|\hat m_t|) + \epsilon},
+      \quad d_t = b_2 \frac{1 - b_2^{t-1}}{1 - b_2^t}
+
+    The second term is what v has from a single gradient of m's size. It keeps entries
+    that low-rank moments tell badly apart, such as those next to outliers, from being
+    divided by next to nothing: no update exceeds `1 / sqrt(1 - b2)`. Algorithm 1 has
+    none for v.
 
     Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
     in the same state.
@@ -129,6 +142,9 @@ def scale_by_lorapre_adam(
             step = hyper["count"], hyper["seed"]
             m, mu = first.first_moment(mu, g, hyper["b1"], *step)
             root_v, nu = second.second_moment(nu, g, hyper["b2"], *step)
+            if leaf.is_factored and not isinstance(second, AlgorithmOne):
+                decay = unbiased_decay(hyper["b2"], hyper["count"], g.dtype)
+                root_v = jnp.maximum(root_v, jnp.sqrt(1 - decay) * jnp.abs(m))
             update = m / (root_v + jnp.asarray(hyper["eps"], g.dtype))
             if leaf.is_factored:
                 update = update * jnp.asarray(hyper["update_scale"], g.dtype)

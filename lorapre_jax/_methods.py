@@ -72,7 +72,7 @@ class RankOne:
 
     def second_moment(self, state, g, decay, count, seed):
         del seed
-        decay = _unbiased(decay, count, g.dtype)
+        decay = unbiased_decay(decay, count, g.dtype)
         row, column = (
             _blend(decay, old, regression.root_mean_square(g, axis))
             for old, axis in ((state.row, 1), (state.column, 0))
@@ -122,21 +122,22 @@ class OnlineRegression:
         return FactorPair(jnp.zeros(left, dtype), jnp.zeros(right, dtype))
 
     def first_moment(self, state, g, decay, count, seed):
-        decay = _unbiased(decay, count, g.dtype)
+        decay = unbiased_decay(decay, count, g.dtype)
         new = self._step(state, g, decay, seed)
         gain = self.complement_gain / (1 - decay)
         return _with_residual(1, gain, state, new, g, decay), new
 
     def split_moment(self, state, g, decay, count, seed):
-        """The new factors, the left one orthonormal, and the residual of their fit."""
-        decay = _unbiased(decay, count, g.dtype)
+        """The new factors, the left one orthonormal, and what they leave of `g`."""
+        decay = unbiased_decay(decay, count, g.dtype)
         new = self._step(state, g, decay, seed)
-        return new, _with_residual(0, 1, state, new, g, decay)
+        return new, _with_residual(0, 1 / (1 - decay), state, new, g, decay)
 
     def second_moment(self, state, g, decay, count, seed):
         target, decay = jnp.abs(g), jnp.asarray(decay, g.dtype)
-        root_decay = _unbiased(jnp.sqrt(decay), count, g.dtype)
-        before = _blend(_unbiased(decay, count, g.dtype), state.left @ state.right, g)
+        root_decay = unbiased_decay(jnp.sqrt(decay), count, g.dtype)
+        decay = unbiased_decay(decay, count, g.dtype)
+        before = _blend(decay, state.left @ state.right, g)
         return before, self._step(state, target, root_decay, seed)
 
     def _step(self, state, target, decay, seed) -> FactorPair:
@@ -210,7 +211,7 @@ def mass(decay, count):
     return 1 - decay ** count.astype(decay.dtype)
 
 
-def _unbiased(decay, count, dtype):
+def unbiased_decay(decay, count, dtype):
     """The decay that turns one bias-corrected average into the next."""
     decay = jnp.asarray(decay, dtype)
     return decay * mass(decay, count - 1) / mass(decay, count)

@@ -59,20 +59,21 @@ def scale_by_lorapre_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Muon does, with a momentum kept as thin factors.
 
-    With factors `B A`, the residual R of their fit and `c = complement_gain`, the
-    update is, times a scale for the matrix's shape,
+    With factors `B A`, the part R of the gradient that they do not take up and
+    `c = complement_gain`, the update is, times a scale for the matrix's shape,
 
     .. math::
       \mathrm{polar}(B A) + (c / s)\; \mathrm{polar}(s R), \quad
-      s = \sqrt{(1 - \beta) / (1 + \beta)}
+      s^2 = \frac{(1 - \beta) (1 + \beta^t)}{(1 + \beta) (1 - \beta^t)}
 
-    where polar is Newton-Schulz orthogonalisation. The residual is a single gradient's
-    and mostly noise: averaged as full Muon averages it, it would be smaller by s, and
+    where polar is Newton-Schulz orthogonalisation. R is a single gradient's and mostly
+    noise: averaged as full Muon averages it, it would be smaller by s, and
     orthogonalisation would divide by that little. As in full Muon, its iteration starts
     from `s R` over the norm of the whole average, `B A` and `s R`: a residual that is
-    next to nothing, such as the rounding of gradients of low rank, stays so. A momentum
-    kept as `OnlineRegression.paper()` is orthogonalised as a whole (LoRA-Pre, arXiv
-    2602.24283, for Muon), as is `Dense()`.
+    next to nothing, such as the rounding of gradients of low rank, stays so (but for
+    bfloat16 factors, whose own rounding is more than nothing). A momentum kept as
+    `OnlineRegression.paper()` is orthogonalised as a whole (LoRA-Pre, arXiv 2602.24283,
+    for Muon), as is `Dense()`.
 
     Every leaf must be a matrix, or a batch of them; one whose rank does not pay keeps a
     dense momentum and is orthogonalised all the same.
@@ -86,7 +87,8 @@ def scale_by_lorapre_muon(
       eps: Added to the Frobenius norm that the iteration's start is divided by.
       consistent_rms: None scales the update by `sqrt(max(1, q/p))` (Jordan et al.,
         2024); a number, 0.2 say, by `sqrt(max(p, q))` times it, so that the update's
-        root mean square does not depend on the shape (Liu et al., 2025).
+        root mean square does not depend on the shape (Liu et al., 2025). Where little
+        of the gradients is held, it is up to `c / s` times the number.
       moment: How the momentum is kept, `OnlineRegression(...)` or `Dense()`.
       param_shardings: None leaves it to the compiler how a divided matrix is
         orthogonalised: up to about two and a half times the whole matrix comes to every
@@ -178,7 +180,7 @@ class _Rule(NamedTuple):
         beta = jnp.asarray(hyper["beta"], g.dtype)
         if isinstance(method, OnlineRegression):
             mu, residual = method.split_moment(mu, g, beta, *step)
-            residual = _share_of_noise(beta) * residual
+            residual = _share_of_noise(beta, hyper["count"]) * residual
             norm = jnp.hypot(frobenius_norm(mu.right), frobenius_norm(residual))
             return divided(residual, norm, hyper["eps"]), mu
         m, mu = method.first_moment(mu, g, beta, *step)
@@ -190,7 +192,8 @@ class _Rule(NamedTuple):
         orthogonal = update
         if isinstance(leaf.methods[0], OnlineRegression):
             beta = jnp.asarray(hyper["beta"], g.dtype)
-            gain = leaf.methods[0].complement_gain / _share_of_noise(beta)
+            gain = leaf.methods[0].complement_gain
+            gain = gain / _share_of_noise(beta, hyper["count"])
             # The left factor is orthonormal: it stays outside.
             right = self.look_ahead(hyper, mu.right, mu.left.T @ g)
             right = divided(right, frobenius_norm(right), hyper["eps"])
@@ -314,9 +317,10 @@ def _refuse_other_than_matrices(plan: Plan) -> None:
             )
 
 
-def _share_of_noise(beta):
-    """What averaging leaves of the root mean square of uncorrelated noise."""
-    return jnp.sqrt((1 - beta) / (1 + beta))
+def _share_of_noise(beta, count):
+    """What the corrected average of `count` steps leaves of uncorrelated noise."""
+    total = mass(beta, count)
+    return jnp.sqrt((1 - beta) / (1 + beta) * (2 - total) / total)
 
 
 def _shape_scale(shape: tuple[int, ...], consistent_rms, dtype) -> jax.Array:

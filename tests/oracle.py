@@ -109,10 +109,14 @@ class Dense:
 
 
 def adam(grads, first, second, b1=0.9, b2=0.95, eps=1e-8):
-    return [
-        first.first(g, b1, t) / (second.second(g, b2, t) + eps)
-        for t, g in enumerate(grads, 1)
-    ]
+    updates = []
+    for t, g in enumerate(grads, 1):
+        m, root = first.first(g, b1, t), second.second(g, b2, t)
+        if not isinstance(second, Paper):
+            # What v has from one gradient of m's size.
+            root = np.maximum(root, np.sqrt(1 - unbiased_decay(b2, t)) * np.abs(m))
+        updates.append(m / (root + eps))
+    return updates
 
 
 def ema(grads, first, decay=0.9, debias=True):
@@ -129,7 +133,8 @@ def muon(grads, first, beta=0.95, nesterov=True, steps=5, eps=1e-8, rms=None):
         if isinstance(first, Regression):
             m, residual, left = first.split(g, beta, t)
             seen = left @ left.T @ g
-            s = np.sqrt((1 - beta) / (1 + beta))
+            residual = residual / (1 - unbiased_decay(beta, t))
+            s = np.sqrt((1 - beta) / (1 + beta) * (1 + beta**t) / (1 - beta**t))
             whole = np.sqrt(np.linalg.norm(m) ** 2 + np.linalg.norm(s * residual) ** 2)
             rest = newton_schulz(s * residual, whole + eps, steps)
             rest = first.gain / s * rest

@@ -59,7 +59,7 @@ def compiled(method, moment, shape, rank, dtype="float32"):
     )
 
 
-def test_muon_is_full_muon_where_the_momentum_has_low_rank():
+def test_muon_is_full_muon_where_columns_of_gradients_span_little():
     p, q = 12, 8
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
     full = optax.contrib.scale_by_muon(weight_dimension_numbers={"w": axes})
@@ -186,6 +186,24 @@ def test_apply_if_finite_keeps_the_state_and_other_leaves(name):
     inner_updates, _ = updater(name)(spoilt, state.inner_state)
     assert np.isfinite(inner_updates["b"]).all()
     assert not np.isfinite(inner_updates["a"][0]).all()
+
+
+@pytest.mark.parametrize("second", [lp.RankOne(), lp.Dense(), lp.OnlineRegression()])
+@pytest.mark.parametrize("b2", [0.95, 0.999])
+def test_no_update_of_adam_exceeds_its_bound(b2, second):
+    """Not among outliers either: each step another entry is 10,000 times the rest."""
+    rng = np.random.default_rng(0)
+    grads = 1e-3 * rng.standard_normal((50, 32, 32), np.float32)
+    rows, columns = rng.integers(32, size=(2, 50))
+    grads[np.arange(50), rows, columns] += 10
+    grads[:, :, 5] = 0
+    tx = lp.scale_by_lorapre_adam(
+        RANK, 0.9, b2, second_moment=second, min_dim_size_to_factor=1
+    )
+    update, state = jax.jit(tx.update), tx.init(jnp.asarray(grads[0]))
+    for g in grads:
+        u, state = update(jnp.asarray(g), state)
+        assert jnp.abs(u).max() < 1.00001 / np.sqrt(1 - b2)  # It would be 500 or more.
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])

@@ -68,9 +68,9 @@ class Race:
             )
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
-        rules = {
-            name: rule.init(pick(params, name)) for name, rule in self.rules.items()
-        }
+        # As all rules see gradients: in float32, so that all keep their state in it.
+        wide = {path: leaf.astype(jnp.float32) for path, leaf in params.items()}
+        rules = {name: rule.init(pick(wide, name)) for name, rule in self.rules.items()}
         return State(params, rules, jnp.zeros((), jnp.int32))
 
     def tree(self, params: Leaves) -> Any:
@@ -80,6 +80,7 @@ class Race:
     def apply(self, state: State, grads: Leaves, rates: Mapping[str, Any]) -> State:
         """Every group moved against its rule's direction, at the group's rate."""
         params, rules = dict(state.params), {}
+        grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
         directions: Any
         for name, rule in self.rules.items():
             directions, rules[name] = rule.update(
