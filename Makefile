@@ -30,10 +30,11 @@ bench-memory: bootstrap  ## Transient memory of the update, vmapped and in slice
 	$(BIN)/python -m benchmarks.update_memory
 
 # DATA: a folder with c4/ and text/; without it, Python's own library is the text.
-QUALITY := $(if $(DATA),--data $(DATA)) --out runs/quality/table_a.jsonl
+# Rows of another commit, or of another text, are no part of this table.
+ROWS = runs/quality/$(shell git rev-parse --short HEAD)-$(if $(DATA),data,library).jsonl
 bench-quality: bootstrap  ## Six optimizers at their committed best rates, three seeds.
-	$(BIN)/python -m benchmarks.quality.table --main $(QUALITY)
-	$(BIN)/python -m benchmarks.quality.report --rows runs/quality/table_a.jsonl
+	$(BIN)/python -m benchmarks.quality.table --main $(if $(DATA),--data $(DATA)) --out $(ROWS)
+	$(BIN)/python -m benchmarks.quality.report --rows $(ROWS)
 
 bench-device: bootstrap  ## Oracle checks and figures on an NVIDIA GPU.
 	$(BIN)/python -m pip install --quiet 'jax[cuda13]'

@@ -71,9 +71,11 @@ def test_a_grid_without_a_valley_is_an_error(monkeypatch):
 
 
 def test_the_best_rate_is_that_of_the_mean_at_the_common_dense_rate():
+    steps = SCALES["a"].steps
+
     def row(rate, dense_rate, seed, loss):
         key = dataclasses.replace(KEY, rate=rate, dense_rate=dense_rate, seed=seed)
-        return key, RESULT | {"loss": loss}
+        return dataclasses.replace(key, steps=steps), RESULT | {"loss": loss}
 
     known = dict(
         [
@@ -86,16 +88,22 @@ def test_the_best_rate_is_that_of_the_mean_at_the_common_dense_rate():
         ]
     )
     assert search.best_rate(known, "a", "adamw").rate == 2e-3
+    at_an_end = dict([row(1e-3, 4e-3, 0, 2.0), row(2e-3, 4e-3, 0, 2.1)])
+    with pytest.raises(SystemExit, match=r"adamw: the best rate, 0\.001, is an end"):
+        search.best_rate(at_an_end, "a", "adamw")
 
 
 def test_the_table_takes_fresh_seeds_and_the_other_texts(monkeypatch, tmp_path):
     keys = []
     monkeypatch.setattr(jobs, "done", lambda key, args: keys.append(key))
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
-    rows.append(tmp_path / "search_a.jsonl", KEY, RESULT)
+    best = dataclasses.replace(KEY, steps=SCALES["a"].steps)
+    for rate, loss in [(1e-3, 2.1), (2e-3, 2.0), (4e-3, 2.1)]:
+        key = dataclasses.replace(best, rate=rate)
+        rows.append(tmp_path / "search_a.jsonl", key, RESULT | {"loss": loss})
     args = argparse.Namespace(scale="a", condition="plain", rate_of=None, steps=None)
     table.race("adamw", 100, args)
-    assert keys == [dataclasses.replace(KEY, split="report", seed=100)]
+    assert keys == [dataclasses.replace(best, split="report", seed=100)]
     assert not set(table.SEEDS) & {0, 1, 2}
 
 
@@ -124,6 +132,9 @@ def test_differences_are_paired_by_seed():
     assert adamw["minus AdamW"] == ""
     assert best["held-out loss"] == pytest.approx(2.1)
     assert report.interval([0.0, 0.2]) == "+0.1000 ± 1.2706"
+    twice = known | {dataclasses.replace(KEY, rate=1e-3): RESULT}
+    with pytest.raises(SystemExit, match="adamw, seed 0: rows of two rates"):
+        report.summary(twice, {})
 
 
 def test_conditions_are_compared_on_the_runs_they_share():
@@ -151,11 +162,9 @@ def test_conditions_are_compared_on_the_runs_they_share():
 
 
 def test_the_valley_is_measured_between_the_tried_rates():
-    assert report.valley({1e-3: 2.05, 2e-3: 2.0, 4e-3: 2.05}) == pytest.approx(4)
-    assert report.valley({1e-3: 2.1, 2e-3: 2.0, 4e-3: 2.1}) == pytest.approx(
-        2, rel=0.01
-    )
-    assert report.valley({1e-3: math.inf, 2e-3: 2.0, 4e-3: math.inf}) < 1.01
+    assert report.valley({1e-3: 2.04, 2e-3: 2.0, 4e-3: 2.04}) == "≥ x4.0"
+    assert report.valley({1e-3: 2.1, 2e-3: 2.0, 4e-3: 2.1}) == "x2.0"
+    assert report.valley({1e-3: math.inf, 2e-3: 2.0, 4e-3: math.inf}) == "x1.0"
 
 
 def test_searched_losses_are_means_over_seeds_and_apart_by_dense_rate():

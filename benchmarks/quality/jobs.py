@@ -50,14 +50,21 @@ def done(key: Key, args: argparse.Namespace) -> rows.Row:
 
 
 def run_all(
-    task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], workers: int
+    task: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    args: argparse.Namespace,
 ) -> None:
-    """`task(*each)` in worker processes, each on a core of its own."""
+    """`task(*each)` in worker processes, each on a core of its own.
+
+    Scale (c) has one worker, on what JAX finds, and all the cores.
+    """
     context = multiprocessing.get_context("spawn")
+    workers = 1 if args.scale == "c" else args.workers
     cores: Any = context.Queue()
     for core in sorted(os.sched_getaffinity(0))[:workers]:
         cores.put(core)
-    with ProcessPoolExecutor(workers, context, _pin, (cores,)) as pool:
+    pinned = {} if args.scale == "c" else {"initializer": _pin, "initargs": (cores,)}
+    with ProcessPoolExecutor(workers, context, **pinned) as pool:
         futures: list[Future[Any]] = [pool.submit(task, *each) for each in arguments]
         for future in as_completed(futures):
             future.result()  # Raises what the task raised.
@@ -79,5 +86,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="holds c4/ and text/")
     parser.add_argument("--out", type=Path, help="default: the committed rows")
     parser.add_argument("--cache", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes; (c) has one"
+    )
     return parser

@@ -23,9 +23,12 @@ from benchmarks.quality import rows
 from benchmarks.quality.rows import Key, Row
 from benchmarks.quality.search import DENSE_RATES
 
-# 97.5 % points of Student's t by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Rows = Mapping[Key, Row]
+HEAD = """\
+Rows by `python -m benchmarks.quality.search` and `.table`, times by `.timing`, this
+page by `.report`, all with `--scale {0}`, the first three with `--data DIR`."""
 
 
 def summary(
@@ -34,7 +37,10 @@ def summary(
     """One line a method, the best first; `times` of a step, as `seconds_a_step`."""
     by_method: dict[str, dict[int, tuple[Key, Row]]] = {}
     for key, row in known.items():
-        by_method.setdefault(key.method, {})[key.seed] = key, row
+        runs = by_method.setdefault(key.method, {})
+        if key.seed in runs:
+            raise SystemExit(f"{key.method}, seed {key.seed}: rows of two rates")
+        runs[key.seed] = key, row
     base = by_method.get(reference, {})
     lines = []
     for method, runs in by_method.items():
@@ -71,7 +77,7 @@ def interval(differences: Sequence[float]) -> str:
     if len(differences) == 1:
         return mean
     freedom = len(differences) - 1
-    half = _T.get(freedom, 1.96) * _deviation(differences) / math.sqrt(len(differences))
+    half = _T[freedom - 1] * _deviation(differences) / math.sqrt(len(differences))
     return f"{mean} ± {half:.4f}"
 
 
@@ -119,24 +125,25 @@ def searched(known: Rows) -> list[dict[str, Any]]:
                 "method": method,
                 "dense rate": dense,
                 "loss by rate": ", ".join(cells),
-                "within 0.05": f"x{valley(losses):.1f}" if len(losses) > 2 else "",
+                "within 0.05": valley(losses) if len(losses) > 2 else "",
                 "best": f"{best:g}",
             }
         )
     return sorted(lines, key=lambda line: line["method"])
 
 
-def valley(losses: Mapping[float, float], depth: float = 0.05) -> float:
+def valley(losses: Mapping[float, float], depth: float = 0.05) -> str:
     """Ratio of the ends of the rates within `depth` nats of the best.
 
-    Between tried rates the loss is taken as linear in the logarithm of the rate; the
-    range ends where the tried ones end.
+    Between tried rates the loss is taken as linear in the logarithm of the rate; where
+    the range goes on beyond the tried ones, the ratio is a lower bound.
     """
     rates = np.log(sorted(losses))
     values = np.minimum([losses[r] for r in sorted(losses)], 1e3)
     grid = np.linspace(rates[0], rates[-1], 2001)
     inside = grid[np.interp(grid, rates, values) <= values.min() + depth]
-    return float(np.exp(inside[-1] - inside[0]))
+    bound = "≥ " if inside[0] == grid[0] or inside[-1] == grid[-1] else ""
+    return f"{bound}x{np.exp(inside[-1] - inside[0]):.1f}"
 
 
 def plot(known: Rows, times: Mapping[str, float], path: Path) -> None:
@@ -181,6 +188,8 @@ def robustness(table: Rows, reference: str = "adamw") -> list[dict[str, Any]]:
     for key, row in table.items():
         found = losses.setdefault(key.condition, {})
         found[key.method, key.seed] = rows.loss_of(row)
+    if len(losses) < 2:
+        return []
     runs = set.intersection(*(set(found) for found in losses.values()))
     lines = []
     for condition, found in losses.items():
@@ -196,16 +205,27 @@ def robustness(table: Rows, reference: str = "adamw") -> list[dict[str, Any]]:
 
 
 def sections(table: Rows, scale: str) -> list[str]:
-    """Markdown: the table, the other conditions, the searched rates, the ablations."""
+    """Markdown: the table, the other conditions, the searched rates, the ablations.
+
+    With the commits that their rows come from.
+    """
     plain = {key: row for key, row in table.items() if key.condition == "plain"}
-    parts = [f"## plain\n\n{_record.table(summary(plain, seconds_a_step(scale)))}"]
-    if len(plain) < len(table):
-        parts.append(f"## conditions\n\n{_record.table(robustness(table))}")
+    parts = [_section("plain", plain, summary(plain, seconds_a_step(scale)))]
+    if compared := robustness(table):
+        parts.append(_section("conditions", table, compared))
     for kind in ("search", "ablations"):
         known = rows.read(rows.FOLDER / f"{kind}_{scale}.jsonl")
         if known:
-            parts.append(f"## {kind}\n\n{_record.table(searched(known))}")
+            parts.append(_section(kind, known, searched(known)))
     return parts
+
+
+def _section(title: str, known: Rows, lines: list[dict[str, Any]]) -> str:
+    by_commit: dict[str, set[str]] = {}
+    for key, row in known.items():
+        by_commit.setdefault(row.get("commit", "unknown"), set()).add(key.method)
+    sources = (f"{c} ({', '.join(sorted(ms))})" for c, ms in by_commit.items())
+    return f"## {title}\n\n{_record.table(lines)}\n\nCommits: {'; '.join(sources)}."
 
 
 def main() -> None:
@@ -219,7 +239,7 @@ def main() -> None:
     known = rows.read(path)
     if not known:
         raise SystemExit(f"{path}: no rows; run benchmarks.quality.table first")
-    text = "\n\n".join(sections(known, args.scale)) + "\n"
+    text = "\n\n".join([HEAD.format(args.scale), *sections(known, args.scale)]) + "\n"
     path.with_suffix(".md").write_text(text)
     plain = {k: v for k, v in known.items() if k.condition == "plain"}
     plot(plain, seconds_a_step(args.scale), path.with_suffix(".png"))

@@ -8,7 +8,7 @@ does the same for ablations.py, into results/quality/ablations_<scale>.jsonl.
 """
 
 import argparse
-import math
+import statistics
 from collections.abc import Mapping
 
 from benchmarks.quality import jobs, rows
@@ -54,7 +54,8 @@ def best_rate(known: Mapping[Key, rows.Row], scale: str, method: str) -> Key:
     """The key with the least mean loss over the searched seeds."""
     losses: dict[tuple[float, float], list[float]] = {}
     keys = {}
-    for key, row in rows.of(known, scale=scale, method=method, condition="plain"):
+    wanted = {"scale": scale, "condition": "plain", "steps": SCALES[scale].steps}
+    for key, row in rows.of(known, method=method, **wanted):
         losses.setdefault((key.rate, key.dense_rate), []).append(rows.loss_of(row))
         keys[key.rate, key.dense_rate] = key
     if not losses:
@@ -62,9 +63,10 @@ def best_rate(known: Mapping[Key, rows.Row], scale: str, method: str) -> Key:
     # The common dense rate alone, where others were tried too.
     if _method(method).dense_factor is None:
         losses = {p: v for p, v in losses.items() if p[1] == DENSE_RATES[scale]}
-    return keys[
-        min(losses, key=lambda pair: math.fsum(losses[pair]) / len(losses[pair]))
-    ]
+    best = min(losses, key=lambda pair: statistics.fmean(losses[pair]))
+    if not min(losses)[0] < best[0] < max(losses)[0]:
+        raise SystemExit(f"{method}: the best rate, {best[0]:g}, is an end of its grid")
+    return keys[best]
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
     kind, entrants = ("ablations", ABLATIONS) if args.ablations else ("search", METHODS)
     args.out = args.out or rows.FOLDER / f"{kind}_{args.scale}.jsonl"
     tasks = [(m, s, args) for m in args.methods or entrants for s in args.seeds]
-    jobs.run_all(search, tasks, args.workers)
+    jobs.run_all(search, tasks, args)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
     args.out = args.out or rows.FOLDER / f"table_{args.scale}.jsonl"
     methods = args.methods or (MAIN if args.main else METHODS)
     tasks = [(method, seed, args) for seed in args.seeds for method in methods]
-    jobs.run_all(race, tasks, args.workers)
+    jobs.run_all(race, tasks, args)
 
 
 if __name__ == "__main__":

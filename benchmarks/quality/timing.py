@@ -4,6 +4,7 @@
 
 The seconds in the rows of the other commands come from machines that did other work at
 the same time; the report takes its times from here. Nothing else may run beside it.
+Means over as many steps as two projections of a method are apart: one is among them.
 """
 
 import os
@@ -17,13 +18,14 @@ import numpy as np
 from benchmarks import _record
 from benchmarks.quality import jobs
 from benchmarks.quality.conditions import Condition
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods import METHODS, REFRESH
 from benchmarks.quality.run import Race
 from benchmarks.quality.scales import SCALES, load_texts
 from examples.llama.data.batches import train_batches
 from examples.llama.data.rows import PackedRows
 
-ROUNDS, STEPS = 15, 2
+ROUNDS = 10
+STEPS = REFRESH // ROUNDS
 
 
 def main() -> None:
@@ -36,33 +38,33 @@ def main() -> None:
     for name in args.methods or METHODS:
         race = Race(scale, METHODS[name], Condition(), texts)
         runs[name] = [race, race.init(0), []]
-        _steps(runs[name], batches)  # Compiles.
+        _steps(runs[name], batches, 1)  # Compiles.
     for _ in range(ROUNDS):
         for run in runs.values():
-            run[2].append(_steps(run, batches))
-    medians = {name: statistics.median(run[2]) for name, run in runs.items()}
+            run[2].append(_steps(run, batches, STEPS))
+    means = {name: statistics.fmean(run[2]) for name, run in runs.items()}
     lines = [
         {
             "method": name,
-            "seconds a step": round(median, 5),
-            "to AdamW": round(median / medians["adamw"], 3),
+            "seconds a step": round(mean, 5),
+            "to AdamW": round(mean / means["adamw"], 3),
         }
-        for name, median in medians.items()
+        for name, mean in means.items()
     ]
     print(_record.table(lines))
     print(_record.save(f"quality/timing_{args.scale}", lines))
 
 
-def _steps(run: list[Any], batches: Any) -> float:
-    """Seconds of one step; its state is the run's new one."""
+def _steps(run: list[Any], batches: Any, steps: int) -> float:
+    """Seconds of one of these steps; the last one's state is the run's new one."""
     race, state, _ = run
     rates = dict.fromkeys(race.rules, np.float32(1e-3))
     start = time.perf_counter()
-    for step in range(STEPS):
+    for step in range(steps):
         state, loss = race.train_step(state, batches[step], rates)
     jax.block_until_ready(loss)
     run[1] = state
-    return (time.perf_counter() - start) / STEPS
+    return (time.perf_counter() - start) / steps
 
 
 if __name__ == "__main__":
