@@ -39,7 +39,9 @@ def convert_state(
       its batch axis is gathered for it. Its error is the least one and, measured at
       rank 32 of (256, 688), 1 % more for noise, 0.1 % where singular values fall as
       1/k.
-    - A dense second moment becomes exactly what `RankOne()` would hold.
+    - A dense second moment becomes exactly what `RankOne()` would hold. One that stays
+      dense is copied: where it is next to nothing, `optax.adam` divides by as little
+      what factors left of the first moment there.
     - Counts are kept. Other numbers come from the same place in the old state, or are
       fresh where a state of that kind was not there; hyperparameters that were injected
       are always those of `new_tx`.

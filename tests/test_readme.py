@@ -6,13 +6,37 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def blocks(section: str) -> list[str]:
     text = README.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "examples/llama/README.md",
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"\W", "-", t).lower() for t in titles], link
 
 
 def test_on_a_pod(tmp_path, monkeypatch):
