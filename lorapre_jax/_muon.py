@@ -6,20 +6,14 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._adam import FirstMoment, decayed_weights, lorapre_adamw
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import OnlineRegression, mass
-from lorapre_jax._orthogonalize import (
-    NS_COEFFS,
-    Coefficients,
-    divided,
-    frobenius_norm,
-    orthogonalize,
-)
+from lorapre_jax._methods import OnlineRegression
+from lorapre_jax._muon_rule import MuonRule
+from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients
 from lorapre_jax._plan import Plan, init_moment, make_plan
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 from lorapre_jax._sharding import replicated_zero
@@ -113,7 +107,7 @@ def scale_by_lorapre_muon(
     _checks.check_static("nesterov", nesterov)
     _checks.check_count("ns_steps", ns_steps)
     _checks.check_ns_coeffs(ns_coeffs, ns_steps)
-    rule = _Rule(nesterov, ns_steps, ns_coeffs)
+    rule = MuonRule(nesterov, ns_steps, ns_coeffs)
 
     def init_fn(params):
         plan = make_plan(
@@ -161,58 +155,6 @@ def scale_by_lorapre_muon(
         return updates, ScaleByLorapreMuonState(count, mu, factors, state.plan)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class _Rule(NamedTuple):
-    """Muon of one matrix, `whole`, in two parts around the costly orthogonalisation."""
-
-    nesterov: bool
-    ns_steps: int
-    ns_coeffs: Coefficients
-
-    def whole(self, leaf, hyper, g, mu):
-        rest, mu = self.begin(leaf, hyper, g, mu)
-        return self.finish(leaf, hyper, g, mu, self.polar(rest))[:2]
-
-    def begin(self, leaf, hyper, g, mu):
-        """What is orthogonalised at its full size, over its norm; the new momentum."""
-        method, step = leaf.methods[0], (hyper["count"], hyper["seed"])
-        beta = jnp.asarray(hyper["beta"], g.dtype)
-        if isinstance(method, OnlineRegression):
-            mu, residual = method.split_moment(mu, g, beta, *step)
-            residual = _share_of_noise(beta, hyper["count"]) * residual
-            norm = jnp.hypot(frobenius_norm(mu.right), frobenius_norm(residual))
-            return divided(residual, norm, hyper["eps"]), mu
-        m, mu = method.first_moment(mu, g, beta, *step)
-        m = self.look_ahead(hyper, m, g)
-        return divided(m, frobenius_norm(m), hyper["eps"]), mu
-
-    def finish(self, leaf, hyper, g, mu, update):
-        """The update; the other two are handed on."""
-        orthogonal = update
-        if isinstance(leaf.methods[0], OnlineRegression):
-            beta = jnp.asarray(hyper["beta"], g.dtype)
-            gain = leaf.methods[0].complement_gain
-            gain = gain / _share_of_noise(beta, hyper["count"])
-            # The left factor is orthonormal: it stays outside.
-            right = self.look_ahead(hyper, mu.right, mu.left.T @ g)
-            right = divided(right, frobenius_norm(right), hyper["eps"])
-            update = mu.left @ self.polar(right) + gain * update
-        scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
-        if leaf.is_factored:
-            scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)
-        return update * scale, mu, orthogonal
-
-    def polar(self, x):
-        return orthogonalize(x, self.ns_coeffs, self.ns_steps)
-
-    def look_ahead(self, hyper, m, g):
-        """The bias-corrected average as `optax.contrib.muon` looks ahead."""
-        if not self.nesterov:
-            return m
-        b, count = jnp.asarray(hyper["beta"], g.dtype), hyper["count"]
-        now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
-        return b * (now / ahead) * m + ((1 - b) / now) * g
 
 
 def lorapre_muon(
@@ -315,16 +257,3 @@ def _refuse_other_than_matrices(plan: Plan) -> None:
                 f"({leaf.dense}), and Muon orthogonalises matrices only. Name its axes "
                 "in `matrices=`, or use lorapre_muon, which gives such leaves to Adam."
             )
-
-
-def _share_of_noise(beta, count):
-    """What the corrected average of `count` steps leaves of uncorrelated noise."""
-    total = mass(beta, count)
-    return jnp.sqrt((1 - beta) / (1 + beta) * (2 - total) / total)
-
-
-def _shape_scale(shape: tuple[int, ...], consistent_rms, dtype) -> jax.Array:
-    p, q = shape
-    if consistent_rms is None:
-        return jnp.sqrt(jnp.asarray(max(1.0, q / p), dtype))
-    return jnp.sqrt(jnp.asarray(max(p, q), dtype)) * jnp.asarray(consistent_rms, dtype)
