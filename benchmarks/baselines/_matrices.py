@@ -44,6 +44,15 @@ def oriented(update_one):
     return update
 
 
+def projector_of(g, old, due):
+    """The leading left singular vectors of `g` where `due`, else `old`, (p, r)."""
+
+    def refresh(old):
+        return jnp.linalg.svd(g, full_matrices=False)[0][:, : old.shape[1]]
+
+    return jax.lax.cond(due, refresh, lambda old: old, old)
+
+
 def adam_direction(g, mu, nu, count, b1, b2, eps):
     """Adam's bias-corrected direction at step `count` (from 1), new `mu`, new `nu`."""
     mu = b1 * mu + (1 - b1) * g

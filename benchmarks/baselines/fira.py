@@ -51,15 +51,11 @@ def scale_by_fira(
 
     def update_fn(updates, state, params=None):
         del params
-        count = state.count + 1
+        count, due = state.count + 1, state.count % update_proj_gap == 0
 
         @_matrices.oriented
         def update_one(g, matrix):
-            def refresh(old):
-                return jnp.linalg.svd(g, full_matrices=False)[0][:, : old.shape[1]]
-
-            due = state.count % update_proj_gap == 0
-            projector = jax.lax.cond(due, refresh, lambda old: old, matrix.projector)
+            projector = _matrices.projector_of(g, matrix.projector, due)
             low = projector.T @ g
             adam, mu, nu = _matrices.adam_direction(
                 low, matrix.mu, matrix.nu, count, b1, b2, eps

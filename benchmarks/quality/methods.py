@@ -17,6 +17,7 @@ from benchmarks.baselines.apollo import scale_by_apollo, scale_by_apollo_mini
 from benchmarks.baselines.dct import scale_by_dct_adam
 from benchmarks.baselines.fira import scale_by_fira
 from benchmarks.baselines.flora import scale_by_flora
+from benchmarks.baselines.galore import scale_by_galore
 from benchmarks.baselines.mlorc import scale_by_mlorc
 from benchmarks.baselines.q_galore import scale_by_q_galore
 
@@ -160,7 +161,9 @@ METHODS: dict[str, Method] = {
     "adamw_b1_0.5": Method(lambda width, b2: optax.scale_by_adam(0.5, b2), _ADAM_RATES),
     "adafactor": Method(_adafactor, _ADAM_RATES),
     "muon": Method(_muon, _MUON_RATES),
+    # optax's projects the larger side of a matrix, the paper's the smaller one.
     "galore/4": Method(_galore(4), (2e-3, 4e-3, 8e-3)),
+    "galore_published/4": Method(peer(scale_by_galore, 4), (2e-3, 4e-3, 8e-3)),
     "q_galore/4": Method(peer(scale_by_q_galore, 4), _ADAM_RATES),
     "fira/4": Method(peer(scale_by_fira, 4), _ADAM_RATES),
     "apollo/4": Method(peer(scale_by_apollo, 4), _ADAM_RATES),
@@ -178,7 +181,6 @@ METHODS: dict[str, Method] = {
     # One rate for all parameters, as published; then matrices at a quarter of it.
     "paper/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=1),
     "paper_0.25/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=4),
-    "paper_own_rate/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3)),
     **{
         f"default/{share}": Method(ours(share), _ADAM_RATES)
         for share in (4, 8, 16, 32, 64)
