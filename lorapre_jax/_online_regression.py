@@ -5,10 +5,12 @@ An exponential moving average `M <- b M + (1-b) T` is a gradient step of size `1
 2602.24283, section 3). With `M = B A`, `B: (p, r)`, `A: (r, q)`, a step moves the two
 factors instead. There are two such steps:
 
-    subspace    one step of subspace iteration on X = b B A + (1-b) T:
-                V = orth(A), B' = orth(X V^T), A' = B'^T X
-                (the idea of PowerSGD and Dion). B' A' is the projection of X on
-                the columns of X V^T, hence X itself where r = min(p, q).
+    subspace    one step of subspace iteration on X X^T, X = b B A + (1-b) T:
+                V = orth((B^T X)^T), B' = orth(X V), A' = B'^T X
+                (the idea of PowerSGD and Dion, but from the left factor: whichever
+                of rows and columns lasts while the other changes is found). B' A' is
+                the projection of X on the columns of X V, hence X itself where
+                r = min(p, q).
     jacobi      B' = (1-y) B + y T A^+,  A' = (1-y) A + y B^+ T,  1-y = sqrt(b)
                 (Theorem 3.1; A^+ = A^T (A A^T + d)^-1, B^+ = (B^T B + d)^-1 B^T)
 
@@ -30,8 +32,9 @@ _DAMPING = 1e-6  # Of `jacobi`, d above (Appendix C.1).
 
 
 def subspace(b_, a_, target, decay, noise) -> Factors:
-    """`noise`, standard normal (r, q), is all of the sketch where A is zero."""
-    directions = _normalized(a_) + _NOISE * _normalized(noise)
+    """`b_` is orthonormal, or zero: then `noise`, normal (r, q), is all of the sketch."""
+    rows = decay * a_ + (1 - decay) * (b_.T @ target)  # B^T X
+    directions = _normalized(rows) + _NOISE * _normalized(noise)
     v = orthonormal_columns(directions.T)
     y = decay * (b_ @ dot(a_, v)) + (1 - decay) * (target @ v)
     left = orthonormal_columns(y)

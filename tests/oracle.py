@@ -32,10 +32,11 @@ class Regression:
         self.noise, self.gain = noise, gain
 
     def follow(self, target, d):
-        size = np.linalg.norm(self.a) or 1.0
-        noise = self.noise / np.linalg.norm(self.noise)
-        v = basis((self.a / size + 1e-3 * noise).T)
         x = d * self.b @ self.a + (1 - d) * target
+        rows = self.b.T @ x
+        size = np.linalg.norm(rows) or 1.0
+        noise = self.noise / np.linalg.norm(self.noise)
+        v = basis((rows / size + 1e-3 * noise).T)
         self.b = basis(x @ v)
         self.a = self.b.T @ x
         return x

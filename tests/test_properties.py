@@ -59,23 +59,46 @@ def compiled(method, moment, shape, rank, dtype="float32"):
     )
 
 
-def test_muon_is_full_muon_where_columns_of_gradients_span_little():
-    p, q = 12, 8
+def in_a_span_of_columns(steps=300, p=12, q=8, seed=0):
+    """Gradients whose columns stay in one space of RANK dimensions, and nothing else."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((steps, RANK, q))
+    return (rng.standard_normal((p, RANK)) @ rows).astype(np.float32)
+
+
+def updates_of(tx, grads):
+    def step(state, g):
+        update, state = tx.update({"w": g}, state, {"w": g})
+        return state, update["w"]
+
+    scan = jax.jit(lambda grads: jax.lax.scan(step, tx.init({"w": grads[0]}), grads))
+    return np.asarray(scan(grads)[1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_muon_is_full_muon_where_columns_of_gradients_span_little(seed):
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
+    # optax's leaves the shape's scale to its alias; it is 1 for q < p.
     full = optax.contrib.scale_by_muon(weight_dimension_numbers={"w": axes})
     ours = lp.scale_by_lorapre_muon(RANK, min_dim_size_to_factor=1)
-    rng = np.random.default_rng(0)
-    columns = rng.standard_normal((p, RANK - 1))
-    params: Any = {"w": jnp.zeros((p, q))}
-    # optax's leaves the shape's scale to its alias; it is 1 for q < p.
-    states = full.init(params), ours.init(params)
-    for _ in range(10):
-        g: Any = {"w": jnp.float32(columns @ rng.standard_normal((RANK - 1, q)))}
-        expected, state = full.update(g, states[0], params)
-        update, own = ours.update(g, states[1], params)
-        states = state, own
-        # Not a trace of the residual, which is the gradient's rounding.
-        chex.assert_trees_all_close(update, expected, atol=1e-3)
+    grads = in_a_span_of_columns(seed=seed)
+    # Not a trace of the residual, which is the gradient's rounding.
+    np.testing.assert_allclose(
+        updates_of(ours, grads), updates_of(full, grads), atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_what_lasts_is_held_whichever_side_it_is_on(side):
+    """All else about the gradients changes at every step."""
+    grads = in_a_span_of_columns()
+    noise = np.random.default_rng(1).standard_normal(grads.shape).astype(np.float32)
+    grads = grads + 1e-3 * noise
+    grads = grads if side == "columns" else grads.transpose(0, 2, 1)
+    expected = updates_of(optax.ema(0.9), grads)
+    averages = updates_of(lp.lorapre_ema(0.9, RANK, min_dim_size_to_factor=1), grads)
+    error = np.linalg.norm(averages - expected) / np.linalg.norm(expected)
+    assert error < 0.01
 
 
 def normal(seed, shape, steps=4):
