@@ -57,6 +57,13 @@ def _cell(value: Any) -> str:
 
 
 def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """HEAD, short; "-dirty" where tracked files differ from it, results apart."""
+    head = _git("rev-parse", "--short", "HEAD") or "unknown"
+    others = "--", ".", ":!benchmarks/results"
+    return head + "-dirty" * bool(_git("diff", "--name-only", "HEAD", *others))
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip()

@@ -5,7 +5,7 @@ document of the validation shards a row, cut at --length tokens, each predicted 
 those before it. `make test-parity` compares the same model's logits with those of
 transformers, and leaves an environment with the package:
 
-    .venv-parity/bin/python -m benchmarks.pretrained --data ../shared/data/c4
+    .venv-parity/bin/python -m benchmarks.pretrained --data DIR/c4
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """An AdamW run that goes over to LoRA-Pre and back: is there a bump?
 
-    python -m benchmarks.switch --data ../shared/data/c4
+    python -m benchmarks.switch --data DIR/c4
 
 The Llama of scale (a) of the race on a mesh of eight CPU devices, fsdp=4,tensor=2. The
 optimizer changes after a third and after two thirds of the steps: by `lp.convert_state`

@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 import lorapre_jax as lp
-from benchmarks.quality import jobs, report, rows, search, table
+from benchmarks.quality import jobs, report, rows, search, summary, table
 from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.conditions import CONDITIONS, Condition
 from benchmarks.quality.methods import METHODS, Method, adam, ours, stacked
@@ -113,75 +113,99 @@ def test_the_main_methods_have_committed_rates(method):
     assert search.best_rate(known, "a", method).method == method
 
 
+def result_row(loss: float | None = 2.0, **fields):
+    return dataclasses.replace(KEY, **fields), RESULT | {"loss": loss}
+
+
 def test_differences_are_paired_by_seed():
-    def row(method, seed, loss):
-        return dataclasses.replace(KEY, method=method, seed=seed), RESULT | {
-            "loss": loss
-        }
-
     known = dict(
         [
-            *(row("adamw", s, x) for s, x in enumerate((2.0, 2.2, 2.4))),
-            *(row("muon", s, x) for s, x in enumerate((1.9, 2.1, 2.3))),
+            *(result_row(x, seed=s) for s, x in enumerate((2.0, 2.2, 2.4))),
+            *(
+                result_row(x, method="muon", seed=s)
+                for s, x in enumerate((1.9, 2.1, 2.3, 2.1))
+            ),
         ]
     )
-    best, adamw = report.summary(known, {"adamw": 0.1, "muon": 0.25})
-    assert best["time"] == "2.50"
-    assert best["method"] == "muon"
-    assert best["minus AdamW"] == "-0.1000 ± 0.0000"
-    assert adamw["minus AdamW"] == ""
-    assert best["held-out loss"] == pytest.approx(2.1)
-    assert report.interval([0.0, 0.2]) == "+0.1000 ± 1.2706"
-    twice = known | {dataclasses.replace(KEY, rate=1e-3): RESULT}
-    with pytest.raises(SystemExit, match="adamw, seed 0: rows of two rates"):
-        report.summary(twice, {})
+    best, adamw = summary.summary(known)
+    assert best.key.method == "muon"
+    assert best.loss == pytest.approx(2.1)
+    assert_allclose(best.differences, [-0.1, -0.1, -0.1])
+    assert adamw.differences == []
+    assert adamw.spread == pytest.approx(0.2)
+    assert summary.interval([0.0, 0.2]) == "+0.1000 ± 1.2706"
+    assert summary.interval([0.0, 0.2], digits=1) == "+0.1 ± 1.3"
 
 
-def test_conditions_are_compared_on_the_runs_they_share():
-    def row(condition, method, seed, loss):
-        key = dataclasses.replace(KEY, condition=condition, method=method, seed=seed)
-        return key, RESULT | {"loss": loss}
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_method_has_one_rate_in_a_table(seed):
+    known = dict([result_row(), result_row(rate=1e-3, seed=seed)])
+    with pytest.raises(SystemExit, match="adamw: rows of two rates"):
+        summary.summary(known)
 
+
+def test_a_table_needs_its_reference():
+    with pytest.raises(SystemExit, match="no rows of adamw"):
+        summary.summary(dict([result_row(method="muon")]))
+
+
+def test_conditions_are_compared_on_the_seeds_they_share():
     known = dict(
         [
-            row("plain", "adamw", 0, 2.0),
-            row("plain", "adamw", 1, 9.0),
-            row("plain", "muon", 0, 1.9),
-            row("plain", "fira/4", 0, 2.1),
-            row("rate x10", "adamw", 0, 3.0),
-            row("rate x10", "muon", 0, None),
+            result_row(2.0),
+            result_row(2.2, seed=1),
+            result_row(1.9, method="muon"),
+            result_row(2.0, method="muon", seed=1),
+            result_row(2.1, method="fira/4"),
+            result_row(3.0, condition="rate x10"),
+            result_row(None, condition="rate x10", method="muon"),
         ]
     )
-    plain, high = report.robustness(known)
-    assert plain == {
-        "condition": "plain",
-        "adamw": "2.0000",
-        "muon": "1.9000 (-0.1000)",
+    found = summary.under_conditions(known)
+    assert found == {
+        "plain": {"adamw": [2.0, 2.2], "muon": [1.9, 2.0]},
+        "rate x10": {"adamw": [3.0], "muon": [math.inf]},
     }
-    assert high == {"condition": "rate x10", "adamw": "3.0000", "muon": "inf (+inf)"}
+    plain, high = report.conditions(found).splitlines()[2:]
+    assert plain == "| plain | 2 | 2.1000 | 1.9500 (-0.1500 ± 0.6353) |"
+    assert high == "| rate x10 | 1 | 3.0000 | inf (diverged) |"
 
 
 def test_the_valley_is_measured_between_the_tried_rates():
-    assert report.valley({1e-3: 2.04, 2e-3: 2.0, 4e-3: 2.04}) == "≥ x4.0"
-    assert report.valley({1e-3: 2.1, 2e-3: 2.0, 4e-3: 2.1}) == "x2.0"
-    assert report.valley({1e-3: math.inf, 2e-3: 2.0, 4e-3: math.inf}) == "x1.0"
+    assert summary.valley({1e-3: 2.04, 2e-3: 2.0, 4e-3: 2.04}) == "≥ x4.0"
+    assert summary.valley({1e-3: 2.1, 2e-3: 2.0, 4e-3: 2.1}) == "x2.0"
+    assert summary.valley({1e-3: math.inf, 2e-3: 2.0, 4e-3: math.inf}) == "x1.0"
 
 
 def test_searched_losses_are_means_over_seeds_and_apart_by_dense_rate():
-    def row(dense_rate, seed, loss):
-        key = dataclasses.replace(KEY, dense_rate=dense_rate, seed=seed)
-        return key, RESULT | {"loss": loss}
+    known = dict(
+        [
+            result_row(2.0),
+            result_row(2.2, seed=1),
+            result_row(1.9, dense_rate=8e-3),
+            result_row(3.0, method="paper_0.25/8", rate=1e-3, dense_rate=4e-3),
+            result_row(3.1, method="paper_0.25/8", rate=2e-3, dense_rate=8e-3),
+        ]
+    )
+    common, other, tied = summary.searched(known).items()
+    assert common == (("adamw", 4e-3), {2e-3: 2.1})
+    assert other == (("adamw", 8e-3), {2e-3: 1.9})
+    assert tied == (("paper_0.25/8", None), {1e-3: 3.0, 2e-3: 3.1})
 
-    known = dict([row(4e-3, 0, 2.0), row(4e-3, 1, 2.2), row(8e-3, 0, 1.9)])
-    common, other = report.searched(known)
-    assert (common["dense rate"], common["loss by rate"]) == ("", "0.002: 2.1000")
-    assert (other["dense rate"], other["loss by rate"]) == ("0.008", "0.002: 1.9000")
+
+def test_rows_of_other_texts_are_not_mixed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    known = {KEY: RESULT | {"texts": "c4"}}
+    rows.check_texts(path, known, KEY, "c4")
+    rows.check_texts(path, known, dataclasses.replace(KEY, split="report"), "library")
+    with pytest.raises(SystemExit, match=r"rows\.jsonl has rows of other texts"):
+        rows.check_texts(path, known, dataclasses.replace(KEY, seed=1), "library")
 
 
 def test_the_report_lies_beside_the_rows(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "table.jsonl"
+    path = tmp_path / "table_a.jsonl"
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
-    monkeypatch.setattr("sys.argv", ["report", "--rows", str(path)])
+    monkeypatch.setattr("sys.argv", ["report"])
     with pytest.raises(SystemExit, match="no rows"):
         report.main()
     rows.append(path, KEY, RESULT)
@@ -189,9 +213,20 @@ def test_the_report_lies_beside_the_rows(tmp_path, monkeypatch, capsys):
     report.main()
     text = path.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
-    assert "## plain" in text
+    assert "| AdamW |  | 2e-3 | 2.000 |  | 1 |" in text
     assert "0.002: 2.0000" in text
     assert path.with_suffix(".png").stat().st_size > 0
+
+
+def test_a_report_of_other_rows_has_none_of_this_folders(tmp_path, monkeypatch):
+    path = tmp_path / "mine.jsonl"
+    rows.append(path, KEY, RESULT | {"held_out": "library"})
+    monkeypatch.setattr("sys.argv", ["report", "--rows", str(path)])
+    report.main()
+    text = path.with_suffix(".md").read_text()
+    assert "held-out text: library." in text
+    assert "search" not in text
+    assert "time" not in text
 
 
 def test_stacking_changes_no_update(quick_compilation):

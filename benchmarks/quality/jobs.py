@@ -33,12 +33,14 @@ def done(key: Key, args: argparse.Namespace) -> rows.Row:
     """The row of `key`, from the file or run now."""
     known = rows.read(args.out)
     if key not in known:
+        commit = _record.commit()  # Before the run: a later one is not what ran.
         race = _race(
             key.scale, key.split, key.condition, key.method, args.data, args.cache
         )
+        rows.check_texts(args.out, known, key, race.texts.digest)
         factor = race.condition.rate_factor
         rates = key.rate * factor, key.dense_rate * factor
-        result = race.run(*rates, key.seed, key.steps) | {"commit": _record.commit()}
+        result = race.run(*rates, key.seed, key.steps) | {"commit": commit}
         rows.append(args.out, key, result)
         print(
             f"{key.method} [{key.condition}] rate {key.rate:g}/{key.dense_rate:g} "
@@ -59,9 +61,10 @@ def run_all(
     Scale (c) has one worker, on what JAX finds, and all the cores.
     """
     context = multiprocessing.get_context("spawn")
-    workers = 1 if args.scale == "c" else args.workers
+    free = sorted(os.sched_getaffinity(0))
+    workers = 1 if args.scale == "c" else min(args.workers, len(free))
     cores: Any = context.Queue()
-    for core in sorted(os.sched_getaffinity(0))[:workers]:
+    for core in free[:workers]:
         cores.put(core)
     pinned = {} if args.scale == "c" else {"initializer": _pin, "initargs": (cores,)}
     with ProcessPoolExecutor(workers, context, **pinned) as pool:

@@ -1,6 +1,6 @@
 """20,000 steps of a small model: do the factors drift?
 
-    python -m benchmarks.quality.long_run --data ../shared/data
+    python -m benchmarks.quality.long_run --data DIR
 
 Logged along the run: loss, norm and condition of the factored first moments, and how
 far the left factors are from orthonormal, `max |L^T L - I|`.

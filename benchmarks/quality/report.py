@@ -2,8 +2,10 @@
 
     python -m benchmarks.quality.report --scale a
 
-Differences are to AdamW on the same seed and text (the same rows in the same order);
-their 95 % interval is Student's, over seeds. Times are those of timing.py.
+The page begins with the first page's table, as the README has it. Differences are to
+AdamW on the same seed and text (the same rows in the same order); their 95 % interval
+is Student's, over seeds. Times are those of timing.py. With `--rows`, of rows made
+elsewhere: without times, searched rates and ablations, which are this folder's.
 """
 
 import argparse
@@ -14,91 +16,178 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from benchmarks import _record
 from benchmarks.quality import rows
-from benchmarks.quality.rows import Key, Row
+from benchmarks.quality.curves import plot
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.search import DENSE_RATES
+from benchmarks.quality.summary import (
+    REFERENCE,
+    Line,
+    Rows,
+    interval,
+    searched,
+    summary,
+    under_conditions,
+    valley,
+)
 
-# 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-Rows = Mapping[Key, Row]
 HEAD = """\
 Rows by `python -m benchmarks.quality.search` and `.table`, times by `.timing`, this
 page by `.report`, all with `--scale {0}`, the first three with `--data DIR`."""
+HEAD_OF_ROWS = """\
+Rows by `python -m benchmarks.quality.table --scale {0}`; held-out text: {1}."""
+
+FIRST_PAGE = {
+    "muon": ("optax muon", ""),
+    "default_muon/8": ("`lorapre_muon`", "width / 8"),
+    "default_muon/32": ("`lorapre_muon`", "width / 32"),
+    "adamw_b1_0.5": ("AdamW, b1 = 0.5", ""),
+    "default/8": ("`lorapre_adamw`", "width / 8"),
+    "default/32": ("`lorapre_adamw`", "width / 32"),
+    "fira/4": ("Fira", "width / 4"),
+    "adamw": ("AdamW", ""),
+    "adafactor": ("Adafactor", ""),
+    "apollo/4": ("APOLLO", "width / 4"),
+    "galore_published/4": ("GaLore", "width / 4"),
+    "galore/4": ("optax galore", "width / 4"),
+    "paper_0.25/8": ("Algorithm 1, `update_scale=0.25`", "width / 8"),
+}
+"""The README's methods, by the names and ranks that it calls them."""
 
 
-def summary(
-    known: Rows, times: Mapping[str, float], reference: str = "adamw"
-) -> list[dict[str, Any]]:
-    """One line a method, the best first; `times` of a step, as `seconds_a_step`."""
-    by_method: dict[str, dict[int, tuple[Key, Row]]] = {}
-    for key, row in known.items():
-        runs = by_method.setdefault(key.method, {})
-        if key.seed in runs:
-            raise SystemExit(f"{key.method}, seed {key.seed}: rows of two rates")
-        runs[key.seed] = key, row
-    base = by_method.get(reference, {})
-    lines = []
-    for method, runs in by_method.items():
-        losses = [rows.loss_of(row) for _, row in runs.values()]
-        paired = [
-            rows.loss_of(row) - rows.loss_of(base[seed][1])
-            for seed, (_, row) in runs.items()
-            if seed in base
+def first_page(known: Rows, times: Mapping[str, float]) -> str:
+    """The README's table: fewer methods and columns, the losses' spread in brackets."""
+    lines = [line for line in summary(known) if line.key.method in FIRST_PAGE]
+    counts = {len(line.losses) for line in lines}
+    table = []
+    for line in lines:
+        name, rank = FIRST_PAGE[line.key.method]
+        spread = "" if line.spread is None else f" ({line.spread:.3f})"
+        seeds = {} if len(counts) == 1 else {"seeds": len(line.losses)}
+        cells = {
+            "method": name,
+            "rank": rank,
+            "learning rate": _rate(line),
+            **seeds,
+            "held-out loss": f"{line.loss:.3f}{spread}",
+            "minus AdamW": interval(line.differences, digits=3),
+            "state of the matrices": _share(line.matrix_state),
+        }
+        table.append(cells | _time(line, times))
+    return _record.table(table)
+
+
+def _rate(line: Line) -> str:
+    """What a user sets: where a method multiplies it for the matrices, that before."""
+    tied = METHODS[line.key.method].dense_factor is not None
+    mantissa, exponent = f"{line.key.dense_rate if tied else line.key.rate:.2e}".split(
+        "e"
+    )
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _share(ratio: float) -> str:
+    return "1" if ratio == 1 else f"{ratio:.3f}"
+
+
+def _time(line: Line, times: Mapping[str, float]) -> dict[str, str]:
+    """A step's, in units of AdamW's; no column where nothing was timed."""
+    if not times:
+        return {}
+    seconds = times.get(line.key.method)
+    ratio = "" if seconds is None else f"{seconds / times[REFERENCE]:.2f}"
+    return {"time of a step": ratio}
+
+
+def all_methods(known: Rows, times: Mapping[str, float]) -> str:
+    """Everything that raced, under the names of methods.py."""
+    return _record.table(
+        [
+            {
+                "method": line.key.method,
+                "rate": f"{line.key.rate:.3g}",
+                "dense rate": _dense_rate(line.key.scale, line.key.dense_rate),
+                "seeds": len(line.losses),
+                "held-out loss": f"{line.loss:.4f}",
+                "spread": "" if line.spread is None else f"{line.spread:.4f}",
+                "minus AdamW": interval(line.differences),
+                **{f"on {name}": f"{x:.4f}" for name, x in line.others.items()},
+                "matrix state": _share(line.matrix_state),
+                "all state": _share(line.all_state),
+                **_time(line, times),
+            }
+            for line in summary(known)
         ]
-        key, row = next(iter(runs.values()))
+    )
+
+
+def _dense_rate(scale: str, rate: float | None) -> str:
+    """That of the embedding, the head and the norms, where it is not the common one."""
+    if rate is None:
+        return "tied"
+    return "" if rate == DENSE_RATES[scale] else f"{rate:.3g}"
+
+
+def all_rates(known: Rows, scale: str) -> str:
+    """Loss at every rate that was tried, and how wide the valley is."""
+    table = []
+    for (method, dense_rate), losses in sorted(
+        searched(known).items(), key=lambda item: item[0][0]
+    ):
+        cells = (f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
         line = {
             "method": method,
-            "rate": f"{key.rate:.3g}",
-            "dense rate": _dense_rate(key),
-            "seeds": len(runs),
-            "held-out loss": statistics.fmean(losses),
-            "spread": f"{_deviation(losses):.4f}" if len(runs) > 1 else "",
-            "minus AdamW": "" if method == reference else interval(paired),
+            "dense rate": _dense_rate(scale, dense_rate),
+            "loss by rate": ", ".join(cells),
+            "within 0.05": valley(losses) if len(losses) > 2 else "",
+            "best": f"{min(losses, key=losses.__getitem__):g}",
         }
-        for name in row["other_losses"]:
-            others = [r["other_losses"].get(name, math.inf) for _, r in runs.values()]
-            line[f"on {name}"] = statistics.fmean(others)
-        timed = method in times and reference in times
-        time = f"{times[method] / times[reference]:.2f}" if timed else ""
-        lines.append(line | _cost(row, base) | {"time": time})
-    return sorted(lines, key=lambda line: line["held-out loss"])
+        table.append(line)
+    return _record.table(table)
 
 
-def interval(differences: Sequence[float]) -> str:
-    """Mean and half-width of the 95 % interval."""
-    if not differences:
-        return ""
-    mean = f"{statistics.fmean(differences):+.4f}"
-    if len(differences) == 1:
-        return mean
-    freedom = len(differences) - 1
-    half = _T[freedom - 1] * _deviation(differences) / math.sqrt(len(differences))
-    return f"{mean} ± {half:.4f}"
+def conditions(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """A line a condition: mean held-out losses, and how far they are from AdamW's."""
+    table = []
+    for condition, losses in found.items():
+        base = losses[REFERENCE]
+        line: dict[str, Any] = {"condition": condition, "seeds": len(base)}
+        for method, seeds in losses.items():
+            line[method] = f"{statistics.fmean(seeds):.4f}"
+            if method != REFERENCE:
+                apart = [a - b for a, b in zip(seeds, base, strict=True)]
+                known = all(math.isfinite(x) for x in apart)
+                line[method] += f" ({interval(apart) if known else 'diverged'})"
+        table.append(line)
+    return _record.table(table)
 
 
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def sections(table: Rows, scale: str, own: bool) -> list[str]:
+    """Markdown: tables, and the commits that their rows come from."""
+    times = seconds_a_step(scale) if own else {}
+    plain = {key: row for key, row in table.items() if key.condition == "plain"}
+    parts = [_section("the first page's", plain, first_page(plain, times))]
+    if not own:
+        return parts
+    parts.append(_section("all methods", plain, all_methods(plain, times)))
+    if found := under_conditions(table):
+        methods = {method for losses in found.values() for method in losses}
+        rows_of = {key: row for key, row in table.items() if key.method in methods}
+        parts.append(_section("conditions", rows_of, conditions(found)))
+    for kind in ("search", "ablations"):
+        known = rows.read(rows.FOLDER / f"{kind}_{scale}.jsonl")
+        if known:
+            parts.append(_section(kind, known, all_rates(known, scale)))
+    return parts
 
 
-def _cost(row: Row, base: Mapping[int, tuple[Key, Row]]) -> dict[str, Any]:
-    matrices, total = row["state_bytes"]["matrices"], sum(row["state_bytes"].values())
-    if not base:
-        return {"matrix state, bytes": matrices}
-    _, adamw = next(iter(base.values()))
-    return {
-        "matrix state": f"{matrices / adamw['state_bytes']['matrices']:.3f}",
-        "all state": f"{total / sum(adamw['state_bytes'].values()):.3f}",
-    }
-
-
-def _dense_rate(key: Key) -> str:
-    """That of the embedding, the head and the norms, where it is not the common one."""
-    return "" if key.dense_rate == DENSE_RATES[key.scale] else f"{key.dense_rate:.3g}"
+def _section(title: str, known: Rows, table: str) -> str:
+    by_commit: dict[str, set[str]] = {}
+    for key, row in known.items():
+        by_commit.setdefault(row.get("commit", "unknown"), set()).add(key.method)
+    sources = (f"{c} ({', '.join(sorted(ms))})" for c, ms in by_commit.items())
+    return f"## {title}\n\n{table}\n\nCommits: {'; '.join(sources)}."
 
 
 def seconds_a_step(scale: str) -> dict[str, float]:
@@ -107,125 +196,6 @@ def seconds_a_step(scale: str) -> dict[str, float]:
         return {}
     lines = json.loads(path.read_text())["rows"]
     return {line["method"]: line["seconds a step"] for line in lines}
-
-
-def searched(known: Rows) -> list[dict[str, Any]]:
-    """Loss at every rate that was tried, over seeds, and how wide the valley is."""
-    by_method: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for key, row in known.items():
-        found = by_method.setdefault((key.method, _dense_rate(key)), {})
-        found.setdefault(key.rate, []).append(rows.loss_of(row))
-    lines = []
-    for (method, dense), all_losses in by_method.items():
-        losses = {rate: statistics.fmean(seeds) for rate, seeds in all_losses.items()}
-        best = min(losses, key=losses.__getitem__)
-        cells = (f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses))
-        lines.append(
-            {
-                "method": method,
-                "dense rate": dense,
-                "loss by rate": ", ".join(cells),
-                "within 0.05": valley(losses) if len(losses) > 2 else "",
-                "best": f"{best:g}",
-            }
-        )
-    return sorted(lines, key=lambda line: line["method"])
-
-
-def valley(losses: Mapping[float, float], depth: float = 0.05) -> str:
-    """Ratio of the ends of the rates within `depth` nats of the best.
-
-    Between tried rates the loss is taken as linear in the logarithm of the rate; where
-    the range goes on beyond the tried ones, the ratio is a lower bound.
-    """
-    rates = np.log(sorted(losses))
-    values = np.minimum([losses[r] for r in sorted(losses)], 1e3)
-    grid = np.linspace(rates[0], rates[-1], 2001)
-    inside = grid[np.interp(grid, rates, values) <= values.min() + depth]
-    bound = "≥ " if inside[0] == grid[0] or inside[-1] == grid[-1] else ""
-    return f"{bound}x{np.exp(inside[-1] - inside[0]):.1f}"
-
-
-def plot(known: Rows, times: Mapping[str, float], path: Path) -> None:
-    """Held-out loss against step, bytes of matrix state and, if timed, seconds."""
-    panels = 3 if times else 2
-    figure = Figure(figsize=(4 * panels + 1, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, sharey=True)
-    steps, state = axes[:2]
-    first = min(key.seed for key in known)
-    for number, (key, row) in enumerate(rows.of(known, seed=first)):
-        if row["loss"] is None:
-            continue
-        style = {"color": f"C{number % 10}", "label": key.method}
-        # The colours come round: then dashes, and other points, tell methods apart.
-        dashes, point = (("-", "o"), ("--", "^"), (":", "s"))[number // 10 % 3]
-        at, losses = np.asarray(row["curve"]).T
-        steps.plot(at, losses, dashes, marker=point, markersize=3, **style)
-        if key.method in times:
-            axes[2].plot(at * times[key.method], losses, dashes, **style)
-        state.plot(row["state_bytes"]["matrices"], row["loss"], point, **style)
-    best = min(rows.loss_of(row) for row in known.values())
-    steps.set(
-        xlabel="step", ylabel="held-out loss (nats)", ylim=(best - 0.05, best + 1)
-    )
-    state.set(xlabel="state of the matrices (bytes)", xscale="log")
-    if times:
-        axes[2].set(xlabel="seconds on one core")
-    steps.legend(fontsize="x-small", ncols=2)
-    for panel in axes:
-        panel.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def robustness(table: Rows, reference: str = "adamw") -> list[dict[str, Any]]:
-    """One line a condition: mean held-out losses, and how far they are from AdamW's.
-
-    Of the methods and seeds that raced under every condition.
-    """
-    losses: dict[str, dict[tuple[str, int], float]] = {}
-    for key, row in table.items():
-        found = losses.setdefault(key.condition, {})
-        found[key.method, key.seed] = rows.loss_of(row)
-    if len(losses) < 2:
-        return []
-    runs = set.intersection(*(set(found) for found in losses.values()))
-    lines = []
-    for condition, found in losses.items():
-        line: dict[str, Any] = {"condition": condition}
-        for method in sorted({method for method, _ in runs} | {reference}):
-            seeds = [seed for name, seed in runs if name == method]
-            mean = statistics.fmean(found[method, seed] for seed in seeds)
-            base = statistics.fmean(found[reference, seed] for seed in seeds)
-            apart = "" if method == reference else f" ({mean - base:+.4f})"
-            line[method] = f"{mean:.4f}{apart}"
-        lines.append(line)
-    return lines
-
-
-def sections(table: Rows, scale: str) -> list[str]:
-    """Markdown: the table, the other conditions, the searched rates, the ablations.
-
-    With the commits that their rows come from.
-    """
-    plain = {key: row for key, row in table.items() if key.condition == "plain"}
-    parts = [_section("plain", plain, summary(plain, seconds_a_step(scale)))]
-    if compared := robustness(table):
-        parts.append(_section("conditions", table, compared))
-    for kind in ("search", "ablations"):
-        known = rows.read(rows.FOLDER / f"{kind}_{scale}.jsonl")
-        if known:
-            parts.append(_section(kind, known, searched(known)))
-    return parts
-
-
-def _section(title: str, known: Rows, lines: list[dict[str, Any]]) -> str:
-    by_commit: dict[str, set[str]] = {}
-    for key, row in known.items():
-        by_commit.setdefault(row.get("commit", "unknown"), set()).add(key.method)
-    sources = (f"{c} ({', '.join(sorted(ms))})" for c, ms in by_commit.items())
-    return f"## {title}\n\n{_record.table(lines)}\n\nCommits: {'; '.join(sources)}."
 
 
 def main() -> None:
@@ -239,10 +209,19 @@ def main() -> None:
     known = rows.read(path)
     if not known:
         raise SystemExit(f"{path}: no rows; run benchmarks.quality.table first")
-    text = "\n\n".join([HEAD.format(args.scale), *sections(known, args.scale)]) + "\n"
+    head = HEAD if args.rows is None else HEAD_OF_ROWS
+    held_out = next(iter(known.values())).get("held_out", "of an older run")
+    parts = sections(known, args.scale, own=args.rows is None)
+    text = "\n\n".join([head.format(args.scale, held_out), *parts]) + "\n"
     path.with_suffix(".md").write_text(text)
-    plain = {k: v for k, v in known.items() if k.condition == "plain"}
-    plot(plain, seconds_a_step(args.scale), path.with_suffix(".png"))
+    shown = {
+        key: row
+        for key, row in known.items()
+        if key.condition == "plain" and key.method in FIRST_PAGE
+    }
+    names = {method: " ".join(each) for method, each in FIRST_PAGE.items()}
+    times = {} if args.rows else seconds_a_step(args.scale)
+    plot(shown, names, times, path.with_suffix(".png"))
     print(text)
 
 

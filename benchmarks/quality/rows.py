@@ -55,6 +55,13 @@ def append(path: Path, key: Key, result: Row) -> None:
         os.close(descriptor)
 
 
+def check_texts(path: Path, known: Mapping[Key, Row], key: Key, digest: str) -> None:
+    """Raises SystemExit if rows that `key` is compared with are of other texts."""
+    alike = of(known, scale=key.scale, split=key.split)
+    if {row.get("texts", digest) for _, row in alike} - {digest}:
+        raise SystemExit(f"{path} has rows of other texts; choose another file (--out)")
+
+
 def loss_of(row: Row) -> float:
     """Held-out loss in nats; infinite where the run diverged."""
     return math.inf if row["loss"] is None else row["loss"]

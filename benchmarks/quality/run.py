@@ -152,6 +152,8 @@ class Race:
         train = np.asarray(jax.device_get(losses), np.float64)
         return {
             "loss": curve[-1][1] if finite else None,
+            "held_out": first,
+            "texts": self.texts.digest,
             "other_losses": {n: self.evaluations[n](state.params) for n in others},
             "train_loss": float(train[-steps // 12 :].mean()) if finite else None,
             "curve": [point for point in curve if math.isfinite(point[1])],

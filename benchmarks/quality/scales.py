@@ -81,6 +81,14 @@ class Texts(NamedTuple):
     held_out: dict[str, np.ndarray]
     vocab_size: int
 
+    @property
+    def digest(self) -> str:
+        """Of all tokens: losses on other texts are not comparable."""
+        found = hashlib.sha256(self.train.tobytes())
+        for tokens in self.held_out.values():
+            found.update(tokens.tobytes())
+        return found.hexdigest()[:12]
+
 
 def load_texts(scale: Scale, data: Path | None, split: Split, cache: Path) -> Texts:
     """The tokens of one split; no document is in both.

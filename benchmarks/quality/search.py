@@ -1,6 +1,6 @@
 """Each method's best learning rate, on the seeds and texts kept for choosing.
 
-    python -m benchmarks.quality.search --scale a --data ../shared/data
+    python -m benchmarks.quality.search --scale a --data DIR
 
 A grid in factors of 2 grows until the best rate lies inside it. Rows go to
 results/quality/search_<scale>.jsonl; what is there is not run again. `--ablations`

@@ -1,6 +1,6 @@
 """Every method at its best searched rate, on fresh seeds and other texts.
 
-    python -m benchmarks.quality.table --scale a --data ../shared/data
+    python -m benchmarks.quality.table --scale a --data DIR
 
 Rows go to results/quality/table_<scale>.jsonl; what is there is not run again.
 `--main` is the short form: six methods, what `make bench-quality` reruns.

@@ -1,0 +1,55 @@
+"""The race as a figure."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.quality import rows
+from benchmarks.quality.summary import Rows
+
+
+def plot(
+    known: Rows, names: Mapping[str, str], times: Mapping[str, float], path: Path
+) -> None:
+    """Held-out loss against step, bytes of matrix state and, if timed, seconds.
+
+    Of the first seed; the best method comes first in the legend.
+    """
+    panels = 3 if times else 2
+    figure = Figure(figsize=(4 * panels + 2, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, sharey=True)
+    steps, state = axes[:2]
+    first = min(key.seed for key in known)
+    finished = [run for run in rows.of(known, seed=first) if run[1]["loss"] is not None]
+    finished.sort(key=lambda run: rows.loss_of(run[1]))
+    for number, (key, row) in enumerate(finished):
+        style = {
+            "color": f"C{number % 10}",
+            "label": names[key.method].replace("`", ""),
+        }
+        # The colours come round: then dashes, and other points, tell methods apart.
+        dashes, point = (("-", "o"), ("--", "^"), (":", "s"))[number // 10 % 3]
+        at, losses = np.asarray(row["curve"]).T
+        steps.plot(at, losses, dashes, marker=point, markersize=3, **style)
+        if key.method in times:
+            axes[2].plot(at * times[key.method], losses, dashes, **style)
+        state.plot(row["state_bytes"]["matrices"], row["loss"], point, **style)
+    best = min(rows.loss_of(row) for row in known.values())
+    steps.set(
+        xlabel="step",
+        ylabel=f"held-out loss (nats), seed {first}",
+        ylim=(best - 0.05, best + 1),
+    )
+    state.set(xlabel="state of the matrices (bytes)", xscale="log")
+    if times:
+        axes[2].set(xlabel="seconds on one core")
+    handles, labels = steps.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

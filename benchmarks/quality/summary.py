@@ -1,0 +1,148 @@
+"""What the rows say: means, spreads, paired differences, valleys."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.quality import rows
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.rows import Key, Row
+
+Rows = Mapping[Key, Row]
+REFERENCE = "adamw"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One method, over its seeds."""
+
+    key: Key
+    """Of one of its rows: method and rates, which all share."""
+    losses: Sequence[float]
+    differences: Sequence[float]
+    """To the reference's loss on the same seed, which has the same rows in order."""
+    others: Mapping[str, float]
+    """Mean losses on other texts."""
+    matrix_state: float
+    """Bytes of the matrices' optimizer state, in units of the reference's."""
+    all_state: float
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds."""
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+
+
+def summary(known: Rows) -> list[Line]:
+    """A line a method, the best first.
+
+    Raises:
+      SystemExit: A method has rows of two rates, or there is no reference.
+    """
+    by_method: dict[str, dict[int, tuple[Key, Row]]] = {}
+    for key, row in known.items():
+        runs = by_method.setdefault(key.method, {})
+        rates = {(k.rate, k.dense_rate) for k, _ in runs.values()}
+        if rates - {(key.rate, key.dense_rate)} or key.seed in runs:
+            raise SystemExit(f"{key.method}: rows of two rates")
+        runs[key.seed] = key, row
+    if REFERENCE not in by_method:
+        raise SystemExit(f"no rows of {REFERENCE}, the reference")
+    base = {seed: row for seed, (_, row) in by_method[REFERENCE].items()}
+    lines = [_line(runs, base) for runs in by_method.values()]
+    return sorted(lines, key=lambda line: line.loss)
+
+
+def _line(runs: Mapping[int, tuple[Key, Row]], base: Mapping[int, Row]) -> Line:
+    key, row = next(iter(runs.values()))
+    losses = {seed: rows.loss_of(row) for seed, (_, row) in runs.items()}
+    others = {
+        name: statistics.fmean(
+            r["other_losses"].get(name, math.inf) for _, r in runs.values()
+        )
+        for name in row["other_losses"]
+    }
+    state, base_state = (r["state_bytes"] for r in (row, next(iter(base.values()))))
+    return Line(
+        key=key,
+        losses=list(losses.values()),
+        differences=[
+            losses[seed] - rows.loss_of(base[seed])
+            for seed in losses
+            if seed in base and key.method != REFERENCE
+        ],
+        others=others,
+        matrix_state=state["matrices"] / base_state["matrices"],
+        all_state=sum(state.values()) / sum(base_state.values()),
+    )
+
+
+def interval(differences: Sequence[float], digits: int = 4) -> str:
+    """Mean and half-width of Student's 95 % interval."""
+    if not differences:
+        return ""
+    mean = f"{statistics.fmean(differences):+.{digits}f}"
+    if len(differences) == 1:
+        return mean
+    point = stats.t.ppf(0.975, len(differences) - 1)
+    half = point * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{mean} ± {half:.{digits}f}"
+
+
+def searched(known: Rows) -> dict[tuple[str, float | None], dict[float, float]]:
+    """By method and dense rate: mean loss over seeds at every rate that was tried.
+
+    The dense rate is None where the method ties it to the rate.
+    """
+    found: dict[tuple[str, float | None], dict[float, list[float]]] = {}
+    for key, row in known.items():
+        method = METHODS.get(key.method)
+        tied = method is not None and method.dense_factor is not None
+        losses = found.setdefault((key.method, None if tied else key.dense_rate), {})
+        losses.setdefault(key.rate, []).append(rows.loss_of(row))
+    return {
+        name: {rate: statistics.fmean(each) for rate, each in sorted(losses.items())}
+        for name, losses in found.items()
+    }
+
+
+def valley(losses: Mapping[float, float], depth: float = 0.05) -> str:
+    """Ratio of the ends of the rates within `depth` nats of the best.
+
+    Between tried rates the loss is taken as linear in the logarithm of the rate; where
+    the range goes on beyond the tried ones, the ratio is a lower bound.
+    """
+    rates = np.log(sorted(losses))
+    values = np.minimum([losses[r] for r in sorted(losses)], 1e3)
+    grid = np.linspace(rates[0], rates[-1], 2001)
+    inside = grid[np.interp(grid, rates, values) <= values.min() + depth]
+    bound = "≥ " if inside[0] == grid[0] or inside[-1] == grid[-1] else ""
+    return f"{bound}x{np.exp(inside[-1] - inside[0]):.1f}"
+
+
+def under_conditions(table: Rows) -> dict[str, dict[str, list[float]]]:
+    """By condition and method: held-out losses, seed by seed.
+
+    Of the methods that raced under every condition, on the seeds that all of them have;
+    empty if there is only one condition.
+    """
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    for key, row in table.items():
+        found = losses.setdefault(key.condition, {}).setdefault(key.method, {})
+        found[key.seed] = rows.loss_of(row)
+    if len(losses) < 2:
+        return {}
+    methods = sorted(set.intersection(*(set(found) for found in losses.values())))
+    together = {}
+    for condition, found in losses.items():
+        seeds = sorted(set.intersection(*(set(found[method]) for method in methods)))
+        together[condition] = {m: [found[m][s] for s in seeds] for m in methods}
+    return together
