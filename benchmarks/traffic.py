@@ -92,15 +92,16 @@ def formula(sizes: tuple[int, int]) -> int:
 
     For each matrix: over y devices of its columns, the basis of the right factor takes
     three Gram matrices, its product with the old one a fourth, and the sketch (p/x, r);
-    over x devices of its rows as many, and the new right factor (r, q/y). The row and
-    column statistics of the second moment are p/x and q/y. Norms are left out.
+    over x devices of its rows as many, what the old left factor makes of the gradient
+    and the new right factor, each (r, q/y). The row and column statistics of the second
+    moment are p/x and q/y. Norms are left out.
     """
     total = 0
     by_axis = dict(zip(UP, sizes, strict=True))
     for p, q, axes in LEAVES.values():
         x, y = (by_axis[axis] for axis in axes)
         over_y = 4 * RANK**2 + p // x * (RANK + 1) if y > 1 else 0
-        over_x = 4 * RANK**2 + q // y * (RANK + 1) if x > 1 else 0
+        over_x = 4 * RANK**2 + q // y * (2 * RANK + 1) if x > 1 else 0
         total += LAYERS * (over_y + over_x)
     return 4 * total
 

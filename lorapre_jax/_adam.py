@@ -12,17 +12,15 @@ from lorapre_jax import _checks
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import (
     AlgorithmOne,
-    Dense,
+    FirstMoment,
     OnlineRegression,
     RankOne,
+    SecondMoment,
     unbiased_decay,
 )
 from lorapre_jax._plan import init_moment, make_plan
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
-
-FirstMoment = OnlineRegression | AlgorithmOne | Dense
-SecondMoment = OnlineRegression | AlgorithmOne | RankOne | Dense
 
 
 class ScaleByLorapreAdamState(NamedTuple):
@@ -66,13 +64,13 @@ def scale_by_lorapre_adam(
 
     .. math::
       u_t = \frac{\hat m_t}{
-        \max(\sqrt{\hat v_t}, \sqrt{1 - d_t}\,|\hat m_t|) + \epsilon},
-      \quad d_t = b_2 \frac{1 - b_2^{t-1}}{1 - b_2^t}
+        \max(\sqrt{\hat v_t}, \sqrt{c_2}\, c_1 |\hat m_t|) + \epsilon},
+      \quad c_i = \frac{1 - b_i}{1 - b_i^t}
 
-    The second term is what v has from a single gradient of m's size. It keeps entries
-    that low-rank moments tell badly apart, such as those next to outliers, from being
-    divided by next to nothing: no update exceeds `1 / sqrt(1 - b2)`. Algorithm 1 has
-    none for v.
+    The second term is what v has from a single gradient as large as the part of m that
+    one step adds. It keeps entries that low-rank moments tell badly apart, such as
+    those next to outliers, from being divided by next to nothing: no update exceeds
+    `1 / ((1 - b1) sqrt(1 - b2))`. Algorithm 1 has none for v.
 
     Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
     in the same state.
@@ -143,8 +141,11 @@ def scale_by_lorapre_adam(
             m, mu = first.first_moment(mu, g, hyper["b1"], *step)
             root_v, nu = second.second_moment(nu, g, hyper["b2"], *step)
             if leaf.is_factored and not isinstance(second, AlgorithmOne):
-                decay = unbiased_decay(hyper["b2"], hyper["count"], g.dtype)
-                root_v = jnp.maximum(root_v, jnp.sqrt(1 - decay) * jnp.abs(m))
+                c1, c2 = (
+                    1 - unbiased_decay(hyper[name], hyper["count"], g.dtype)
+                    for name in ("b1", "b2")
+                )
+                root_v = jnp.maximum(root_v, jnp.sqrt(c2) * c1 * jnp.abs(m))
             update = m / (root_v + jnp.asarray(hyper["eps"], g.dtype))
             if leaf.is_factored:
                 update = update * jnp.asarray(hyper["update_scale"], g.dtype)
@@ -171,7 +172,7 @@ def lorapre_adamw(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     first_moment: FirstMoment = OnlineRegression(),  # noqa: B008
@@ -189,7 +190,8 @@ def lorapre_adamw(
       learning_rate: A number or a schedule.
       rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
       weight_decay: Strength of the decoupled weight decay, multiplied by the learning
-        rate as in `optax.adamw`. Where it is not zero, `update` needs `params`.
+        rate as in `optax.adamw`; a number or a schedule. Unless it is Python's number
+        0, `update` needs `params`.
       mask: Which leaves decay: a tree of booleans, or a function of the parameters
         that returns one.
 

@@ -47,11 +47,14 @@ def check_storage(rank: Any, batch: Any, factor_dtype: Any) -> None:
     if batch is not None:
         check_count("batch", batch)
     check_static("factor_dtype", factor_dtype)
-    if jnp.dtype(factor_dtype).name not in ("bfloat16", "float32", "float64"):
+    name = jnp.dtype(factor_dtype).name
+    if name not in ("bfloat16", "float32", "float64"):
         raise ValueError(
             "`factor_dtype` must be bfloat16, float32 or float64, got "
             f"{factor_dtype!r}."
         )
+    if name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError("`factor_dtype` float64 needs jax_enable_x64.")
 
 
 def check_distinct(paths: list[str]) -> None:
@@ -64,19 +67,25 @@ def check_distinct(paths: list[str]) -> None:
             )
 
 
-def check_floating(path: str, dtype: Any) -> None:
-    if not jnp.issubdtype(dtype, jnp.floating):
+def check_floating(path: str, leaf: Any) -> None:
+    if not hasattr(leaf, "dtype"):
         raise TypeError(
-            f"Leaf '{path}' has dtype {dtype}; only real floating-point leaves can be "
-            "optimized. Keep it from the optimizer, for example by optax.masked."
+            f"Leaf '{path}' is a {type(leaf).__name__}, not an array; make it one with "
+            "jnp.asarray."
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"Leaf '{path}' has dtype {leaf.dtype}; only real floating-point leaves "
+            "can be optimized. Keep it from the optimizer, for example by optax.masked."
         )
 
 
 def check_decay(name: str, value: Any) -> None:
     """In [0, 1) where the value is known; a tracer is taken as it is."""
     _check_number(name, value)
-    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
+    if not isinstance(value, jax.core.Tracer) and not 0 <= np.float32(value) < 1:
+        rounded = ", which is 1 in float32" if 0 <= float(value) < 1 else ""
+        raise ValueError(f"`{name}` must be in [0, 1), got {value}{rounded}.")
 
 
 def check_not_negative(name: str, value: Any) -> None:
@@ -101,13 +110,24 @@ def _check_number(name: str, value: Any) -> None:
             f"`{name}` must be a number; to schedule it, wrap the transform in "
             "optax.inject_hyperparams."
         )
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.") from None
 
 
 def check_ns_coeffs(coefficients: Any, steps: int) -> None:
     check_static("ns_coeffs", coefficients)
-    shape = np.shape(coefficients)
-    if not (shape == (3,) or (len(shape) == 2 and shape[1] == 3 and shape[0] >= steps)):
+    try:
+        shape = np.asarray(coefficients, float).shape
+    except (TypeError, ValueError):  # Ragged, or no numbers.
+        shape = None
+    if shape != (3,) and not (
+        shape and len(shape) == 2 and shape[1] == 3 and shape[0] >= steps
+    ):
         raise ValueError(
             f"`ns_coeffs` must be (a, b, c), or at least ns_steps={steps} such "
-            f"triples; got shape {shape}."
+            f"triples; got {coefficients!r}."
         )

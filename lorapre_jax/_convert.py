@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -61,10 +62,13 @@ def convert_state(
       A state like `new_tx.init(params)`; it shares no buffer with the old one.
 
     Raises:
+      TypeError: It is called under jit.
       ValueError: The old state lacks a moment or a number that the new one keeps, keeps
         a moment twice or in another shape, or lies on other devices; a decay rate is
         needed; factors are of differently chosen matrices. The message names the leaf.
     """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, params))):
+        raise TypeError("convert_state cannot be traced: call it outside jit and vmap.")
     nodes = named_leaves(state, is_leaf=_keeps_moments)
     old = _Old({}, dict(nodes), {"first": b1, "second": b2})
     for node in (node for _, node in nodes if _keeps_moments(node)):

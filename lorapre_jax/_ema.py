@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax import _checks
-from lorapre_jax._adam import FirstMoment
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import OnlineRegression, mass
+from lorapre_jax._methods import FirstMoment, OnlineRegression, mass
 from lorapre_jax._plan import init_moment, make_plan
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero

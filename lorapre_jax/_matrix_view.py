@@ -57,12 +57,18 @@ class MatrixAxes:
 AxesLike = MatrixAxes | optax.contrib.MuonDimensionNumbers
 
 
-def as_matrix_axes(axes: AxesLike) -> MatrixAxes:
+def as_matrix_axes(axes: AxesLike, where: str = "matrices") -> MatrixAxes:
+    """`axes` as our own type; `where` they were given, for the error."""
     if isinstance(axes, optax.contrib.MuonDimensionNumbers):
         rows, columns = axes
         return MatrixAxes(
             rows if isinstance(rows, int) else tuple(rows),
             columns if isinstance(columns, int) else tuple(columns),
+        )
+    if not isinstance(axes, MatrixAxes):
+        raise TypeError(
+            f"{where}: {axes!r} is no MatrixAxes; write MatrixAxes(rows=0, columns=1), "
+            "say."
         )
     return axes
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lorapre_jax._methods import Dense, FactorPair, RowColumn
+from lorapre_jax._methods import Dense, FactorPair, RowColumn, have_rank
 from lorapre_jax._plan import LeafPlan, Plan, has_plan
 from lorapre_jax._selection import named_leaves
 
@@ -142,9 +142,9 @@ def _leaf_report(path, leaf, plan: LeafPlan | None, nbytes, adamw_nbytes) -> Lea
 
 def _bytes_by_leaf(state, leaves) -> dict[str | None, int]:
     """Bytes of the state's arrays by the parameter they belong to; None: to none."""
-    paths = {path for path, _ in leaves}
-    nbytes: dict[str | None, int] = dict.fromkeys([*paths, None], 0)
-    for owner, _, node in parts(state, paths):
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    nbytes: dict[str | None, int] = dict.fromkeys([*shapes, None], 0)
+    for owner, _, node in parts(state, shapes):
         for array in jax.tree.leaves(node):
             nbytes[owner] += math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
     return nbytes
@@ -153,27 +153,33 @@ def _bytes_by_leaf(state, leaves) -> dict[str | None, int]:
 Part = tuple[str | None, LeafPlan | None, Any]
 
 
-def parts(state: Any, paths: Collection[str]) -> list[Part]:
+def parts(state: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
     """The state's arrays in tree order, factors together: owner, its plan, array.
 
     An array belongs to a parameter where its path ends with the parameter's (a tree
     shaped like the parameters); factors, where it is their key. Others belong to None.
+    Where several parameters' paths fit, the longest of the array's shape has it.
+
+    Args:
+      shapes: The parameters', by path.
     """
 
-    def owner(name: str) -> str | None:
+    def owner(name: str, node: Any) -> str | None:
         keys = name.split("/")
-        # The longest suffix that is one; the empty one names a tree of one array.
-        suffixes = ("/".join(keys[i:]) for i in range(len(keys) + 1))
-        return next((suffix for suffix in suffixes if suffix in paths), None)
+        # The empty suffix names a tree of one array.
+        suffixes = ["/".join(keys[i:]) for i in range(len(keys) + 1)]
+        fitting = [suffix for suffix in suffixes if suffix in shapes]
+        alike = [s for s in fitting if shapes[s] == getattr(node, "shape", None)]
+        return next(iter(alike + fitting), None)
 
     found: list[Part] = []
     for name, node in named_leaves(state, is_leaf=has_plan):
         if not has_plan(node):
-            found.append((owner(name), None, node))
+            found.append((owner(name, node), None, node))
             continue
         plans = {leaf.path: leaf for leaf in node.plan.leaves}
         for inner_name, inner in named_leaves(node, is_leaf=is_factors):
-            path = owner(inner_name)
+            path = owner(inner_name, inner)
             found.append((path, plans.get(path or ""), inner))
     return found
 
@@ -187,7 +193,8 @@ def _kept(leaf: LeafReport) -> str:
         return f"dense: {leaf.dense}"
     kinds = [type(m).__name__ for m in leaf.methods if not isinstance(m, Dense)]
     size = _times((*(leaf.batch or ()), leaf.p, leaf.q))
-    return f"{size} at rank {leaf.rank}: {', '.join(kinds)}"
+    at_rank = f" at rank {leaf.rank}" if have_rank(leaf.methods) else ""
+    return f"{size}{at_rank}: {', '.join(kinds)}"
 
 
 def _times(shape) -> str:

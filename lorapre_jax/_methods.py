@@ -13,6 +13,7 @@ never form its square, which would under- or overflow sooner.
 """
 
 import dataclasses
+import math
 import numbers
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ class OnlineRegression:
         direction has in the full average. First moments only.
 
     Raises:
-      ValueError: The gain is negative, or no number.
+      ValueError: The gain is negative, infinite, or no number.
     """
 
     complement_gain: float = 1.0
@@ -112,8 +113,10 @@ class OnlineRegression:
 
     def __post_init__(self):
         gain = self.complement_gain
-        if not (isinstance(gain, numbers.Real) and gain >= 0):
-            raise ValueError(f"complement_gain must be at least 0, got {gain!r}.")
+        if not (isinstance(gain, numbers.Real) and 0 <= gain < math.inf):
+            raise ValueError(
+                f"complement_gain must be a finite number of at least 0, got {gain!r}."
+            )
         object.__setattr__(self, "complement_gain", float(gain))  # One way to write it.
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
@@ -180,8 +183,15 @@ class AlgorithmOne:
         return FactorPair(*regression.jacobi(state.left, state.right, target, decay))
 
 
+FirstMoment = OnlineRegression | AlgorithmOne | Dense
+SecondMoment = OnlineRegression | AlgorithmOne | RankOne | Dense
 FACTORED = (OnlineRegression, AlgorithmOne)
 """The methods whose state is a `FactorPair`."""
+
+
+def have_rank(methods) -> bool:
+    """Whether any of a leaf's moments has factors of its rank; `RankOne()` has none."""
+    return any(isinstance(method, FACTORED) for method in methods)
 
 
 def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):

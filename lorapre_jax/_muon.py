@@ -9,9 +9,9 @@ import jax
 import optax
 
 from lorapre_jax import _checks
-from lorapre_jax._adam import FirstMoment, decayed_weights, lorapre_adamw
+from lorapre_jax._adam import decayed_weights, lorapre_adamw
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import OnlineRegression
+from lorapre_jax._methods import FirstMoment, OnlineRegression
 from lorapre_jax._muon_rule import MuonRule
 from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients
 from lorapre_jax._plan import Plan, init_moment, make_plan
@@ -103,6 +103,8 @@ def scale_by_lorapre_muon(
     _checks.check_decay("beta", beta)
     _checks.check_not_negative("eps", eps)
     _checks.check_not_negative("update_scale", update_scale)
+    if consistent_rms is not None:
+        _checks.check_not_negative("consistent_rms", consistent_rms)
     _checks.check_method("moment", moment, "first_moment")
     _checks.check_static("nesterov", nesterov)
     _checks.check_count("ns_steps", ns_steps)
@@ -163,7 +165,7 @@ def lorapre_muon(
     beta: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
     ns_steps: int = 5,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     ns_coeffs: Coefficients = NS_COEFFS,
@@ -180,14 +182,14 @@ def lorapre_muon(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_b1: jax.typing.ArrayLike = 0.9,
     adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_weight_decay: optax.ScalarOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with a low-rank momentum for the matrices, Adam for all other leaves.
 
     Args:
       learning_rate: A number or a schedule.
       rank: See `scale_by_lorapre_muon`, as for all arguments that are not named here.
-      weight_decay: Of the matrices, multiplied by the learning rate.
+      weight_decay: Of the matrices, as in `lorapre_adamw`.
       weight_decay_mask: Which of them decay, as `mask` of `optax.adamw`.
       matrices: Which leaves are orthogonalised; the others go to Adam. None: those with
         exactly two axes, as in `optax.contrib.muon`.
@@ -223,7 +225,7 @@ def lorapre_muon(
     def labels(params):
         axes, labels = resolve_axes(matrices, params), []
         for path, leaf in named_leaves(params):
-            _checks.check_floating(path, leaf.dtype)
+            _checks.check_floating(path, leaf)
             labels.append("adam" if axes[path][0] is None else "muon")
         return jax.tree.unflatten(jax.tree.structure(params), labels)
 

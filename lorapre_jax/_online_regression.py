@@ -32,7 +32,7 @@ _DAMPING = 1e-6  # Of `jacobi`, d above (Appendix C.1).
 
 
 def subspace(b_, a_, target, decay, noise) -> Factors:
-    """`b_` is orthonormal, or zero: then `noise`, normal (r, q), is all of the sketch."""
+    """`b_` is orthonormal or zero; then all of the sketch is `noise`, normal (r, q)."""
     rows = decay * a_ + (1 - decay) * (b_.T @ target)  # B^T X
     directions = _normalized(rows) + _NOISE * _normalized(noise)
     v = orthonormal_columns(directions.T)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorapre_jax._online_regression import root_mean_square
 
@@ -45,6 +46,6 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
 
 
 def _per_step(coefficients: Any, steps: int) -> tuple[tuple[float, float, float], ...]:
-    if isinstance(coefficients[0], (int, float)):
+    if np.ndim(coefficients) == 1:
         return (coefficients,) * steps
     return coefficients[len(coefficients) - steps :]

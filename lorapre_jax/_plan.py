@@ -3,8 +3,10 @@
 `make_plan` decides; `init_moment` allocates what was decided.
 """
 
+import contextlib
 import dataclasses
 import functools
+import sys
 from fractions import Fraction
 from typing import Any
 
@@ -14,11 +16,9 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._matrix_view import MatrixView, matrix_view
-from lorapre_jax._methods import FACTORED, Dense, at_least_float32
+from lorapre_jax._methods import Dense, at_least_float32, have_rank
 from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
 from lorapre_jax._sharding import batch_shards, known_sharding, like_parameter
-
-FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,6 @@ class Plan:
     """The decisions for a tree, as a pytree node without leaves."""
 
     leaves: tuple[LeafPlan, ...]
-    version: int = FORMAT_VERSION
 
     def __hash__(self):
         # jit hashes the node at every call; the paths tell almost all plans apart.
@@ -66,7 +65,7 @@ class Plan:
         """The decisions, after a check that `leaves` are those decided on."""
         plans = {leaf.path: leaf for leaf in self.leaves}
         shapes = {path: leaf.shape for path, leaf in leaves}
-        for path in plans.keys() ^ shapes.keys():
+        for path in sorted(plans.keys() ^ shapes.keys()):
             raise ValueError(
                 f"Leaf '{path}' is in the {'state' if path in plans else 'updates'} "
                 "only. Initialise the optimizer state with the same tree."
@@ -78,6 +77,20 @@ class Plan:
                     f"optimizer state was initialised for {leaf.shape}."
                 )
         return plans
+
+
+def _let_flax_serialize() -> None:
+    """Tells Flax, where it is in use, that a plan has nothing to serialize.
+
+    Flax's `to_bytes` and `from_bytes` know only the types that were registered; a state
+    that is read back has the plan of the one that it is read into.
+    """
+    serialization = sys.modules.get("flax.serialization")
+    if serialization is not None:
+        with contextlib.suppress(ValueError):  # It has been told.
+            serialization.register_serialization_state(
+                Plan, lambda plan: {}, lambda plan, nothing: plan
+            )
 
 
 def has_plan(node: Any) -> bool:
@@ -101,12 +114,13 @@ def make_plan(
     leaves = named_leaves(params)
     if not leaves:
         return params
+    _let_flax_serialize()
     _checks.check_distinct([path for path, _ in leaves])
     axes = resolve_axes(matrices, params)
 
     def decide(path, leaf) -> LeafPlan:
+        _checks.check_floating(path, leaf)
         shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
-        _checks.check_floating(path, dtype)
 
         def dense(why: str, view: MatrixView | None = None) -> LeafPlan:
             kept = () if 0 in shape else tuple(Dense() for _ in methods)
@@ -121,8 +135,7 @@ def make_plan(
         if all(isinstance(method, Dense) for method in methods):
             return dense("Dense() moments", view)
         r, (p, q) = rank_of(rank, view), (view.p, view.q)
-        keeps_pair = any(isinstance(method, FACTORED) for method in methods)
-        if keeps_pair and r * (p + q) >= p * q:
+        if have_rank(methods) and r * (p + q) >= p * q:
             return dense(f"rank {r} does not pay: r(p+q) >= pq", view)
         if matrices is None:
             _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)

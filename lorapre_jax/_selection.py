@@ -24,7 +24,7 @@ class MatrixSelection:
 
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
-    axes: MatrixAxes | tuple[tuple[str, MatrixAxes], ...]
+    axes: MatrixAxes | tuple[tuple[str, MatrixAxes], ...] | None
 
 
 Matrices = MatrixSelection | AxesLike | None | Any  # Any: a tree of AxesLike and None.
@@ -43,8 +43,9 @@ def select_matrices(
     where that is too much.
 
     Args:
-      include: Patterns of leaves to select. None selects every leaf with two axes and
-        every leaf that a pattern of `axes` matches.
+      include: Patterns of leaves to select. None selects every leaf that has `axes`,
+        where they are one for all; else every leaf with two axes and every leaf that a
+        pattern of `axes` matches.
       exclude: Patterns of leaves to leave out, whatever else matches them.
       axes: The matrix axes of the selected leaves, or a mapping from patterns to axes.
         A selected leaf that no pattern matches must have exactly two axes.
@@ -53,19 +54,29 @@ def select_matrices(
       A frozen, hashable, non-callable value for the `matrices=` of a transform.
 
     Raises:
+      TypeError: A pattern is not a string, or axes are not `MatrixAxes`.
       ValueError: A pattern is not a regular expression. At `init`: a pattern matches no
         leaf, two patterns of `axes` give one leaf different axes, or a selected leaf
         does not have the axes. The message names the pattern and the leaf.
     """
-    rules = MatrixAxes() if axes is None else axes
-    if isinstance(rules, Mapping):
-        rules = tuple((key, as_matrix_axes(value)) for key, value in rules.items())
-    else:
-        rules = as_matrix_axes(rules)
+    rules: Any = axes
+    if isinstance(axes, Mapping):
+        where = "select_matrices: axes of {!r}"
+        rules = tuple(
+            (key, as_matrix_axes(value, where.format(key)))
+            for key, value in axes.items()
+        )
+    elif axes is not None:
+        rules = as_matrix_axes(axes, "select_matrices: axes")
     selection = MatrixSelection(
         None if include is None else _as_patterns(include), _as_patterns(exclude), rules
     )
-    for _, pattern in _patterns(selection):
+    for role, pattern in _patterns(selection):
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"select_matrices: {role} takes regular expressions as strings, got "
+                f"{pattern!r}."
+            )
         try:
             re.compile(pattern)
         except re.error as error:
@@ -130,14 +141,15 @@ def resolve_axes(matrices: Matrices, params: optax.Params) -> dict[str, Resolved
 
 
 def _resolve_one(axes: MatrixAxes, shapes) -> dict[str, Resolved]:
-    def fits(ndim: int) -> bool:
-        in_range = all(-ndim <= axis < ndim for axis in axes.named)
-        return in_range and len({a % ndim for a in axes.named}) == len(axes.named)
-
     return {
-        path: (axes, "") if fits(len(shape)) else (None, "lacks the matrix axes")
+        path: (axes, "") if _fits(axes, len(shape)) else (None, "lacks the matrix axes")
         for path, shape in shapes.items()
     }
+
+
+def _fits(axes: MatrixAxes, ndim: int) -> bool:
+    in_range = all(-ndim <= axis < ndim for axis in axes.named)
+    return in_range and len({a % ndim for a in axes.named}) == len(axes.named)
 
 
 def _resolve_selection(
@@ -158,18 +170,19 @@ def _resolve_leaf(
     if any(re.search(pattern, path) for pattern in selection.exclude):
         return None, "excluded"
     include, rules = selection.include, selection.axes
-    if isinstance(rules, MatrixAxes):
-        found = {None: rules}
-    else:
-        matching = [axes for pattern, axes in rules if re.search(pattern, path)]
-        # Compared as they are meant: on two axes, (0, 1) is (-2, -1).
-        found = {matrix_view(shape, axes, path): axes for axes in matching}
-    if include is None:
-        by_axes = found and not isinstance(rules, MatrixAxes)
-        if not (by_axes or len(shape) == 2):
-            return None, "not two axes"
-    elif not any(re.search(pattern, path) for pattern in include):
+    if include is not None and not any(re.search(each, path) for each in include):
         return None, "not included"
+    if isinstance(rules, MatrixAxes):
+        if include is None and not _fits(rules, len(shape)):
+            return None, "lacks the matrix axes"
+        return rules, ""
+    if rules is None and include is not None:
+        return MatrixAxes(), ""
+    matching = [axes for pattern, axes in rules or () if re.search(pattern, path)]
+    if include is None and not matching and len(shape) != 2:
+        return None, "not two axes"
+    # Compared as they are meant: on two axes, (0, 1) is (-2, -1).
+    found = {matrix_view(shape, axes, path): axes for axes in matching}
     if len(found) > 1:
         raise ValueError(
             f"select_matrices: leaf '{path}' is given different axes by two patterns: "
@@ -199,19 +212,19 @@ def _resolve_tree(tree: Any, shapes, paths) -> dict[str, Resolved]:
             )
         used.add(prefix)
         spec = specs[prefix]
-        if spec is not None and not isinstance(
-            spec, (MatrixAxes, optax.contrib.MuonDimensionNumbers, optax.MaskedNode)
-        ):
+        if not _is_spec(spec):
             raise TypeError(
                 f"matrices: the entry at '{prefix}' is a {type(spec).__name__}; it "
                 "must be a MatrixAxes, an optax.contrib.MuonDimensionNumbers or None."
             )
-        if path in shapes:
-            if isinstance(spec, (MatrixAxes, optax.contrib.MuonDimensionNumbers)):
-                resolved[path] = as_matrix_axes(spec), ""
-            else:
-                resolved[path] = None, "not selected"
-    unused = [path for path in specs if path not in used]
+        if path not in shapes:
+            continue
+        if spec is None or _is_masked(spec):
+            resolved[path] = None, "not selected"
+        else:
+            resolved[path] = as_matrix_axes(spec), ""
+    # A None where the parameters have one too is no leaf of theirs, and no mistake.
+    unused = [path for path in specs if path not in used and specs[path] is not None]
     if unused:
         raise ValueError(
             f"matrices: the tree has entries for {_listed(unused)}, where the "
@@ -230,7 +243,9 @@ def _patterns(selection: MatrixSelection) -> list[tuple[str, str]]:
 
 
 def _as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(value)
+    return (value,)
 
 
 def _is_masked(x: Any) -> bool:

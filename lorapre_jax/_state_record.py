@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lorapre_jax._methods import have_rank
 from lorapre_jax._plan import LeafPlan, has_plan
 from lorapre_jax._selection import named_leaves
 
@@ -72,9 +73,9 @@ def _of_leaf(leaf: LeafPlan) -> dict[str, Any]:
     sides = view and f"rows {list(view.row_axes)}, columns {list(view.column_axes)}"
     return {
         "shape": list(leaf.shape),
-        "rank": leaf.rank,
+        "rank": leaf.rank if have_rank(leaf.methods) else None,
         "matrices": sides if leaf.is_factored else None,
-        "moments": [repr(method) for method in leaf.methods],
+        "moments": [type(method).__name__ for method in leaf.methods],
     }
 
 
@@ -93,7 +94,7 @@ def _difference(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None)
     if there is None or here is None:
         return "only here" if there is None else "only there"
     names = [name for name in here if there.get(name) != here[name]]
-    if "rank" in names and None in (there.get("rank"), here["rank"]):
+    if "matrices" in names and None in (there.get("matrices"), here["matrices"]):
         # That it is dense says all but the shape.
         names = [name for name in names if name in ("shape", "rank")]
     return "; ".join(

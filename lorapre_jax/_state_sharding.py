@@ -45,7 +45,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
     shardings = {path: _known(path, leaf, everywhere) for path, leaf in leaves}
     everywhere = everywhere or next(iter(shardings.values()))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    shapes = {path: leaf.shape for path, leaf in leaves}
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
     state = jax.eval_shape(tx.init, abstract)
 
     def place(owner: str | None, plan: LeafPlan | None, node: Any) -> Any:

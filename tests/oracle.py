@@ -114,8 +114,9 @@ def adam(grads, first, second, b1=0.9, b2=0.95, eps=1e-8):
     for t, g in enumerate(grads, 1):
         m, root = first.first(g, b1, t), second.second(g, b2, t)
         if not isinstance(second, Paper):
-            # What v has from one gradient of m's size.
-            root = np.maximum(root, np.sqrt(1 - unbiased_decay(b2, t)) * np.abs(m))
+            # What v has from one gradient as large as the part of m that a step adds.
+            c1, c2 = (1 - unbiased_decay(b, t) for b in (b1, b2))
+            root = np.maximum(root, np.sqrt(c2) * c1 * np.abs(m))
         updates.append(m / (root + eps))
     return updates
 
