@@ -223,10 +223,11 @@ def lorapre_muon(
         adam_learning_rate = learning_rate
 
     def labels(params):
-        axes, labels = resolve_axes(matrices, params), []
-        for path, leaf in named_leaves(params):
+        leaves = named_leaves(params)
+        for path, leaf in leaves:
             _checks.check_floating(path, leaf)
-            labels.append("adam" if axes[path][0] is None else "muon")
+        axes = resolve_axes(matrices, params)
+        labels = ["adam" if axes[path][0] is None else "muon" for path, _ in leaves]
         return jax.tree.unflatten(jax.tree.structure(params), labels)
 
     return optax.partition(

@@ -116,10 +116,11 @@ def make_plan(
         return params
     _let_flax_serialize()
     _checks.check_distinct([path for path, _ in leaves])
+    for path, leaf in leaves:
+        _checks.check_floating(path, leaf)
     axes = resolve_axes(matrices, params)
 
     def decide(path, leaf) -> LeafPlan:
-        _checks.check_floating(path, leaf)
         shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
 
         def dense(why: str, view: MatrixView | None = None) -> LeafPlan:

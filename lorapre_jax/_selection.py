@@ -137,7 +137,7 @@ def resolve_axes(matrices: Matrices, params: optax.Params) -> dict[str, Resolved
             "takes them for schedules; use select_matrices(...) or a tree of "
             "MatrixAxes."
         )
-    return _resolve_tree(matrices, shapes, paths)
+    return _resolve_tree(matrices, shapes, paths, _nones(params))
 
 
 def _resolve_one(axes: MatrixAxes, shapes) -> dict[str, Resolved]:
@@ -196,7 +196,13 @@ def _resolve_leaf(
     return next(iter(found.values()), MatrixAxes()), ""
 
 
-def _resolve_tree(tree: Any, shapes, paths) -> dict[str, Resolved]:
+def _nones(tree: Any) -> set[str]:
+    """Where a tree has None for a leaf."""
+    leaves = named_leaves(tree, is_leaf=lambda x: x is None)
+    return {path for path, leaf in leaves if leaf is None}
+
+
+def _resolve_tree(tree: Any, shapes, paths, nones) -> dict[str, Resolved]:
     specs = dict(named_leaves(tree, masked=True, is_leaf=_is_spec))
     resolved: dict[str, Resolved] = {}
     used: set[str] = set()
@@ -223,8 +229,7 @@ def _resolve_tree(tree: Any, shapes, paths) -> dict[str, Resolved]:
             resolved[path] = None, "not selected"
         else:
             resolved[path] = as_matrix_axes(spec), ""
-    # A None where the parameters have one too is no leaf of theirs, and no mistake.
-    unused = [path for path in specs if path not in used and specs[path] is not None]
+    unused = [path for path in specs if path not in used | nones]
     if unused:
         raise ValueError(
             f"matrices: the tree has entries for {_listed(unused)}, where the "

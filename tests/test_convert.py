@@ -294,6 +294,8 @@ def test_sharded(kind):
 
 def test_what_cannot_be_converted():
     params, state = trained(optax.scale_by_adam(**BETAS))
+    with pytest.raises(TypeError, match="cannot be traced"):
+        jax.jit(lambda state: lp.convert_state(state, adam(), params))(state)
     with pytest.raises(ValueError, match=r"'heads': .* its first moment .*Pass .* b1="):
         lp.convert_state(state, adam(), params)
     with pytest.raises(ValueError, match=r"'heads': .* its second moment .* b2="):

@@ -66,6 +66,21 @@ def test_names_that_look_like_fields_or_suffixes():
     assert [leaf.nbytes for leaf in report.leaves] == [4 * (3 * 20), 2 * 4 * 96]
 
 
+def test_a_moment_is_that_of_the_parameter_of_its_shape():
+    """Where several paths fit: the moment `mu/w` of `w` is not one of `mu/w`."""
+    params = {"w": jnp.zeros((12, 8)), "mu": {"w": jnp.zeros(5)}}
+    report = lp.describe(optax.adam(0.1), params)
+    nbytes = {leaf.path: leaf.nbytes for leaf in report.leaves}
+    assert nbytes == {"w": 2 * 4 * 96, "mu/w": 2 * 4 * 5}
+
+
+def test_a_rank_that_nothing_has_is_not_reported():
+    tx = lp.scale_by_lorapre_adam(
+        500, first_moment=lp.Dense(), matrices=lp.MatrixAxes()
+    )
+    assert "12 x 8: RankOne" in str(lp.describe(tx, {"w": jnp.zeros((12, 8))}))
+
+
 def test_a_single_array_is_a_tree_too():
     report = lp.describe(lp.scale_by_lorapre_adam(8), jnp.zeros((256, 128)))
     assert report.leaves[0].is_factored

@@ -14,6 +14,7 @@ import lorapre_jax as lp
 
 TREE = {"layer": {"w": jnp.zeros((12, 8)), "b": jnp.zeros(8)}}
 AS_TEXT: Any = {"rows": "0"}
+WRONG: Any = {"axes": (0, 1), "axes of w": {"w": None}, "include": re.compile("w")}
 MATRIX = {"layer": {"w": jnp.zeros((12, 8))}}
 
 
@@ -74,6 +75,33 @@ def regression(**kwargs: Any):
         (lambda: muon(adam_b2=1.5), ValueError, "`adam_b2` must be in [0, 1)"),
         (lambda: lp.MatrixAxes(**AS_TEXT), TypeError, "takes ints"),
         (lambda: lp.select_matrices(include="("), ValueError, "regular expression"),
+        (lambda: adam(b1=1 - 1e-9), ValueError, "which is 1 in float32"),
+        (lambda: adam(b1="a"), TypeError, "`b1` must be a number, got 'a'"),
+        (lambda: adam(eps=jnp.ones(2)), TypeError, "`eps` must be a number"),
+        (lambda: adam(factor_dtype="float64"), ValueError, "needs jax_enable_x64"),
+        (lambda: muon(consistent_rms=-0.2), ValueError, "`consistent_rms` must be at"),
+        (
+            lambda: muon(consistent_rms=optax.constant_schedule(0.2)),
+            TypeError,
+            "optax.inject_hyperparams",
+        ),
+        (lambda: muon(ns_coeffs=((1.0, 2.0), (3.0,))), ValueError, "(a, b, c), or at"),
+        (lambda: regression(complement_gain=np.inf), ValueError, "got inf"),
+        (
+            lambda: lp.select_matrices(axes=WRONG["axes"]),
+            TypeError,
+            "select_matrices: axes: (0, 1) is no MatrixAxes",
+        ),
+        (
+            lambda: lp.select_matrices(axes=WRONG["axes of w"]),
+            TypeError,
+            "select_matrices: axes of 'w': None is no MatrixAxes",
+        ),
+        (
+            lambda: lp.select_matrices(include=WRONG["include"]),
+            TypeError,
+            "include takes regular expressions as strings, got re.compile('w')",
+        ),
     ],
 )
 def test_arguments(build, error, message):
@@ -116,6 +144,11 @@ def test_matrices(make, matrices, error, message):
         tx.init(TREE)
 
 
+def test_leaves_that_are_no_arrays():
+    with pytest.raises(TypeError, match="Leaf 'layer/gain' is a float, not an array"):
+        adam().init({"layer": {"gain": 1.0}})
+
+
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
 @pytest.mark.parametrize("make", [adam, lambda: lp.lorapre_muon(0.1, 2)])
 def test_leaves_that_are_not_real_floats(make, dtype):
@@ -136,6 +169,9 @@ def test_updates_of_another_tree():
         tx.update(TREE, state)
     with pytest.raises(ValueError, match=r"shape \(8, 12\), but .* \(12, 8\)"):
         tx.update(jax.tree.map(jnp.transpose, MATRIX), state)
+    # The first by name, whatever the order of hashes.
+    with pytest.raises(ValueError, match="Leaf 'a' is in the updates only"):
+        tx.update({name: jnp.zeros(3) for name in "zca"}, state)
 
 
 @pytest.mark.parametrize("name", ["rank", "min_dim_size_to_factor"])

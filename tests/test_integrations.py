@@ -23,7 +23,7 @@ from contract_cases import (
     random_tree,
     run,
 )
-from flax import nnx
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -227,6 +227,15 @@ def train_linen(name: str, boxes: str) -> tuple[list[float], TrainState]:
         losses.append(float(value))
     assert jax.tree.structure(state.params) == jax.tree.structure(params)
     return losses, state
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_flax_serializes_a_state(name):
+    _, state = train_linen(name, "ArrayImpl")
+    fresh = state.tx.init(state.params)
+    back: Any = serialization.from_bytes(fresh, serialization.to_bytes(state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, back, state.opt_state)
+    assert jax.tree.structure(back) == jax.tree.structure(state.opt_state)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

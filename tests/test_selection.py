@@ -69,6 +69,25 @@ def test_one_spec_speaks_for_every_leaf_that_has_its_axes():
     assert why_dense("bias", matrices=lp.MatrixAxes()) == "lacks the matrix axes"
 
 
+@pytest.mark.parametrize("axes", [lp.MatrixAxes(), lp.MatrixAxes(0, (1, 2))])
+def test_axes_alone_select_every_leaf_that_has_them(axes):
+    params = {"w": struct(12, 8), "s": struct(3, 12, 8), "b": struct(8)}
+
+    def described(matrices):
+        return lp.describe(lp.scale_by_lorapre_adam(1, matrices=matrices), params)
+
+    assert described(lp.select_matrices(axes=axes)) == described(axes)
+    some = described(lp.select_matrices("^[ws]$", exclude="w", axes=axes))
+    assert [leaf.path for leaf in some.leaves if leaf.is_factored] == ["s"]
+
+
+def test_a_tree_may_have_none_where_the_parameters_have_none():
+    matrices = {"w": lp.MatrixAxes(), "b": None}
+    tx = lp.scale_by_lorapre_adam(1, matrices=matrices)
+    (leaf,) = lp.describe(tx, {"w": struct(12, 8), "b": None}).leaves
+    assert leaf.is_factored
+
+
 def test_one_spec_passes_over_leaves_on_which_its_axes_coincide():
     params = {"w": struct(12, 8), "b": struct(8)}
     assert set(factored(params, 2, matrices=lp.MatrixAxes(0, -1))) == {"w"}
