@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -166,9 +167,9 @@ def test_conditions_are_compared_on_the_seeds_they_share():
         "plain": {"adamw": [2.0, 2.2], "muon": [1.9, 2.0]},
         "rate x10": {"adamw": [3.0], "muon": [math.inf]},
     }
-    plain, high = report.conditions(found).splitlines()[2:]
-    assert plain == "| plain | 2 | 2.1000 | 1.9500 (-0.1500 ± 0.6353) |"
-    assert high == "| rate x10 | 1 | 3.0000 | inf (diverged) |"
+    plain, high = report.conditions(found, known).splitlines()[2:]
+    assert plain == "| plain | 2 | 2.1000 | 1.9500 (-0.1500 ± 0.6353) | unknown |"
+    assert high == "| rate x10 | 1 | 3.0000 | inf (diverged) | unknown |"
 
 
 def test_the_valley_is_measured_between_the_tried_rates():
@@ -227,6 +228,14 @@ def test_a_report_of_other_rows_has_none_of_this_folders(tmp_path, monkeypatch):
     assert "held-out text: library." in text
     assert "search" not in text
     assert "time" not in text
+
+
+@pytest.mark.parametrize("scale", ["a", "b"])
+def test_the_readme_has_the_committed_table(scale):
+    known = rows.read(rows.FOLDER / f"table_{scale}.jsonl")
+    plain = {key: row for key, row in known.items() if key.condition == "plain"}
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert report.first_page(plain, report.seconds_a_step(scale)) in readme
 
 
 def test_stacking_changes_no_update(quick_compilation):

@@ -147,7 +147,7 @@ def all_rates(known: Rows, scale: str) -> str:
     return _record.table(table)
 
 
-def conditions(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def conditions(found: Mapping[str, Mapping[str, Sequence[float]]], known: Rows) -> str:
     """A line a condition: mean held-out losses, and how far they are from AdamW's."""
     table = []
     for condition, losses in found.items():
@@ -157,9 +157,11 @@ def conditions(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
             line[method] = f"{statistics.fmean(seeds):.4f}"
             if method != REFERENCE:
                 apart = [a - b for a, b in zip(seeds, base, strict=True)]
-                known = all(math.isfinite(x) for x in apart)
-                line[method] += f" ({interval(apart) if known else 'diverged'})"
-        table.append(line)
+                finite = all(math.isfinite(x) for x in apart)
+                line[method] += f" ({interval(apart) if finite else 'diverged'})"
+        rows_of = rows.of(known, condition=condition)
+        commits = {row.get("commit", "unknown") for _, row in rows_of}
+        table.append(line | {"commits": ", ".join(sorted(commits))})
     return _record.table(table)
 
 
@@ -174,7 +176,7 @@ def sections(table: Rows, scale: str, own: bool) -> list[str]:
     if found := under_conditions(table):
         methods = {method for losses in found.values() for method in losses}
         rows_of = {key: row for key, row in table.items() if key.method in methods}
-        parts.append(_section("conditions", rows_of, conditions(found)))
+        parts.append(_section("conditions", rows_of, conditions(found, rows_of)))
     for kind in ("search", "ablations"):
         known = rows.read(rows.FOLDER / f"{kind}_{scale}.jsonl")
         if known:
