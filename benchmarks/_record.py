@@ -57,10 +57,9 @@ def _cell(value: Any) -> str:
 
 
 def commit() -> str:
-    """HEAD, short; "-dirty" where tracked files differ from it, results apart."""
+    """HEAD, short; "-dirty" where tracked Python files differ from it."""
     head = _git("rev-parse", "--short", "HEAD") or "unknown"
-    others = "--", ".", ":!benchmarks/results"
-    return head + "-dirty" * bool(_git("diff", "--name-only", "HEAD", *others))
+    return head + "-dirty" * bool(_git("diff", "--name-only", "HEAD", "--", "*.py"))
 
 
 def _git(*arguments: str) -> str:
