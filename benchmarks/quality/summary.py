@@ -86,11 +86,11 @@ def _line(runs: Mapping[int, tuple[Key, Row]], base: Mapping[int, Row]) -> Line:
 
 
 def interval(differences: Sequence[float], digits: int = 4) -> str:
-    """Mean and half-width of Student's 95 % interval."""
+    """Mean, and from three on the half-width of Student's 95 % interval."""
     if not differences:
         return ""
     mean = f"{statistics.fmean(differences):+.{digits}f}"
-    if len(differences) == 1:
+    if len(differences) < 3:
         return mean
     point = stats.t.ppf(0.975, len(differences) - 1)
     half = point * statistics.stdev(differences) / math.sqrt(len(differences))
