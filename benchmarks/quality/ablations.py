@@ -29,6 +29,7 @@ ABLATIONS: dict[str, Method] = {
     **{f"gain {gain}": _adam(first_moment=_gain(gain)) for gain in GAINS},
     "v factored": _adam(second_moment=lp.OnlineRegression()),
     "v dense": _adam(second_moment=lp.Dense()),
+    **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
     "m none (b1 = 0)": _adam(b1=0.0, first_moment=lp.Dense()),
     "m dense": _adam(first_moment=lp.Dense()),
     "bfloat16 factors": _adam(factor_dtype="bfloat16"),
