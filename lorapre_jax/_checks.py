@@ -20,6 +20,13 @@ def check_static(name: str, value: Any) -> None:
         )
 
 
+def check_flag(name: str, value: Any) -> None:
+    """A static bool."""
+    check_static(name, value)
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """A static int of at least `least`."""
     check_static(name, value)

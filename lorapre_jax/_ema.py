@@ -53,7 +53,7 @@ def lorapre_ema(
     """
     _checks.check_decay("decay", decay)
     _checks.check_storage(rank, batch, factor_dtype)
-    _checks.check_static("debias", debias)
+    _checks.check_flag("debias", debias)
     _checks.check_method("moment", moment, "first_moment")
 
     def init_fn(params):

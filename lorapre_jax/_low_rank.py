@@ -50,7 +50,7 @@ def as_row_column(x: Matrix) -> RowColumn:
     return RowColumn(rms(x, 1), rms(x, 0))
 
 
-def over_batch(fn: Any, ndim: int) -> Any:
+def one_by_one(fn: Any, ndim: int) -> Any:
     """`fn` on every matrix of `ndim` leading axes, one after the other.
 
     One matrix in memory at a time; and batched LAPACK calls may hang on CPUs, see

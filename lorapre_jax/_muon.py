@@ -106,7 +106,7 @@ def scale_by_lorapre_muon(
     if consistent_rms is not None:
         _checks.check_not_negative("consistent_rms", consistent_rms)
     _checks.check_method("moment", moment, "first_moment")
-    _checks.check_static("nesterov", nesterov)
+    _checks.check_flag("nesterov", nesterov)
     _checks.check_count("ns_steps", ns_steps)
     _checks.check_ns_coeffs(ns_coeffs, ns_steps)
     rule = MuonRule(nesterov, ns_steps, ns_coeffs)

@@ -94,7 +94,7 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
         def on_matrix(x):
             return _scaled(_kept_by(new, x, rank), ratio.astype(compute))
 
-        value = low_rank.over_batch(on_matrix, len(view.batch))(value)
+        value = low_rank.one_by_one(on_matrix, len(view.batch))(value)
         if new is Dense:
             value = view.from_matrix(jnp.square(value) if squared else value)
         return jax.tree.map(lambda x, dtype: x.astype(dtype), value, dtypes)

@@ -14,6 +14,7 @@ import lorapre_jax as lp
 
 TREE = {"layer": {"w": jnp.zeros((12, 8)), "b": jnp.zeros(8)}}
 AS_TEXT: Any = {"rows": "0"}
+NO_FLAG: Any = "no"
 WRONG: Any = {"axes": (0, 1), "axes of w": {"w": None}, "include": re.compile("w")}
 MATRIX = {"layer": {"w": jnp.zeros((12, 8))}}
 
@@ -52,6 +53,8 @@ def regression(**kwargs: Any):
         (lambda: adam(second_moment=lp.RankOne), TypeError, "such as RankOne()"),
         (lambda: adam(second_moment=None), TypeError, "keep a second moment"),
         (lambda: lp.lorapre_ema(1.5, 2), ValueError, "`decay` must be in [0, 1)"),
+        (lambda: lp.lorapre_ema(0.9, 2, NO_FLAG), TypeError, "`debias` must be True"),
+        (lambda: muon(nesterov=1), TypeError, "`nesterov` must be True or False"),
         (lambda: lp.lorapre_ema(0.9, 0), ValueError, "`rank` must be at least 1"),
         (lambda: lp.lorapre_muon(0.1, 2, beta=1.0), ValueError, "`beta`"),
         (lambda: lp.lorapre_muon(0.1, 2, ns_steps=0), ValueError, "`ns_steps`"),
