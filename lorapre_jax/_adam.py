@@ -5,18 +5,16 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lorapre_jax import _checks
+from lorapre_jax._adam_rule import adam
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import (
-    AlgorithmOne,
     FirstMoment,
     OnlineRegression,
-    RankOne,
+    RotatedRankOne,
     SecondMoment,
-    unbiased_decay,
 )
 from lorapre_jax._plan import init_moment, make_plan
 from lorapre_jax._selection import Matrices
@@ -49,7 +47,7 @@ def scale_by_lorapre_adam(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     first_moment: FirstMoment = OnlineRegression(),  # noqa: B008 (frozen)
-    second_moment: SecondMoment = RankOne(),  # noqa: B008
+    second_moment: SecondMoment = RotatedRankOne(),  # noqa: B008
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
@@ -59,18 +57,21 @@ def scale_by_lorapre_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Adam does, with moments kept as thin factors.
 
-    For a matrix `g: (p, q)` at step t, with `m` and `v` the bias-corrected moments that
-    the methods keep (LoRA-Pre, arXiv 2602.24283, Algorithm 1):
+    For a matrix `g: (p, q)` at step t, with `B A` the factors of the bias-corrected
+    first moment, B orthonormal, R what they leave of the gradient, c its gain
+    (`OnlineRegression`), and v and w the estimates of the second moments of `B^T g` and
+    of R (`RotatedRankOne`):
 
     .. math::
-      u_t = \frac{\hat m_t}{
-        \max(\sqrt{\hat v_t}, \sqrt{c_2}\, c_1 |\hat m_t|) + \epsilon},
-      \quad c_i = \frac{1 - b_i}{1 - b_i^t}
+      u_t = B\, \frac{A}{\max(\sqrt{v}, \kappa |A|) + \epsilon}
+        + c\, \frac{R}{\max(\sqrt{w}, \kappa |R|) + \epsilon},
+      \quad \kappa = \frac{1 - b_1}{1 - b_1^t} \sqrt{\frac{1 - b_2}{1 - b_2^t}}
 
-    The second term is what v has from a single gradient as large as the part of m that
-    one step adds. It keeps entries that low-rank moments tell badly apart, such as
-    those next to outliers, from being divided by next to nothing: no update exceeds
-    `1 / ((1 - b1) sqrt(1 - b2))`. Algorithm 1 has none for v.
+    With any other second moment, entries are divided one by one as in Adam: `u_t =
+    m / (max(sqrt(v), kappa |m|) + eps)`. The maximum keeps entries that a low-rank v
+    tells badly apart, such as those next to outliers, from being divided by next to
+    nothing: no quotient exceeds `1 / ((1 - b1) sqrt(1 - b2))`. It is left out where v
+    is kept as in Algorithm 1 (LoRA-Pre, arXiv 2602.24283).
 
     Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
     in the same state.
@@ -82,8 +83,9 @@ def scale_by_lorapre_adam(
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the root of the second moment.
       first_moment: How the first moment is kept, `OnlineRegression(...)` or `Dense()`.
-      second_moment: How the second is, `RankOne()`, `OnlineRegression(...)` or
-        `Dense()`. Both `OnlineRegression.paper()`: the paper's algorithm to the letter.
+      second_moment: How the second is: `RotatedRankOne()`, which goes with
+        `OnlineRegression(...)` alone, `RankOne()`, `OnlineRegression()` or `Dense()`.
+        Both `OnlineRegression.paper()`: the paper's algorithm to the letter.
       matrices: Which leaves are matrices: a `select_matrices(...)`, one `MatrixAxes`
         for every leaf that has these axes, or a tree of `MatrixAxes` and None (a prefix
         of the parameters will do). Taken at its word, except that a leaf for which
@@ -114,8 +116,7 @@ def scale_by_lorapre_adam(
     _checks.check_decay("b2", b2)
     _checks.check_not_negative("eps", eps)
     _checks.check_not_negative("update_scale", update_scale)
-    _checks.check_method("first_moment", first_moment, "first_moment")
-    _checks.check_method("second_moment", second_moment, "second_moment")
+    _checks.check_moments(first_moment, second_moment)
 
     def init_fn(params):
         plan = make_plan(
@@ -134,22 +135,6 @@ def scale_by_lorapre_adam(
         del params, extra_args
         count = optax.safe_increment(state.count)
         hyper = {"b1": b1, "b2": b2, "eps": eps, "update_scale": update_scale}
-
-        def adam(leaf, hyper, g, mu, nu):
-            first, second = leaf.methods
-            step = hyper["count"], hyper["seed"]
-            m, mu = first.first_moment(mu, g, hyper["b1"], *step)
-            root_v, nu = second.second_moment(nu, g, hyper["b2"], *step)
-            if leaf.is_factored and not isinstance(second, AlgorithmOne):
-                c1, c2 = (
-                    1 - unbiased_decay(hyper[name], hyper["count"], g.dtype)
-                    for name in ("b1", "b2")
-                )
-                root_v = jnp.maximum(root_v, jnp.sqrt(c2) * c1 * jnp.abs(m))
-            update = m / (root_v + jnp.asarray(hyper["eps"], g.dtype))
-            if leaf.is_factored:
-                update = update * jnp.asarray(hyper["update_scale"], g.dtype)
-            return update, mu, nu
 
         updates, (mu, mu_factors), (nu, nu_factors) = map_leaves(
             adam,
@@ -176,7 +161,7 @@ def lorapre_adamw(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     first_moment: FirstMoment = OnlineRegression(),  # noqa: B008
-    second_moment: SecondMoment = RankOne(),  # noqa: B008
+    second_moment: SecondMoment = RotatedRankOne(),  # noqa: B008
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,

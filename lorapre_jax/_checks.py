@@ -111,6 +111,18 @@ def check_method(name: str, method: Any, needed: str) -> None:
         raise TypeError(f"`{name}`: {method!r} cannot keep a {what}.")
 
 
+def check_moments(first: Any, second: Any) -> None:
+    """Adam's two methods, and that they go together."""
+    check_method("first_moment", first, "first_moment")
+    if not hasattr(second, "rotated_moment") or isinstance(second, type):
+        check_method("second_moment", second, "second_moment")
+    elif not hasattr(first, "split_moment"):
+        raise TypeError(
+            f"`second_moment`: {second!r} needs the factors of a first moment "
+            f"OnlineRegression(...), got {first!r}. Take RankOne() with it."
+        )
+
+
 def _check_number(name: str, value: Any) -> None:
     if callable(value):
         raise TypeError(

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax import _online_regression as regression
-from lorapre_jax._methods import FactorPair, RowColumn, random_rows
+from lorapre_jax._methods import (
+    FLOOR,
+    FactorPair,
+    RotatedRowColumn,
+    RowColumn,
+    random_rows,
+    relative,
+)
 
 Matrix = jax.Array | FactorPair | RowColumn
 
@@ -50,6 +57,40 @@ def as_row_column(x: Matrix) -> RowColumn:
     return RowColumn(rms(x, 1), rms(x, 0))
 
 
+def unrotated(x: RotatedRowColumn, left: jax.Array) -> RowColumn:
+    """Root mean squares of whole rows; directions are taken as uncorrelated."""
+    return RowColumn(
+        jnp.hypot(x.row, jnp.linalg.norm(left * x.direction, axis=1)), x.column
+    )
+
+
+def rotated(
+    whole: RowColumn, pair: FactorPair, known: tuple[RotatedRowColumn, jax.Array] | None
+) -> RotatedRowColumn:
+    """Along the left factor of `pair`, from whole rows, taken as uncorrelated.
+
+    Or from what is known along another left factor. No direction has less than the
+    average that `pair` holds of it; one that `pair` has not found yet gets the mean.
+    """
+    if known is None:
+        direction = jnp.linalg.norm(pair.left * whole.row[:, None], axis=0)
+    else:
+        x, left = known
+        inside = regression.dot(left.T, pair.left)
+        outside = pair.left - regression.dot(left, inside)
+        direction = jnp.hypot(
+            jnp.linalg.norm(inside * x.direction[:, None], axis=0),
+            jnp.linalg.norm(outside * x.row[:, None], axis=0),
+        )
+    rms = regression.root_mean_square
+    direction = jnp.maximum(direction, rms(pair.right, 1))
+    is_found = jnp.any(pair.left != 0, axis=0)
+    direction = jnp.where(is_found, direction, rms(whole.row))
+    along = jnp.linalg.norm(pair.left * direction, axis=1)
+    rest = jnp.sqrt(jnp.maximum((whole.row - along) * (whole.row + along), 0))
+    return RotatedRowColumn(jnp.hypot(rest, FLOOR * whole.row), whole.column, direction)
+
+
 def one_by_one(fn: Any, ndim: int) -> Any:
     """`fn` on every matrix of `ndim` leading axes, one after the other.
 
@@ -66,9 +107,7 @@ def _mapped(fn: Any) -> Any:
 
 
 def _outer(x: RowColumn) -> FactorPair:
-    total = regression.root_mean_square(x.row)
-    column = x.column / jnp.where(total > 0, total, 1)
-    return FactorPair(x.row[:, None], column[None, :])
+    return FactorPair(x.row[:, None], relative(x.column)[None, :])
 
 
 def _sketched(x: jax.Array, rank: int) -> FactorPair:

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorapre_jax._methods import Dense, FactorPair, RowColumn, have_rank
+from lorapre_jax._methods import (
+    Dense,
+    FactorPair,
+    RotatedRowColumn,
+    RowColumn,
+    have_rank,
+)
 from lorapre_jax._plan import LeafPlan, Plan, has_plan
 from lorapre_jax._selection import named_leaves
 
@@ -185,7 +191,7 @@ def parts(state: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
 
 
 def is_factors(node: Any) -> bool:
-    return isinstance(node, (FactorPair, RowColumn))
+    return isinstance(node, (FactorPair, RowColumn, RotatedRowColumn))
 
 
 def _kept(leaf: LeafReport) -> str:

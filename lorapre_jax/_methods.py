@@ -8,11 +8,14 @@ mapped outside.
     first_moment(state, g, decay, count, seed)   -> estimate of E[g], new state
     second_moment(state, g, decay, count, seed)  -> estimate of sqrt(E[g^2]), new state
 
+`RotatedRankOne` sees the left factor of a first moment too, in `rotated_moment`.
+
 Second moments come back as their root: it has the gradient's scale, and factored ones
 never form its square, which would under- or overflow sooner.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from typing import NamedTuple
@@ -37,6 +40,15 @@ class RowColumn(NamedTuple):
     axes = (("row",), ("column",))
     row: jax.Array  # (*batch, p)
     column: jax.Array  # (*batch, q)
+
+
+class RotatedRowColumn(NamedTuple):
+    """Root mean squares of rows and columns, and of each direction of a left factor."""
+
+    axes = (("row",), ("column",), ("rank",))
+    row: jax.Array  # (*batch, p)
+    column: jax.Array  # (*batch, q)
+    direction: jax.Array  # (*batch, r)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +90,54 @@ class RankOne:
             _blend(decay, old, regression.root_mean_square(g, axis))
             for old, axis in ((state.row, 1), (state.column, 0))
         )
-        total = regression.root_mean_square(row)
-        root = row[:, None] * (column / jnp.where(total > 0, total, 1))
-        return root, RowColumn(row, column)
+        return row[:, None] * relative(column), RowColumn(row, column)
+
+
+# What a direction, or the residual, is taken to have at least of the gradient's root
+# mean square: gradients of low rank leave rounding there, which is no step to take.
+FLOOR = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class RotatedRankOne:
+    """Second moments in the basis of the first one's left factor, `p + q + r` numbers.
+
+    The orthonormal left factor `B: (p, r)` of a first moment `OnlineRegression()` holds
+    the leading directions of the gradients' columns, the strongest first. A gradient is
+    seen as its components `B^T g: (r, q)` along them, and the residual R that they
+    leave; each is divided by a rank-one estimate of its own:
+
+        v_kj = D_k C_j / mean(C) of the components,  w_ij = R_i C_j / mean(C) of R
+
+    with `D_k`, `R_i` and `C_j` the moving averages of the mean of `(B^T g)^2` over row
+    k, of `R^2` over row i, and of `g^2` over column j. Plain Adam lets a few directions
+    with large gradients govern the step's direction; here each has its own scale, as in
+    SOAP (Vyas et al., 2024, arXiv 2409.11321), whose one-sided form with Adafactor's
+    estimate this is for the directions that are held. `D_k` and `R_i` count 1 % of the
+    root mean square of the gradient (for `R_i`, of its row i) as their own, so that
+    what is next to nothing is not blown up.
+
+    The state holds root mean squares in float32 at least, whatever `factor_dtype` says.
+    """
+
+    def init(self, batch, p, q, rank, dtype, seed) -> RotatedRowColumn:
+        del seed
+        dtype = at_least_float32(dtype)
+        return RotatedRowColumn(*(jnp.zeros((*batch, n), dtype) for n in (p, q, rank)))
+
+    def rotated_moment(self, state, left, residual, g, decay, count):
+        """-> estimates of the roots for `left.T @ g` and `residual`, new state."""
+        rms = regression.root_mean_square
+        row = jnp.hypot(rms(residual, 1), FLOOR * rms(g, 1))
+        direction = jnp.hypot(rms(left.T @ g, 1), FLOOR * rms(g))
+        decay = unbiased_decay(decay, count, g.dtype)
+        state = jax.tree.map(
+            functools.partial(_blend, decay),
+            state,
+            RotatedRowColumn(row, rms(g, 0), direction),
+        )
+        column = relative(state.column)
+        return (state.direction[:, None] * column, state.row[:, None] * column), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +241,7 @@ class AlgorithmOne:
 
 
 FirstMoment = OnlineRegression | AlgorithmOne | Dense
-SecondMoment = OnlineRegression | AlgorithmOne | RankOne | Dense
+SecondMoment = OnlineRegression | AlgorithmOne | RotatedRankOne | RankOne | Dense
 FACTORED = (OnlineRegression, AlgorithmOne)
 """The methods whose state is a `FactorPair`."""
 
@@ -225,6 +282,12 @@ def unbiased_decay(decay, count, dtype):
     """The decay that turns one bias-corrected average into the next."""
     decay = jnp.asarray(decay, dtype)
     return decay * mass(decay, count - 1) / mass(decay, count)
+
+
+def relative(x):
+    """`x` over its root mean square; zero stays zero."""
+    total = regression.root_mean_square(x)
+    return x / jnp.where(total > 0, total, 1)
 
 
 def _blend(decay, old, new):

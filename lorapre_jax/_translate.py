@@ -14,6 +14,7 @@ from lorapre_jax._methods import (
     FactorPair,
     OnlineRegression,
     RankOne,
+    RotatedRankOne,
     at_least_float32,
     mass,
     random_rows,
@@ -29,6 +30,8 @@ class Moment(NamedTuple):
     value: Any  # Shaped like the leaf, or factors of its matrices.
     view: MatrixView | None
     count: jax.Array
+    first: FactorPair | None = None
+    """Of a second moment kept by `RotatedRankOne()`, the first one of the same leaf."""
 
     @property
     def is_factored(self) -> bool:
@@ -72,7 +75,8 @@ def translated(old: Moment, new: Moment, decay: float | None) -> Any:
         jax.tree.map(lambda x: x.dtype, new.value),
         jax.tree.map(lambda x: x.sharding, new.value),
     )
-    return program(old.value, jnp.asarray(_ratio(old, new.method, decay)))
+    ratio = jnp.asarray(_ratio(old, new.method, decay))
+    return program(old.value, ratio, old.first, new.first)
 
 
 def forget_programs() -> None:
@@ -81,20 +85,28 @@ def forget_programs() -> None:
 
 @functools.lru_cache(maxsize=1024)  # Layers that are alike are compiled once.
 def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
-    """`(value, ratio) -> value`, compiled."""
+    """`(value, ratio, old first moment, new first moment) -> value`, compiled."""
     old, new = methods
     squared = kind == "second"
 
-    def run(value, ratio):
+    def run(value, ratio, *firsts):
         compute = at_least_float32(*(x.dtype for x in jax.tree.leaves(value)))
-        value = jax.tree.map(lambda x: x.astype(compute), value)
+        value, firsts = jax.tree.map(lambda x: x.astype(compute), (value, firsts))
         if old is Dense:
             value = view.to_matrix(jnp.sqrt(value) if squared else value)
 
-        def on_matrix(x):
-            return _scaled(_kept_by(new, x, rank), ratio.astype(compute))
+        def on_matrix(each):
+            x, before, after = each
+            known = None
+            if old is RotatedRankOne:
+                known = x, before.left
+                x = low_rank.unrotated(*known)
+            kept = RankOne if new is RotatedRankOne else new
+            x = _scaled(_kept_by(kept, x, rank), ratio.astype(compute))
+            return low_rank.rotated(x, after, known) if new is RotatedRankOne else x
 
-        value = low_rank.one_by_one(on_matrix, len(view.batch))(value)
+        each = (value, *firsts)
+        value = low_rank.one_by_one(on_matrix, len(view.batch))(each)
         if new is Dense:
             value = view.from_matrix(jnp.square(value) if squared else value)
         return jax.tree.map(lambda x, dtype: x.astype(dtype), value, dtypes)
@@ -148,7 +160,7 @@ def _ratio(old: Moment, method: Any, decay: float | None) -> Any:
 
 def _start(method: Any, kind: str) -> str:
     """What an average that was never updated is part of the way from."""
-    if isinstance(method, (OnlineRegression, RankOne)):
+    if isinstance(method, (OnlineRegression, RankOne, RotatedRankOne)):
         return "nowhere"  # The average itself is held.
     if kind == "first":
         return "zero"

@@ -96,6 +96,26 @@ class RankOne:
         return np.sqrt(v / (1 - b2**t))
 
 
+class Rotated:
+    """Rank-one estimates along the columns of an orthonormal B, and of what is left."""
+
+    def __init__(self):
+        self.row = self.column = self.direction = 0.0
+
+    def roots(self, b, rest, g, b2, t):
+        """Of the second moments of B^T g and of `rest`."""
+        along, floor = b.T @ g, 1e-2
+        row = np.mean(rest**2, 1) + floor**2 * np.mean(g**2, 1)
+        direction = np.mean(along**2, 1) + floor**2 * np.mean(g**2)
+        self.row = b2 * self.row + (1 - b2) * row
+        self.column = b2 * self.column + (1 - b2) * np.mean(g**2, 0)
+        self.direction = b2 * self.direction + (1 - b2) * direction
+        column = self.column / np.mean(self.column) / (1 - b2**t)
+        return np.sqrt(np.outer(self.direction, column)), np.sqrt(
+            np.outer(self.row, column)
+        )
+
+
 class Dense:
     def __init__(self):
         self.m = self.v = 0.0
@@ -112,12 +132,22 @@ class Dense:
 def adam(grads, first, second, b1=0.9, b2=0.95, eps=1e-8):
     updates = []
     for t, g in enumerate(grads, 1):
-        m, root = first.first(g, b1, t), second.second(g, b2, t)
-        if not isinstance(second, Paper):
-            # What v has from one gradient as large as the part of m that a step adds.
-            c1, c2 = (1 - unbiased_decay(b, t) for b in (b1, b2))
-            root = np.maximum(root, np.sqrt(c2) * c1 * np.abs(m))
-        updates.append(m / (root + eps))
+        # What v has from one gradient as large as the part of m that a step adds.
+        c1, c2 = (1 - unbiased_decay(b, t) for b in (b1, b2))
+        bound = 0.0 if isinstance(second, Paper) else np.sqrt(c2) * c1
+
+        def divided(m, root, bound=bound):
+            return m / (np.maximum(root, bound * np.abs(m)) + eps)
+
+        if isinstance(second, Rotated):
+            _, rest, b = first.split(g, b1, t)
+            rest = rest / c1
+            along, across = second.roots(b, rest, g, b2, t)
+            held = b @ divided(first.a, along)
+            updates.append(held + first.gain * divided(rest, across))
+        else:
+            m = first.first(g, b1, t)
+            updates.append(divided(m, second.second(g, b2, t)))
     return updates
 
 

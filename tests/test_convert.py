@@ -299,7 +299,8 @@ def test_what_cannot_be_converted():
     with pytest.raises(ValueError, match=r"'heads': .* its first moment .*Pass .* b1="):
         lp.convert_state(state, adam(), params)
     with pytest.raises(ValueError, match=r"'heads': .* its second moment .* b2="):
-        lp.convert_state(state, adam(first_moment=lp.Dense()), params, b1=0.9)
+        dense = adam(first_moment=lp.Dense(), second_moment=lp.RankOne())
+        lp.convert_state(state, dense, params, b1=0.9)
     ema = lp.lorapre_ema(0.9, 4, matrices=MATRICES).init(params)
     with pytest.raises(ValueError, match="'bias': the old state keeps no second"):
         lp.convert_state(ema, adam(), params)

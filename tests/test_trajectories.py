@@ -82,7 +82,9 @@ def test_the_gain_of_the_complement(gain, dtype):
     assert_close(updates, expected, tolerance(dtype))
 
 
-@pytest.mark.parametrize("method", [lp.OnlineRegression(0.5), lp.RankOne(), PAPER])
+@pytest.mark.parametrize(
+    "method", [lp.OnlineRegression(0.5), lp.RankOne(), lp.RotatedRankOne(), PAPER]
+)
 def test_methods_are_values(method):
     assert hash(method) == hash(dataclasses.replace(method))
     assert method == dataclasses.replace(method)
@@ -90,7 +92,9 @@ def test_methods_are_values(method):
 
 
 METHODS = {
-    "default": (lp.OnlineRegression(), lp.RankOne()),
+    "default": (lp.OnlineRegression(), lp.RotatedRankOne()),
+    "gain": (lp.OnlineRegression(complement_gain=0.3), lp.RotatedRankOne()),
+    "rank_one": (lp.OnlineRegression(), lp.RankOne()),
     "paper": (PAPER, PAPER),
     "both_factored": (lp.OnlineRegression(), lp.OnlineRegression()),
     "dense_first": (lp.Dense(), lp.RankOne()),
@@ -102,8 +106,13 @@ def oracle_of(method, shape):
     if method == PAPER:
         return oracle.Paper(shape[0], shape[1], RANK, noise(shape[1]))
     if isinstance(method, lp.OnlineRegression):
-        return regression(shape)
-    return {lp.RankOne: oracle.RankOne, lp.Dense: oracle.Dense}[type(method)]()
+        return regression(shape, method.complement_gain)
+    others = {
+        lp.RotatedRankOne: oracle.Rotated,
+        lp.RankOne: oracle.RankOne,
+        lp.Dense: oracle.Dense,
+    }
+    return others[type(method)]()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -197,7 +206,7 @@ def test_batch_and_fused_axes(batch):
         )
         updates = run(tx, stacked, "float64", to_leaf, to_matrix)
     for i, stream in enumerate(streams):
-        expected = oracle.adam(stream, regression(shape), oracle.RankOne())
+        expected = oracle.adam(stream, regression(shape), oracle.Rotated())
         assert_close([u[i] for u in updates], expected, 1e-9)
 
 
@@ -208,7 +217,7 @@ def test_bfloat16_gradients_and_parameters():
     tx = lp.scale_by_lorapre_adam(RANK, min_dim_size_to_factor=1, seed=SEED)
     updates = run(tx, rounded, "bfloat16")
     first = regression(shape)
-    expected = oracle.adam(rounded, first, oracle.RankOne())
+    expected = oracle.adam(rounded, first, oracle.Rotated())
     assert_close(updates, expected, 5e-3)  # bfloat16 keeps 8 bits.
 
 
@@ -219,7 +228,7 @@ def test_bfloat16_factors():
     )
     updates = run(tx, gradients(shape), "float32")
     first = regression(shape)
-    expected = oracle.adam(gradients(shape), first, oracle.RankOne())
+    expected = oracle.adam(gradients(shape), first, oracle.Rotated())
     assert_close(updates, expected, 5e-2)
 
 
@@ -246,7 +255,7 @@ def test_adamw_adds_decay_and_learning_rate():
         result = np.asarray(params["w"])
     first = regression(shape)
     theta = start
-    for t, u in enumerate(oracle.adam(gradients(shape), first, oracle.RankOne())):
+    for t, u in enumerate(oracle.adam(gradients(shape), first, oracle.Rotated())):
         rate = 0.1 * max(0.0, 1 - t / 40)
         theta = theta - rate * (0.25 * u + 0.05 * theta)
     assert_close([result], [theta], 1e-7)  # optax computes schedules in float32.
