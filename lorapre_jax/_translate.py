@@ -101,9 +101,13 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
             if old is RotatedRankOne:
                 known = x, before.left
                 x = low_rank.unrotated(*known)
-            kept = RankOne if new is RotatedRankOne else new
-            x = _scaled(_kept_by(kept, x, rank), ratio.astype(compute))
-            return low_rank.rotated(x, after, known) if new is RotatedRankOne else x
+            size = ratio.astype(compute)
+            if new is RotatedRankOne:
+                whole = jax.tree.map(
+                    lambda part: size * part, low_rank.as_row_column(x)
+                )
+                return low_rank.rotated(whole, after, known)
+            return _scaled(_kept_by(new, x, rank), size)
 
         each = (value, *firsts)
         value = low_rank.one_by_one(on_matrix, len(view.batch))(each)

@@ -73,6 +73,7 @@ def test_nothing_else_is_public():
         "MatrixAxes",
         "OnlineRegression",
         "RankOne",
+        "RotatedRankOne",
         "check_state_record",
         "convert_state",
         "describe",

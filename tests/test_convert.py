@@ -132,13 +132,58 @@ def test_from_optax_adamw_with_its_schedule():
         best = truncated(m[name], 4)
         error = np.linalg.norm(product(pair).reshape(best.shape) - m[name])
         assert error < 1.01 * np.linalg.norm(best - m[name])
-        row, column = ours.nu_factors[name]
-        row, column = np.asarray(row)[..., None], np.asarray(column)[..., None, :]
-        total = np.sqrt((row**2).mean(-2, keepdims=True))
-        found = (row * column / total).reshape(best.shape)
-        np.testing.assert_allclose(found, rank_one(root[name]), rtol=1e-4)
+        assert_rotated(ours.nu_factors[name], pair, root[name])
     step_with_donation(new_tx, new, params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))  # Still there.
+
+
+def float64(x, *shape):
+    return np.asarray(x, np.float64).reshape(-1, *shape)
+
+
+def squares(row, left, direction):
+    """Mean squares of whole rows: of the residual's, and of directions in them."""
+    return row**2 + np.einsum("nik,nk->ni", left**2, direction**2)
+
+
+def assert_rotated(found, pair, root):
+    """Entries of the old moment are taken as uncorrelated."""
+    rank = pair.left.shape[-1]
+    left, right = float64(pair.left, 16, rank), float64(pair.right, rank, 32)
+    row = np.sqrt((root**2).mean(-1))
+    direction = np.sqrt(np.einsum("nik,ni->nk", left**2, row**2))
+    direction = np.maximum(direction, np.sqrt((right**2).mean(-1)))
+    rest = np.maximum(row**2 - squares(0.0, left, direction), 0) + 1e-4 * row**2
+    column = np.sqrt((root**2).mean(-2))
+    expected = {"row": np.sqrt(rest), "column": column, "direction": direction}
+    for field, value in expected.items():
+        actual = float64(getattr(found, field), value.shape[-1])
+        np.testing.assert_allclose(actual, value, rtol=1e-3, err_msg=field)
+
+
+def test_rotated_moments_to_rank_one_and_to_other_ranks():
+    params, state = trained(adam())
+    plain = lp.convert_state(state, adam(second_moment=lp.RankOne()), params)
+    for rank in (2, 4, 7):
+        new = lp.convert_state(state, adam(rank), params)
+        for name, nu in new.nu_factors.items():
+            old, left = (
+                state.nu_factors[name],
+                float64(state.mu_factors[name].left, 16, 4),
+            )
+            row, direction = float64(old.row, 16), float64(old.direction, 4)
+            whole = squares(row, left, direction)
+            found = float64(plain.nu_factors[name].row, 16)
+            np.testing.assert_allclose(found**2, whole, rtol=1e-4)
+            np.testing.assert_array_equal(nu.column, old.column)
+            after = float64(new.mu_factors[name].left, 16, rank)
+            inside = np.einsum("nil,nik->nlk", left, after)
+            outside = after - left @ inside
+            expected = np.einsum("nlk,nl->nk", inside**2, direction**2)
+            expected += np.einsum("nik,ni->nk", outside**2, row**2)
+            expected[:, 4:] = whole.mean(-1, keepdims=True)  # Not found yet.
+            found = float64(nu.direction, rank)
+            np.testing.assert_allclose(found**2, expected, rtol=1e-3)
 
 
 def step_with_donation(tx, state, params):
@@ -298,8 +343,8 @@ def test_what_cannot_be_converted():
         jax.jit(lambda state: lp.convert_state(state, adam(), params))(state)
     with pytest.raises(ValueError, match=r"'heads': .* its first moment .*Pass .* b1="):
         lp.convert_state(state, adam(), params)
+    dense = adam(first_moment=lp.Dense(), second_moment=lp.RankOne())
     with pytest.raises(ValueError, match=r"'heads': .* its second moment .* b2="):
-        dense = adam(first_moment=lp.Dense(), second_moment=lp.RankOne())
         lp.convert_state(state, dense, params, b1=0.9)
     ema = lp.lorapre_ema(0.9, 4, matrices=MATRICES).init(params)
     with pytest.raises(ValueError, match="'bias': the old state keeps no second"):

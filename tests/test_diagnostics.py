@@ -18,6 +18,10 @@ import lorapre_jax as lp
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SECOND = {"second_moment": lp.OnlineRegression()}
+RANDOM_START: dict[str, Any] = {
+    "first_moment": lp.OnlineRegression.paper(),
+    "second_moment": lp.RankOne(),
+}
 diagnose = lp.diagnostics  # Op by op: equal shapes are compiled once.
 
 
@@ -186,7 +190,7 @@ def test_before_the_first_step():
             assert not found.captured.any()
             assert not found.effective_rank.any()
             assert np.isposinf(found.condition).all()
-    random = adam(first_moment=lp.OnlineRegression.paper())
+    random = adam(**RANDOM_START)
     for of_leaf in diagnose(random.init(grads), grads).values():
         assert (of_leaf["mu"].captured > 0).all()
         assert not of_leaf["mu"].effective_rank.any()
@@ -249,8 +253,7 @@ def test_no_batched_lapack_call():
 def test_of_an_nnx_optimizer():
     """Whose state and gradients are boxed."""
     model = nnx.Linear(12, 8, use_bias=False, rngs=nnx.Rngs(0))
-    random_start = lp.OnlineRegression.paper()
-    tx = adam(first_moment=random_start, matrices=lp.MatrixAxes())
+    tx = adam(**RANDOM_START, matrices=lp.MatrixAxes())
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     grads = nnx.grad(lambda model: jnp.sum(model.kernel[...] ** 2))(model)
     found = diagnose(optimizer.opt_state, grads)
@@ -290,7 +293,7 @@ def test_nothing_to_diagnose():
     for tx in (optax.adam(0.1), adam(matrices=lp.select_matrices(include=[]))):
         with pytest.raises(ValueError, match="keeps no moment as a pair of factors"):
             lp.diagnostics(tx.init(gradients(0)), gradients(0))
-    statistics = adam(first_moment=lp.Dense())
+    statistics = adam(first_moment=lp.Dense(), second_moment=lp.RankOne())
     with pytest.raises(ValueError, match="keeps no moment as a pair of factors"):
         lp.diagnostics(statistics.init(gradients(0)), gradients(0))
 

@@ -51,6 +51,8 @@ def regression(**kwargs: Any):
         (lambda: adam(factor_dtype="int32"), ValueError, "`factor_dtype`"),
         (lambda: adam(first_moment=lp.RankOne()), TypeError, "keep a first moment"),
         (lambda: adam(second_moment=lp.RankOne), TypeError, "such as RankOne()"),
+        (lambda: adam(second_moment=lp.RotatedRankOne), TypeError, "RotatedRankOne()"),
+        (lambda: adam(first_moment=lp.Dense()), TypeError, "Take RankOne() with it"),
         (lambda: adam(second_moment=None), TypeError, "keep a second moment"),
         (lambda: lp.lorapre_ema(1.5, 2), ValueError, "`decay` must be in [0, 1)"),
         (lambda: lp.lorapre_ema(0.9, 2, NO_FLAG), TypeError, "`debias` must be True"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
 
 import lorapre_jax as lp
 from lorapre_jax import _online_regression as regression
@@ -208,6 +209,36 @@ def test_apply_if_finite_keeps_the_state_and_other_leaves(name):
     inner_updates, _ = updater(name)(spoilt, state.inner_state)
     assert np.isfinite(inner_updates["b"]).all()
     assert not np.isfinite(inner_updates["a"][0]).all()
+
+
+def test_steady_directions_get_steps_of_one_size():
+    """Singular values of the gradient differ by 30, those of the update do not."""
+    left = np.linalg.qr(np.random.default_rng(0).standard_normal((16, 3)))[0]
+    right = scipy.linalg.hadamard(16)[1:4]
+    grads = np.broadcast_to(left * [1, 0.2, 1 / 30] @ right, (200, 16, 16))
+
+    def spectrum(**fields):
+        tx = lp.scale_by_lorapre_adam(4, min_dim_size_to_factor=1, **fields)
+        update = updates_of(tx, grads.astype(np.float32))[-1]
+        return np.linalg.svd(update, compute_uv=False)
+
+    size = np.sqrt(16)  # Entries of plus and minus one, along each direction.
+    np.testing.assert_allclose(spectrum()[:3], size, rtol=1e-2)
+    assert spectrum()[3] < 1e-3
+    by_entry = spectrum(second_moment=lp.RankOne())
+    assert by_entry[0] > 10 * by_entry[2]
+
+
+def test_rounding_is_no_direction():
+    """Of gradients of low rank; there the updates would have entries of size one."""
+    grads = in_a_span_of_columns()
+    tx = lp.scale_by_lorapre_adam(RANK + 1, min_dim_size_to_factor=1)
+    assert lp.describe(tx, jnp.asarray(grads[0])).leaves[0].is_factored
+    updates = updates_of(tx, grads)
+    span = np.linalg.qr(grads[0])[0][:, :RANK]
+    outside = updates - span @ (span.T @ updates)
+    assert np.abs(updates).max() > 0.5
+    assert np.abs(outside).max() < 1e-3
 
 
 @pytest.mark.parametrize("second", [lp.RankOne(), lp.Dense(), lp.OnlineRegression()])

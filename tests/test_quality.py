@@ -287,8 +287,9 @@ def test_a_run_of_ours_is_factored_and_says_what_it_cost(quick_compilation):
     assert np.isfinite(result["loss"])
     assert [step for step, _ in result["curve"]] == [1, 2, 3, 4, 5, 6]
     assert set(result["other_losses"]) == {"far"}
-    # Rank 2: three numbers per row and column, of 4 (16, 16) and 3 (16, 24).
-    assert result["state_bytes"]["matrices"] == 4 * 3 * (4 * 32 + 3 * 40) + 4
+    # Rank 2: three numbers per row and column, of 4 (16, 16) and 3 (16, 24), and two.
+    of_matrices = 4 * (3 * 32 + 2) + 3 * (3 * 40 + 2)
+    assert result["state_bytes"]["matrices"] == 4 * of_matrices + 4
     assert result["params"]["matrices"] == 4 * 16 * 16 + 3 * 16 * 24
     assert group_of("layers/0/mlp/up/kernel") == "matrices"
 

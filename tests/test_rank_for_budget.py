@@ -90,7 +90,7 @@ def test_the_rank_is_static_and_what_a_transform_takes():
 def test_default_rule_needs_sides_of_128():
     params = {"w": jax.ShapeDtypeStruct((128, 256), "float32"), "v": PARAMS["w"]}
     dense = 2 * 12 * 64 * 4
-    rank = lp.rank_for_budget(dense + 4 + 4 * 384 * (1 + 10) + 3, params)
+    rank = lp.rank_for_budget(dense + 4 + 4 * (384 * (1 + 10) + 10) + 3, params)
     assert rank == Fraction(10, 128)
     with pytest.raises(ValueError, match="no leaf is factored"):
         lp.rank_for_budget(10**9, params, min_dim_size_to_factor=129)
@@ -98,7 +98,7 @@ def test_default_rule_needs_sides_of_128():
 
 def test_an_abstract_7b_model():
     params, matrices = llama_7b(), lp.select_matrices(r"attention|mlp")
-    rank = lp.rank_for_budget(4 * 2**30, params, matrices, second_moment=lp.RankOne())
+    rank = lp.rank_for_budget(4 * 2**30, params, matrices)
     used = [
         lp.describe(lp.lorapre_adamw(0.1, r, matrices=matrices), params).total_bytes
         for r in (rank, rank + Fraction(1, 4096))

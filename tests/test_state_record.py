@@ -13,6 +13,7 @@ import lorapre_jax as lp
 
 SHAPES = {"bias": (8,), "square": (16, 16), "stack": (2, 16, 32)}
 PARAMS = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
+DENSE_FIRST = {"first_moment": lp.Dense(), "second_moment": lp.RankOne()}
 AXES = {"square": lp.MatrixAxes(0, 1), "stack": lp.MatrixAxes()}
 
 
@@ -36,9 +37,9 @@ def test_the_same_fits():
             "bias": {"shape": [8], "matrices": None, "rank": None,
                      "moments": ["Dense", "Dense"]},
             "square": {"shape": [16, 16], "matrices": "rows [0], columns [1]",
-                       "rank": 4, "moments": ["OnlineRegression", "RankOne"]},
+                       "rank": 4, "moments": ["OnlineRegression", "RotatedRankOne"]},
             "stack": {"shape": [2, 16, 32], "matrices": "rows [1], columns [2]",
-                      "rank": 4, "moments": ["OnlineRegression", "RankOne"]},
+                      "rank": 4, "moments": ["OnlineRegression", "RotatedRankOne"]},
         }
     }  # fmt: skip
 
@@ -57,7 +58,7 @@ def test_the_same_fits():
         ),
         (
             {"second_moment": lp.OnlineRegression()},
-            ["square: moments [", "'RankOne'] there, [", "stack: moments ["],
+            ["square: moments [", "'RotatedRankOne'] there, [", "stack: moments ["],
         ),
         (
             {"params": PARAMS | {"square": jax.ShapeDtypeStruct((16, 4), jnp.float32)}},
@@ -107,8 +108,8 @@ def test_what_is_no_record(record):
         ),
         # Nor is a rank where nothing has it.
         (
-            {"first_moment": lp.Dense(), "rank": 2},
-            {"first_moment": lp.Dense(), "rank": 4},
+            {**DENSE_FIRST, "rank": 2},
+            {**DENSE_FIRST, "rank": 4},
         ),
     ],
 )

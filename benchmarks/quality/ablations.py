@@ -11,6 +11,11 @@ from benchmarks.quality.methods import Method, our_muon, ours
 
 GAINS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.4, 2.0)
 _HIGH = (1e-3, 2e-3, 4e-3)
+# Without factors there is no basis but that of the entries.
+_DENSE_M: dict[str, Any] = {
+    "first_moment": lp.Dense(),
+    "second_moment": lp.RankOne(),
+}
 
 
 def _adam(**fields: Any) -> Method:
@@ -27,17 +32,16 @@ def _muon(**fields: Any) -> Method:
 
 ABLATIONS: dict[str, Method] = {
     **{f"gain {gain}": _adam(first_moment=_gain(gain)) for gain in GAINS},
+    "v of entries, rank one": _adam(second_moment=lp.RankOne()),
     "v factored": _adam(second_moment=lp.OnlineRegression()),
     "v dense": _adam(second_moment=lp.Dense()),
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
-    "m none (b1 = 0)": _adam(b1=0.0, first_moment=lp.Dense()),
-    "m dense": _adam(first_moment=lp.Dense()),
+    "m none (b1 = 0)": _adam(b1=0.0, **_DENSE_M),
+    "m dense": _adam(**_DENSE_M),
     "bfloat16 factors": _adam(factor_dtype="bfloat16"),
     "bfloat16 factors, twice the rank": Method(ours(4, factor_dtype="bfloat16"), _HIGH),
     # Embedding and head as matrices too.
-    "embeddings, m dense": Method(
-        ours(8), _HIGH, embeddings=ours(8, first_moment=lp.Dense())
-    ),
+    "embeddings, m dense": Method(ours(8), _HIGH, embeddings=ours(8, **_DENSE_M)),
     "embeddings, v dense": Method(
         ours(8), _HIGH, embeddings=ours(8, second_moment=lp.Dense())
     ),
