@@ -64,14 +64,15 @@ def scale_by_lorapre_adam(
 
     .. math::
       u_t = B\, \frac{A}{\max(\sqrt{v}, \kappa |A|) + \epsilon}
-        + c\, \frac{R}{\max(\sqrt{w}, \kappa |R|) + \epsilon},
-      \quad \kappa = \frac{1 - b_1}{1 - b_1^t} \sqrt{\frac{1 - b_2}{1 - b_2^t}}
+        + c\, \frac{R}{\max(\sqrt{w}, \sqrt{c_2} |R|) + \epsilon},
+      \quad \kappa = c_1 \sqrt{c_2}, \quad c_i = \frac{1 - b_i}{1 - b_i^t}
 
     With any other second moment, entries are divided one by one as in Adam: `u_t =
-    m / (max(sqrt(v), kappa |m|) + eps)`. The maximum keeps entries that a low-rank v
-    tells badly apart, such as those next to outliers, from being divided by next to
-    nothing: no quotient exceeds `1 / ((1 - b1) sqrt(1 - b2))`. It is left out where v
-    is kept as in Algorithm 1 (LoRA-Pre, arXiv 2602.24283).
+    m / (max(sqrt(v), kappa |m|) + eps)`. The maxima are what v and w have of a single
+    gradient as large as what one step adds. They keep entries that low-rank estimates
+    tell badly apart, such as those next to outliers, from being divided by next to
+    nothing: quotients are at most `1 / ((1 - b1) sqrt(1 - b2))`, those of R `1 / sqrt(1
+    - b2)`. Algorithm 1 has none (LoRA-Pre, arXiv 2602.24283).
 
     Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
     in the same state.

@@ -118,8 +118,9 @@ def check_moments(first: Any, second: Any) -> None:
         check_method("second_moment", second, "second_moment")
     elif not hasattr(first, "split_moment"):
         raise TypeError(
-            f"`second_moment`: {second!r} needs the factors of a first moment "
-            f"OnlineRegression(...), got {first!r}. Take RankOne() with it."
+            f"`second_moment`: {second!r}, the default, needs the factors of a first "
+            f"moment OnlineRegression(...), got {first!r}. Pass another second moment, "
+            "RankOne() say."
         )
 
 

@@ -8,7 +8,7 @@ mapped outside.
     first_moment(state, g, decay, count, seed)   -> estimate of E[g], new state
     second_moment(state, g, decay, count, seed)  -> estimate of sqrt(E[g^2]), new state
 
-`RotatedRankOne` sees the left factor of a first moment too, in `rotated_moment`.
+`RotatedRankOne` sees the gradient in the two parts of `split_moment` instead.
 
 Second moments come back as their root: it has the gradient's scale, and factored ones
 never form its square, which would under- or overflow sooner.
@@ -94,29 +94,31 @@ class RankOne:
 
 
 # What a direction, or the residual, is taken to have at least of the gradient's root
-# mean square: gradients of low rank leave rounding there, which is no step to take.
-FLOOR = 1e-2
+# mean square. Of gradients of low rank, rounding is left there: no step to take.
+FLOOR = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class RotatedRankOne:
     """Second moments in the basis of the first one's left factor, `p + q + r` numbers.
 
-    The orthonormal left factor `B: (p, r)` of a first moment `OnlineRegression()` holds
-    the leading directions of the gradients' columns, the strongest first. A gradient is
-    seen as its components `B^T g: (r, q)` along them, and the residual R that they
-    leave; each is divided by a rank-one estimate of its own:
+    The orthonormal left factor `B: (p, r)` of a first moment `OnlineRegression()` comes
+    to hold the leading directions of the gradients' columns, the strongest first. Each
+    gradient is seen as its components along them, `B^T g: (r, q)`, and the residual
+    `R: (p, q)`, and these are divided by rank-one estimates of their own,
 
-        v_kj = D_k C_j / mean(C) of the components,  w_ij = R_i C_j / mean(C) of R
+        v_kj = D_k C_j / mean(C) for B^T g,  w_ij = S_i C_j / mean(C) for R
 
-    with `D_k`, `R_i` and `C_j` the moving averages of the mean of `(B^T g)^2` over row
-    k, of `R^2` over row i, and of `g^2` over column j. Plain Adam lets a few directions
-    with large gradients govern the step's direction; here each has its own scale, as in
-    SOAP (Vyas et al., 2024, arXiv 2409.11321), whose one-sided form with Adafactor's
-    estimate this is for the directions that are held. `D_k` and `R_i` count 1 % of the
-    root mean square of the gradient (for `R_i`, of its row i) as their own, so that
-    what is next to nothing is not blown up.
+    with `D_k`, `S_i` and `C_j` the moving averages of the mean of `(B^T g)^2` over row
+    k, of `R^2` over row i, and of `g^2` over column j. Entries divided one by one leave
+    a few directions with large gradients to govern the step; here each has its own
+    scale. It is the idea of SOAP (Vyas et al., 2024, arXiv 2409.11321), one-sided and
+    with Adafactor's estimate, for the directions that are held. Which side of a matrix
+    they are of is the choice of `MatrixAxes`: its rows.
 
+    `D_k` and `S_i` also count 5 % of the root mean square of the gradient (for `S_i`,
+    of its row i), so that what is next to nothing, such as the rounding of gradients of
+    low rank, is not blown up. `D_k` goes by the column's number, whatever it turns to.
     The state holds root mean squares in float32 at least, whatever `factor_dtype` says.
     """
 
@@ -125,17 +127,16 @@ class RotatedRankOne:
         dtype = at_least_float32(dtype)
         return RotatedRowColumn(*(jnp.zeros((*batch, n), dtype) for n in (p, q, rank)))
 
-    def rotated_moment(self, state, left, residual, g, decay, count):
-        """-> estimates of the roots for `left.T @ g` and `residual`, new state."""
+    def rotated_moment(self, state, g, along, rest, decay, count):
+        """-> estimates of the roots for `along`, `B^T g`, and `rest`, R; new state."""
         rms = regression.root_mean_square
-        row = jnp.hypot(rms(residual, 1), FLOOR * rms(g, 1))
-        direction = jnp.hypot(rms(left.T @ g, 1), FLOOR * rms(g))
-        decay = unbiased_decay(decay, count, g.dtype)
-        state = jax.tree.map(
-            functools.partial(_blend, decay),
-            state,
-            RotatedRowColumn(row, rms(g, 0), direction),
+        now = RotatedRowColumn(
+            row=jnp.hypot(rms(rest, 1), FLOOR * rms(g, 1)),
+            column=rms(g, 0),
+            direction=jnp.hypot(rms(along, 1), FLOOR * rms(g)),
         )
+        decay = unbiased_decay(decay, count, g.dtype)
+        state = jax.tree.map(functools.partial(_blend, decay), state, now)
         column = relative(state.column)
         return (state.direction[:, None] * column, state.row[:, None] * column), state
 
@@ -183,27 +184,30 @@ class OnlineRegression:
 
     def first_moment(self, state, g, decay, count, seed):
         decay = unbiased_decay(decay, count, g.dtype)
-        new = self._step(state, g, decay, seed)
+        new, _ = self._step(state, g, decay, seed)
         gain = self.complement_gain / (1 - decay)
         return _with_residual(1, gain, state, new, g, decay), new
 
     def split_moment(self, state, g, decay, count, seed):
-        """The new factors, the left one orthonormal, and what they leave of `g`."""
+        """The new factors, and `g` in two: along the left one, which is orthonormal,
+        and what the factors leave of it."""
         decay = unbiased_decay(decay, count, g.dtype)
-        new = self._step(state, g, decay, seed)
-        return new, _with_residual(0, 1 / (1 - decay), state, new, g, decay)
+        new, along = self._step(state, g, decay, seed)
+        rest = _with_residual(0, 1 / (1 - decay), state, new, g, decay)
+        return new, along, rest
 
     def second_moment(self, state, g, decay, count, seed):
         target, decay = jnp.abs(g), jnp.asarray(decay, g.dtype)
         root_decay = unbiased_decay(jnp.sqrt(decay), count, g.dtype)
         decay = unbiased_decay(decay, count, g.dtype)
         before = _blend(decay, state.left @ state.right, g)
-        return before, self._step(state, target, root_decay, seed)
+        return before, self._step(state, target, root_decay, seed)[0]
 
-    def _step(self, state, target, decay, seed) -> FactorPair:
+    def _step(self, state, target, decay, seed) -> tuple[FactorPair, jax.Array]:
         left, right = state
         noise = random_rows(seed, *right.shape).astype(target.dtype)
-        return FactorPair(*regression.subspace(left, right, target, decay, noise))
+        new, along = regression.subspace(left, right, target, decay, noise)
+        return FactorPair(*new), along
 
 
 @dataclasses.dataclass(frozen=True)

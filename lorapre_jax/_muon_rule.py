@@ -31,7 +31,7 @@ class MuonRule(NamedTuple):
         method, step = leaf.methods[0], (hyper["count"], hyper["seed"])
         beta = jnp.asarray(hyper["beta"], g.dtype)
         if isinstance(method, OnlineRegression):
-            mu, residual = method.split_moment(mu, g, beta, *step)
+            mu, _, residual = method.split_moment(mu, g, beta, *step)
             residual = _share_of_noise(beta, hyper["count"]) * residual
             norm = jnp.hypot(frobenius_norm(mu.right), frobenius_norm(residual))
             return divided(residual, norm, hyper["eps"]), mu

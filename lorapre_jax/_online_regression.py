@@ -31,15 +31,19 @@ _NOISE = 1e-3
 _DAMPING = 1e-6  # Of `jacobi`, d above (Appendix C.1).
 
 
-def subspace(b_, a_, target, decay, noise) -> Factors:
-    """`b_` is orthonormal or zero; then all of the sketch is `noise`, normal (r, q)."""
+def subspace(b_, a_, target, decay, noise) -> tuple[Factors, jax.Array]:
+    """The new factors, and `B'^T T`.
+
+    `b_` is orthonormal or zero; then all of the sketch is `noise`, normal (r, q).
+    """
     rows = decay * a_ + (1 - decay) * (b_.T @ target)  # B^T X
     directions = _normalized(rows) + _NOISE * _normalized(noise)
     v = orthonormal_columns(directions.T)
     y = decay * (b_ @ dot(a_, v)) + (1 - decay) * (target @ v)
     left = orthonormal_columns(y)
     overlap = dot(left.T, b_)
-    return left, decay * dot(overlap, a_) + (1 - decay) * (left.T @ target)
+    along = left.T @ target
+    return (left, decay * dot(overlap, a_) + (1 - decay) * along), along
 
 
 def jacobi(b_, a_, target, decay) -> Factors:

@@ -104,7 +104,7 @@ class Rotated:
 
     def roots(self, b, rest, g, b2, t):
         """Of the second moments of B^T g and of `rest`."""
-        along, floor = b.T @ g, 1e-2
+        along, floor = b.T @ g, 0.05
         row = np.mean(rest**2, 1) + floor**2 * np.mean(g**2, 1)
         direction = np.mean(along**2, 1) + floor**2 * np.mean(g**2)
         self.row = b2 * self.row + (1 - b2) * row
@@ -144,7 +144,7 @@ def adam(grads, first, second, b1=0.9, b2=0.95, eps=1e-8):
             rest = rest / c1
             along, across = second.roots(b, rest, g, b2, t)
             held = b @ divided(first.a, along)
-            updates.append(held + first.gain * divided(rest, across))
+            updates.append(held + first.gain * divided(rest, across, np.sqrt(c2)))
         else:
             m = first.first(g, b1, t)
             updates.append(divided(m, second.second(g, b2, t)))

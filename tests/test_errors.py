@@ -52,7 +52,11 @@ def regression(**kwargs: Any):
         (lambda: adam(first_moment=lp.RankOne()), TypeError, "keep a first moment"),
         (lambda: adam(second_moment=lp.RankOne), TypeError, "such as RankOne()"),
         (lambda: adam(second_moment=lp.RotatedRankOne), TypeError, "RotatedRankOne()"),
-        (lambda: adam(first_moment=lp.Dense()), TypeError, "Take RankOne() with it"),
+        (
+            lambda: adam(first_moment=lp.Dense()),
+            TypeError,
+            "Pass another second moment",
+        ),
         (lambda: adam(second_moment=None), TypeError, "keep a second moment"),
         (lambda: lp.lorapre_ema(1.5, 2), ValueError, "`decay` must be in [0, 1)"),
         (lambda: lp.lorapre_ema(0.9, 2, NO_FLAG), TypeError, "`debias` must be True"),

@@ -212,10 +212,10 @@ def test_apply_if_finite_keeps_the_state_and_other_leaves(name):
 
 
 def test_steady_directions_get_steps_of_one_size():
-    """Singular values of the gradient differ by 30, those of the update do not."""
+    """Singular values of the gradient differ by 10, those of the update do not."""
     left = np.linalg.qr(np.random.default_rng(0).standard_normal((16, 3)))[0]
     right = scipy.linalg.hadamard(16)[1:4]
-    grads = np.broadcast_to(left * [1, 0.2, 1 / 30] @ right, (200, 16, 16))
+    grads = np.broadcast_to(left * [1, 0.3, 0.1] @ right, (200, 16, 16))
 
     def spectrum(**fields):
         tx = lp.scale_by_lorapre_adam(4, min_dim_size_to_factor=1, **fields)
@@ -226,7 +226,7 @@ def test_steady_directions_get_steps_of_one_size():
     np.testing.assert_allclose(spectrum()[:3], size, rtol=1e-2)
     assert spectrum()[3] < 1e-3
     by_entry = spectrum(second_moment=lp.RankOne())
-    assert by_entry[0] > 10 * by_entry[2]
+    assert by_entry[0] > 5 * by_entry[2]
 
 
 def test_rounding_is_no_direction():

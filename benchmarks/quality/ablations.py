@@ -32,7 +32,6 @@ def _muon(**fields: Any) -> Method:
 
 ABLATIONS: dict[str, Method] = {
     **{f"gain {gain}": _adam(first_moment=_gain(gain)) for gain in GAINS},
-    "v of entries, rank one": _adam(second_moment=lp.RankOne()),
     "v factored": _adam(second_moment=lp.OnlineRegression()),
     "v dense": _adam(second_moment=lp.Dense()),
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},

@@ -153,6 +153,12 @@ def _adafactor(width: int, b2: float) -> optax.GradientTransformation:
     return optax.chain(rule, optax.scale(-1.0))
 
 
+def rank_one(share: int, **fields: Any) -> Rule:
+    """The second moment in the basis of the entries."""
+    return ours(share, second_moment=lp.RankOne(), **fields)
+
+
+_SHARES = (4, 8, 16, 32, 64)
 _ADAM_RATES = (1e-3, 2e-3, 4e-3)
 _MUON_RATES = (2.5e-3, 5e-3, 1e-2)
 
@@ -181,15 +187,14 @@ METHODS: dict[str, Method] = {
     # One rate for all parameters, as published; then matrices at a quarter of it.
     "paper/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=1),
     "paper_0.25/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=4),
-    **{
-        f"default/{share}": Method(ours(share), _ADAM_RATES)
-        for share in (4, 8, 16, 32, 64)
-    },
+    **{f"default/{share}": Method(ours(share), _ADAM_RATES) for share in _SHARES},
+    **{f"rank_one/{share}": Method(rank_one(share), _ADAM_RATES) for share in _SHARES},
     "paper_muon/8": Method(
         our_muon(8, moment=lp.OnlineRegression.paper()), _MUON_RATES
     ),
     # Embedding and head as matrices too.
     "default_all/8": Method(ours(8), _ADAM_RATES, embeddings=ours(8)),
+    "rank_one_all/8": Method(rank_one(8), _ADAM_RATES, embeddings=rank_one(8)),
     "default_muon/8": Method(our_muon(8), _MUON_RATES),
     # The same bytes as default_muon/8.
     "default_muon_bf16/4": Method(our_muon(4, factor_dtype="bfloat16"), _MUON_RATES),
