@@ -7,7 +7,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from lorapre_jax._methods import Dense, RotatedRankOne
+from lorapre_jax._methods import Dense
 from lorapre_jax._plan import has_plan
 from lorapre_jax._selection import named_leaves
 from lorapre_jax._sharding import known_sharding, replicated
@@ -41,10 +41,11 @@ def convert_state(
       rank 32 of (256, 688), 1 % more for noise, 0.1 % where singular values fall as
       1/k.
     - A dense second moment becomes exactly what `RankOne()` would hold. What
-      `RotatedRankOne()` holds is nearly that: entries, and directions, are taken as
-      uncorrelated, since no moment tells, and no direction has less than its average.
+      `RotatedRankOne()` holds of directions no other second moment tells: it is taken
+      from the first moment, and it takes about `1 / (1 - b2)` steps to come right.
       A second moment that stays dense is copied: where it is next to nothing,
       `optax.adam` divides by as little what factors left of the first moment there.
+    - A moment that is kept as before, with factors of the same rank, is copied.
     - Counts are kept. Other numbers come from the same place in the old state, or are
       fresh where a state of that kind was not there; hyperparameters that were injected
       are always those of `new_tx`.
@@ -128,8 +129,8 @@ def _moments(node: Any) -> dict[tuple[str, str], Moment]:
                 method, view = leaf.methods[field == _SECOND], leaf.view
             kind = "second" if field == _SECOND else "first"
             moment = Moment(path, kind, method, value, view, node.count)
-            if isinstance(method, RotatedRankOne):
-                moment = moment._replace(first=node.mu_factors[path])
+            if first := found.get(("mu", path)) if field == _SECOND else None:
+                moment = moment._replace(first=first.value)
             found[field, path] = moment
     return found
 

@@ -65,27 +65,38 @@ def unrotated(x: RotatedRowColumn, left: jax.Array) -> RowColumn:
 
 
 def rotated(
-    whole: RowColumn, pair: FactorPair, known: tuple[RotatedRowColumn, jax.Array] | None
+    whole: RowColumn, pair: FactorPair, known: Any, m: jax.Array | None
 ) -> RotatedRowColumn:
-    """Along the left factor of `pair`, from whole rows, taken as uncorrelated.
+    """Along the left factor of `pair`, a first moment, from whole rows.
 
-    Or from what is known along another left factor. No direction has less than the
-    average that `pair` holds of it; one that `pair` has not found yet gets the mean.
+    Entries, or the directions of `known`, are taken as uncorrelated. But no direction
+    has less than the average that `pair` holds of it, nor less of the energy than of
+    that of a dense first moment `m: (p, q)`; one not found yet has the mean.
+
+    Args:
+      known: A `RotatedRowColumn` and the left factor that it is along; or None.
     """
+    dot, rms = regression.dot, regression.root_mean_square
     if known is None:
         direction = jnp.linalg.norm(pair.left * whole.row[:, None], axis=0)
     else:
         x, left = known
-        inside = regression.dot(left.T, pair.left)
-        outside = pair.left - regression.dot(left, inside)
+        inside = dot(left.T, pair.left)
+        outside = pair.left - dot(left, inside)
         direction = jnp.hypot(
             jnp.linalg.norm(inside * x.direction[:, None], axis=0),
             jnp.linalg.norm(outside * x.row[:, None], axis=0),
         )
-    rms = regression.root_mean_square
-    direction = jnp.maximum(direction, rms(pair.right, 1))
+    energy = jnp.linalg.norm(whole.row)
+    least = rms(pair.right, 1)
+    if m is not None:
+        part = jnp.linalg.norm(dot(pair.left.T, m), axis=1)
+        total = jnp.linalg.norm(m)
+        least = jnp.maximum(least, part / jnp.where(total > 0, total, 1) * energy)
     is_found = jnp.any(pair.left != 0, axis=0)
-    direction = jnp.where(is_found, direction, rms(whole.row))
+    direction = jnp.where(
+        is_found, jnp.maximum(direction, least), energy / jnp.sqrt(len(whole.row))
+    )
     along = jnp.linalg.norm(pair.left * direction, axis=1)
     rest = jnp.sqrt(jnp.maximum((whole.row - along) * (whole.row + along), 0))
     return RotatedRowColumn(jnp.hypot(rest, FLOOR * whole.row), whole.column, direction)

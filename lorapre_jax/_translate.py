@@ -1,6 +1,7 @@
 """One moment of one leaf, from one way of keeping it to another."""
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +31,8 @@ class Moment(NamedTuple):
     value: Any  # Shaped like the leaf, or factors of its matrices.
     view: MatrixView | None
     count: jax.Array
-    first: FactorPair | None = None
-    """Of a second moment kept by `RotatedRankOne()`, the first one of the same leaf."""
+    first: Any = None
+    """With a second moment, the first one of the same leaf: factors, or dense."""
 
     @property
     def is_factored(self) -> bool:
@@ -54,7 +55,7 @@ def translated(old: Moment, new: Moment, decay: float | None) -> Any:
             f"Leaf '{old.path}': the old moment is of shape {old.shape}, the new one "
             f"of {new.shape}."
         )
-    if not old.is_factored and not new.is_factored:
+    if _are_alike(old, new):
         return old.value
     if old.is_factored and new.is_factored and old.view != new.view:
         raise ValueError(
@@ -76,7 +77,9 @@ def translated(old: Moment, new: Moment, decay: float | None) -> Any:
         jax.tree.map(lambda x: x.sharding, new.value),
     )
     ratio = jnp.asarray(_ratio(old, new.method, decay))
-    return program(old.value, ratio, old.first, new.first)
+    rotates = [isinstance(x.method, RotatedRankOne) for x in (old, new)]
+    before, after = old.first if any(rotates) else None, new.first
+    return program(old.value, ratio, before, after if rotates[1] else None)
 
 
 def forget_programs() -> None:
@@ -85,31 +88,34 @@ def forget_programs() -> None:
 
 @functools.lru_cache(maxsize=1024)  # Layers that are alike are compiled once.
 def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
-    """`(value, ratio, old first moment, new first moment) -> value`, compiled."""
+    """`(value, ratio, old first moment, new one) -> value`, compiled."""
     old, new = methods
     squared = kind == "second"
 
-    def run(value, ratio, *firsts):
+    def run(value, ratio, before, after):
         compute = at_least_float32(*(x.dtype for x in jax.tree.leaves(value)))
-        value, firsts = jax.tree.map(lambda x: x.astype(compute), (value, firsts))
+        everything = value, ratio, before, after
+        value, ratio, before, after = jax.tree.map(
+            lambda x: x.astype(compute), everything
+        )
         if old is Dense:
             value = view.to_matrix(jnp.sqrt(value) if squared else value)
+        m = before
+        if m is not None and not isinstance(m, FactorPair):
+            before, m = None, view.to_matrix(m)
 
         def on_matrix(each):
-            x, before, after = each
+            x, before, after, m = each
             known = None
             if old is RotatedRankOne:
                 known = x, before.left
                 x = low_rank.unrotated(*known)
-            size = ratio.astype(compute)
-            if new is RotatedRankOne:
-                whole = jax.tree.map(
-                    lambda part: size * part, low_rank.as_row_column(x)
-                )
-                return low_rank.rotated(whole, after, known)
-            return _scaled(_kept_by(new, x, rank), size)
+            if new is not RotatedRankOne:
+                return _scaled(_kept_by(new, x, rank), ratio)
+            whole: Any = _scaled(low_rank.as_row_column(x), ratio)
+            return low_rank.rotated(whole, after, known, m)
 
-        each = (value, *firsts)
+        each = value, before, after, None if before is not None else m
         value = low_rank.one_by_one(on_matrix, len(view.batch))(each)
         if new is Dense:
             value = view.from_matrix(jnp.square(value) if squared else value)
@@ -120,6 +126,16 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
     if any(mesh is not None and mesh.explicit_axes for mesh in meshes):
         program = jax.sharding.auto_axes(run, out_sharding=places)
     return jax.jit(program, out_shardings=places)
+
+
+def _are_alike(old: Moment, new: Moment) -> bool:
+    """Whether one is kept as the other is, so that there is nothing to translate."""
+    shapes = (jax.tree.map(jnp.shape, x.value) for x in (old, new))
+    return (
+        type(old.method) is type(new.method)
+        and (old.view == new.view or not old.is_factored)
+        and operator.eq(*shapes)
+    )
 
 
 def _kept_by(method: type, x: low_rank.Matrix, rank: int | None) -> low_rank.Matrix:

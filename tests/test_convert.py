@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_cases import assert_close, random_tree, run
+from contract_cases import assert_close, assert_same, random_tree, run
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -132,7 +132,7 @@ def test_from_optax_adamw_with_its_schedule():
         best = truncated(m[name], 4)
         error = np.linalg.norm(product(pair).reshape(best.shape) - m[name])
         assert error < 1.01 * np.linalg.norm(best - m[name])
-        assert_rotated(ours.nu_factors[name], pair, root[name])
+        assert_rotated(ours.nu_factors[name], pair, m[name], root[name])
     step_with_donation(new_tx, new, params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))  # Still there.
 
@@ -146,14 +146,18 @@ def squares(row, left, direction):
     return row**2 + np.einsum("nik,nk->ni", left**2, direction**2)
 
 
-def assert_rotated(found, pair, root):
-    """Entries of the old moment are taken as uncorrelated."""
+def assert_rotated(found, pair, m, root):
+    """Entries are taken as uncorrelated, unless the first moment has more."""
     rank = pair.left.shape[-1]
     left, right = float64(pair.left, 16, rank), float64(pair.right, rank, 32)
     row = np.sqrt((root**2).mean(-1))
     direction = np.sqrt(np.einsum("nik,ni->nk", left**2, row**2))
-    direction = np.maximum(direction, np.sqrt((right**2).mean(-1)))
-    rest = np.maximum(row**2 - squares(0.0, left, direction), 0) + 1e-4 * row**2
+    part = np.linalg.norm(np.einsum("nik,nij->nkj", left, m), axis=-1)
+    part = part / np.linalg.norm(m, axis=(-2, -1))[:, None]
+    energy = np.linalg.norm(row, axis=-1)[:, None]
+    for least in (np.sqrt((right**2).mean(-1)), part * energy):
+        direction = np.maximum(direction, least)
+    rest = np.maximum(row**2 - squares(0.0, left, direction), 0) + 0.05**2 * row**2
     column = np.sqrt((root**2).mean(-2))
     expected = {"row": np.sqrt(rest), "column": column, "direction": direction}
     for field, value in expected.items():
@@ -164,6 +168,7 @@ def assert_rotated(found, pair, root):
 def test_rotated_moments_to_rank_one_and_to_other_ranks():
     params, state = trained(adam())
     plain = lp.convert_state(state, adam(second_moment=lp.RankOne()), params)
+    assert_same(lp.convert_state(state, adam(), params), state)
     for rank in (2, 4, 7):
         new = lp.convert_state(state, adam(rank), params)
         for name, nu in new.nu_factors.items():
