@@ -32,6 +32,13 @@ def _muon(**fields: Any) -> Method:
 
 ABLATIONS: dict[str, Method] = {
     **{f"gain {gain}": _adam(first_moment=_gain(gain)) for gain in GAINS},
+    # A residual with more weight does much of what a basis of its own does.
+    **{
+        f"rank one, gain {gain}": _adam(
+            first_moment=_gain(gain), second_moment=lp.RankOne()
+        )
+        for gain in (*GAINS, 4.0, 8.0)
+    },
     "v factored": _adam(second_moment=lp.OnlineRegression()),
     "v dense": _adam(second_moment=lp.Dense()),
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
