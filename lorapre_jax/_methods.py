@@ -118,7 +118,7 @@ class RotatedRankOne:
 
     `D_k` and `S_i` also count 5 % of the root mean square of the gradient (for `S_i`,
     of its row i), so that what is next to nothing, such as the rounding of gradients of
-    low rank, is not blown up. `D_k` goes by the column's number, whatever it turns to.
+    low rank, is not blown up. `D_k` is of column k of B, wherever that turns.
     The state holds root mean squares in float32 at least, whatever `factor_dtype` says.
     """
 

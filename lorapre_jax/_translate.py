@@ -100,9 +100,9 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
         )
         if old is Dense:
             value = view.to_matrix(jnp.sqrt(value) if squared else value)
-        m = before
-        if m is not None and not isinstance(m, FactorPair):
-            before, m = None, view.to_matrix(m)
+        m = None
+        if before is not None and not isinstance(before, FactorPair):
+            before, m = None, view.to_matrix(before)
 
         def on_matrix(each):
             x, before, after, m = each
@@ -115,8 +115,8 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
             whole: Any = _scaled(low_rank.as_row_column(x), ratio)
             return low_rank.rotated(whole, after, known, m)
 
-        each = value, before, after, None if before is not None else m
-        value = low_rank.one_by_one(on_matrix, len(view.batch))(each)
+        over_batch = low_rank.one_by_one(on_matrix, len(view.batch))
+        value = over_batch((value, before, after, m))
         if new is Dense:
             value = view.from_matrix(jnp.square(value) if squared else value)
         return jax.tree.map(lambda x, dtype: x.astype(dtype), value, dtypes)
