@@ -158,19 +158,23 @@ def test_conditions_are_compared_on_the_seeds_they_share():
             result_row(2.2, seed=1),
             result_row(1.9, method="muon"),
             result_row(2.0, method="muon", seed=1),
+            result_row(2.5, seed=2),  # Of this one alone.
             result_row(2.1, method="fira/4"),
             result_row(3.0, condition="rate x10"),
             result_row(None, condition="rate x10", method="muon"),
+            result_row(3.1, condition="one row"),
         ]
     )
     found = summary.under_conditions(known)
     assert found == {
         "plain": {"adamw": [2.0, 2.2], "muon": [1.9, 2.0]},
         "rate x10": {"adamw": [3.0], "muon": [math.inf]},
+        "one row": {"adamw": [3.1]},
     }
-    plain, high = report.conditions(found, known).splitlines()[2:]
+    plain, high, row = report.conditions(found, known).splitlines()[2:]
     assert plain == "| plain | 2 | 2.1000 | 1.9500 (-0.1500) | unknown |"
     assert high == "| rate x10 | 1 | 3.0000 | inf (diverged) | unknown |"
+    assert row == "| one row | 1 | 3.1000 |  | unknown |"
 
 
 def test_the_valley_is_measured_between_the_tried_rates():

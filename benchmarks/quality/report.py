@@ -150,9 +150,11 @@ def all_rates(known: Rows, scale: str) -> str:
 def conditions(found: Mapping[str, Mapping[str, Sequence[float]]], known: Rows) -> str:
     """A line a condition: mean held-out losses, and how far they are from AdamW's."""
     table = []
+    methods = sorted({method for losses in found.values() for method in losses})
     for condition, losses in found.items():
         base = losses[REFERENCE]
         line: dict[str, Any] = {"condition": condition, "seeds": len(base)}
+        line |= dict.fromkeys(methods, "")  # Not all raced.
         for method, seeds in losses.items():
             line[method] = f"{statistics.fmean(seeds):.4f}"
             if method != REFERENCE:

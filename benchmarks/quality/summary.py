@@ -131,8 +131,8 @@ def valley(losses: Mapping[float, float], depth: float = 0.05) -> str:
 def under_conditions(table: Rows) -> dict[str, dict[str, list[float]]]:
     """By condition and method: held-out losses, seed by seed.
 
-    Of the methods that raced under every condition, on the seeds that all of them have;
-    empty if there is only one condition.
+    Of the methods that raced under any but the plain one, each time those that did, on
+    the seeds that all of these have; empty if there is only one condition.
     """
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for key, row in table.items():
@@ -140,9 +140,10 @@ def under_conditions(table: Rows) -> dict[str, dict[str, list[float]]]:
         found[key.seed] = rows.loss_of(row)
     if len(losses) < 2:
         return {}
-    methods = sorted(set.intersection(*(set(found) for found in losses.values())))
+    methods = {m for name, found in losses.items() if name != "plain" for m in found}
     together = {}
-    for condition, found in losses.items():
-        seeds = sorted(set.intersection(*(set(found[method]) for method in methods)))
-        together[condition] = {m: [found[m][s] for s in seeds] for m in methods}
+    for condition, every in losses.items():
+        found = {m: every[m] for m in sorted(methods & every.keys())}
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+        together[condition] = {m: [x[s] for s in seeds] for m, x in found.items()}
     return together
