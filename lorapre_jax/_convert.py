@@ -128,9 +128,8 @@ def _moments(node: Any) -> dict[tuple[str, str], Moment]:
             if leaf is not None and leaf.methods:
                 method, view = leaf.methods[field == _SECOND], leaf.view
             kind = "second" if field == _SECOND else "first"
-            moment = Moment(path, kind, method, value, view, node.count)
-            if first := found.get(("mu", path)) if field == _SECOND else None:
-                moment = moment._replace(first=first.value)
+            first = found["mu", path].value if field == _SECOND else None
+            moment = Moment(path, kind, method, value, view, node.count, first)
             found[field, path] = moment
     return found
 

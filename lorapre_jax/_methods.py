@@ -118,7 +118,8 @@ class RotatedRankOne:
 
     `D_k` and `S_i` also count 5 % of the root mean square of the gradient (for `S_i`,
     of its row i), so that what is next to nothing, such as the rounding of gradients of
-    low rank, is not blown up. `D_k` is of column k of B, wherever that turns.
+    low rank, is not blown up; that of bfloat16 still makes entries of a few hundredths.
+    `D_k` is of column k of B, wherever that turns.
     The state holds root mean squares in float32 at least, whatever `factor_dtype` says.
     """
 

@@ -1,7 +1,6 @@
 """One moment of one leaf, from one way of keeping it to another."""
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -130,11 +129,11 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
 
 def _are_alike(old: Moment, new: Moment) -> bool:
     """Whether one is kept as the other is, so that there is nothing to translate."""
-    shapes = (jax.tree.map(jnp.shape, x.value) for x in (old, new))
+    shapes = [jax.tree.map(jnp.shape, x.value) for x in (old, new)]
     return (
         type(old.method) is type(new.method)
         and (old.view == new.view or not old.is_factored)
-        and operator.eq(*shapes)
+        and shapes[0] == shapes[1]
     )
 
 
