@@ -3,10 +3,10 @@
     python -m benchmarks.quality.second_moment --data DIR
 
 AdamW trains; the others only look at its gradients. Quantiles of `v_hat` over the exact
-one, over all entries of the matrices, at some steps.
+one, over all entries of the matrices, at some steps. `RotatedRankOne()` estimates the
+squares of `B^T g` and of the residual R, so its exact ones are their averages.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import lorapre_jax as lp
 from benchmarks import _record
 from benchmarks.quality import jobs
 from benchmarks.quality.conditions import Condition
-from benchmarks.quality.methods import B2, METHODS
+from benchmarks.quality.methods import B1, B2, METHODS
 from benchmarks.quality.run import Race, pick
 from benchmarks.quality.scales import SCALES, load_texts
 from examples.llama.data.batches import train_batches
@@ -32,30 +32,44 @@ ESTIMATES = {
     "OnlineRegression()": lp.OnlineRegression(),
     "OnlineRegression.paper()": lp.OnlineRegression.paper(),
 }
+FIRST = lp.OnlineRegression()  # The first moment whose left factor is B.
+ROTATED = lp.RotatedRankOne()
 
 
-def start(matrices: Mapping[str, jax.Array], rank: int) -> dict[str, Any]:
-    """Of every estimate, every matrix's state."""
-    states: dict[str, Any] = {"exact": jax.tree.map(jnp.zeros_like, dict(matrices))}
+def start(g: jax.Array, rank: int) -> dict[str, Any]:
+    """Every estimate's state of one matrix."""
+    methods = {**ESTIMATES, "first": FIRST, "rotated": ROTATED}
+    states: dict[str, Any] = {
+        name: method.init((), *g.shape, rank, jnp.float32, 0)
+        for name, method in methods.items()
+    }
+    shapes = {"g": g.shape, "B^T g": (rank, g.shape[1]), "R": g.shape}
+    return states | {name: jnp.zeros(shape) for name, shape in shapes.items()}
+
+
+def look(states: dict[str, Any], g: jax.Array, count: jax.Array):
+    """Every estimate's root of `v_hat` beside the exact one; the new states."""
+    mu, along, rest = FIRST.split_moment(states["first"], g, B1, count, 0)
+    (v, w), nu = ROTATED.rotated_moment(states["rotated"], g, along, rest, B2, count)
+    exact, after = {}, {"first": mu, "rotated": nu}
+    for name, x in {"g": g, "B^T g": along, "R": rest}.items():
+        exact[name], after[name] = EXACT.second_moment(states[name], x, B2, count, 0)
+    found = {
+        "RotatedRankOne(), B^T g": (v, exact["B^T g"]),
+        "RotatedRankOne(), R": (w, exact["R"]),
+    }
     for name, method in ESTIMATES.items():
-        states[name] = {
-            path: method.init((), *leaf.shape, rank, jnp.float32, 0)
-            for path, leaf in matrices.items()
-        }
-    return states
-
-
-def look(states, matrices, count):
-    """Every estimate's root of `v_hat`, all entries in a row, and the new states."""
-    found, after = {}, {}
-    for name, method in {"exact": EXACT, **ESTIMATES}.items():
-        seen = {
-            path: method.second_moment(states[name][path], g, B2, count, 0)
-            for path, g in matrices.items()
-        }
-        found[name] = jnp.concatenate([jnp.ravel(root) for root, _ in seen.values()])
-        after[name] = {path: state for path, (_, state) in seen.items()}
+        root, after[name] = method.second_moment(states[name], g, B2, count, 0)
+        found[name] = root, exact["g"]
     return found, after
+
+
+def ratios(pairs) -> np.ndarray:
+    """`v_hat` over the exact one, all entries in a row."""
+    columns = ([np.ravel(x) for x in side] for side in zip(*pairs, strict=True))
+    root, exact = (np.concatenate(column).astype(np.float64) for column in columns)
+    # Where all gradients were zero there is nothing to estimate.
+    return (root[exact > 0] / exact[exact > 0]) ** 2
 
 
 def main() -> None:
@@ -64,12 +78,17 @@ def main() -> None:
     texts = load_texts(scale, args.data, "choose", args.cache)
     race = Race(scale, METHODS["adamw"], Condition(), texts)
     state = race.init(0)
-    states = start(pick(state.params, "matrices"), scale.model.width // SHARE)
+    matrices = pick(state.params, "matrices")
+    rank = scale.model.width // SHARE
+    states = {path: start(leaf, rank) for path, leaf in matrices.items()}
 
     @jax.jit
     def step_of_all(states, params, batch, count):
         grads = race.condition.alter(race.gradient(params, batch)[1], count - 1)
-        return look(states, pick(grads, "matrices"), count)
+        matrices = pick(grads, "matrices")
+        seen = [look(states[path], g, count) for path, g in matrices.items()]
+        found, after = zip(*seen, strict=True)
+        return found, dict(zip(matrices, after, strict=True))
 
     rates = dict.fromkeys(race.rules, np.float32(1e-3))
     batches = train_batches(PackedRows(texts.train, scale.seq_len), scale.batch_size, 0)
@@ -79,11 +98,10 @@ def main() -> None:
         found, states = step_of_all(states, state.params, batch, jnp.int32(step))
         state, _ = race.train_step(state, batch, rates)
         if step in STEPS:
-            exact = np.asarray(found.pop("exact"), np.float64)
-            for name, root in found.items():
-                # Where all gradients were zero there is nothing to estimate.
-                over = (np.asarray(root, np.float64)[exact > 0] / exact[exact > 0]) ** 2
-                quantiles = np.quantile(over, QUANTILES)
+            for name in found[0]:
+                quantiles = np.quantile(
+                    ratios([pairs[name] for pairs in found]), QUANTILES
+                )
                 line = {
                     f"{q:g}": float(x)
                     for q, x in zip(QUANTILES, quantiles, strict=True)
