@@ -6,8 +6,10 @@ of the library any more; the commit that each row names still has them.
 
 from typing import Any
 
+import optax
+
 import lorapre_jax as lp
-from benchmarks.quality.methods import Method, our_muon, ours
+from benchmarks.quality.methods import B1, Method, our_muon, ours, rank_one
 
 GAINS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.4, 2.0)
 _HIGH = (1e-3, 2e-3, 4e-3)
@@ -30,6 +32,16 @@ def _muon(**fields: Any) -> Method:
     return Method(our_muon(8, **fields), (2.5e-3, 5e-3, 1e-2))
 
 
+def _along_the_width(width: int, b2: float) -> optax.GradientTransformation:
+    """The left factor's directions are those of the width in both."""
+    axes = {
+        "^embed/": lp.MatrixAxes(rows=-1, columns=-2),
+        "^head/": lp.MatrixAxes(rows=-2, columns=-1),
+    }
+    matrices = lp.select_matrices(axes=axes)
+    return lp.scale_by_lorapre_adam(width // 8, B1, b2, matrices=matrices)
+
+
 ABLATIONS: dict[str, Method] = {
     **{f"gain {gain}": _adam(first_moment=_gain(gain)) for gain in GAINS},
     # A residual with more weight does much of what a basis of its own does.
@@ -46,7 +58,9 @@ ABLATIONS: dict[str, Method] = {
     "m dense": _adam(**_DENSE_M),
     "bfloat16 factors": _adam(factor_dtype="bfloat16"),
     "bfloat16 factors, twice the rank": Method(ours(4, factor_dtype="bfloat16"), _HIGH),
-    # Embedding and head as matrices too.
+    # Embedding and head as matrices too; `default_all/8` has them as all others.
+    "embeddings, v of entries": Method(ours(8), _HIGH, embeddings=rank_one(8)),
+    "embeddings along the width": Method(ours(8), _HIGH, embeddings=_along_the_width),
     "embeddings, m dense": Method(ours(8), _HIGH, embeddings=ours(8, **_DENSE_M)),
     "embeddings, v dense": Method(
         ours(8), _HIGH, embeddings=ours(8, second_moment=lp.Dense())
