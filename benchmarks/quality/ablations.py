@@ -58,14 +58,16 @@ ABLATIONS: dict[str, Method] = {
     "m dense": _adam(**_DENSE_M),
     "bfloat16 factors": _adam(factor_dtype="bfloat16"),
     "bfloat16 factors, twice the rank": Method(ours(4, factor_dtype="bfloat16"), _HIGH),
-    # Embedding and head as matrices too; `default_all/8` has them as all others.
-    "embeddings, v of entries": Method(ours(8), _HIGH, embeddings=rank_one(8)),
-    "embeddings along the width": Method(ours(8), _HIGH, embeddings=_along_the_width),
+    # Embedding and head factored too, otherwise than in `default_all/8`.
+    "embeddings, v along the factor": Method(ours(8), _HIGH, embeddings=ours(8)),
+    "embeddings, v along the width": Method(
+        ours(8), _HIGH, embeddings=_along_the_width
+    ),
     "embeddings, m dense": Method(ours(8), _HIGH, embeddings=ours(8, **_DENSE_M)),
     "embeddings, v dense": Method(
         ours(8), _HIGH, embeddings=ours(8, second_moment=lp.Dense())
     ),
-    "embeddings at rank/2": Method(ours(8), _HIGH, embeddings=ours(2)),
+    "embeddings at rank/2": Method(ours(8), _HIGH, embeddings=rank_one(2)),
     "muon, no nesterov": _muon(nesterov=False),
     **{f"muon, gain {gain}": _muon(moment=_gain(gain)) for gain in (0.3, 0.45, 1.0)},
 }

@@ -192,8 +192,8 @@ METHODS: dict[str, Method] = {
     "paper_muon/8": Method(
         our_muon(8, moment=lp.OnlineRegression.paper()), _MUON_RATES
     ),
-    # Embedding and head as matrices too.
-    "default_all/8": Method(ours(8), _ADAM_RATES, embeddings=ours(8)),
+    # Embedding and head factored too, with second moments of entries.
+    "default_all/8": Method(ours(8), _ADAM_RATES, embeddings=rank_one(8)),
     "rank_one_all/8": Method(rank_one(8), _ADAM_RATES, embeddings=rank_one(8)),
     "default_muon/8": Method(our_muon(8), _MUON_RATES),
     # The same bytes as default_muon/8.
