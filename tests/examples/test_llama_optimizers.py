@@ -80,6 +80,20 @@ def test_low_rank_optimizers_keep_less_state_than_adamw(name):
     assert ratio(factor_embeddings=True) < ratio() < 0.5
 
 
+@pytest.mark.parametrize("algorithm", ["default", "paper"])
+def test_factored_embeddings_have_second_moments_of_entries(algorithm):
+    config = OptimizerConfig(rank=2, factor_embeddings=True, algorithm=algorithm)
+    params = params_for("lorapre_adamw")
+    leaves = lp.describe(make_optimizer(config, steps=10), params).leaves
+    factored = {leaf.path: leaf.methods[1] for leaf in leaves if leaf.is_factored}
+    embeddings = {factored.pop("embed/embedding"), factored.pop("head/kernel")}
+    if algorithm == "paper":
+        assert embeddings == set(factored.values()) == {lp.OnlineRegression.paper()}
+    else:
+        assert embeddings == {lp.RankOne()}
+        assert set(factored.values()) == {lp.RotatedRankOne()}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tied_embeddings_have_a_place_and_a_rule(name):
     """Their gradient comes from both ends; only the embedding has a leaf."""
