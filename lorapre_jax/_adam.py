@@ -58,13 +58,13 @@ def scale_by_lorapre_adam(
     r"""Rescales updates as Adam does, with moments kept as thin factors.
 
     For a matrix `g: (p, q)` at step t, with `B A` the factors of the bias-corrected
-    first moment, B orthonormal, R what they leave of the gradient, c its gain
-    (`OnlineRegression`), and v and w the estimates of the second moments of `B^T g` and
-    of R (`RotatedRankOne`):
+    first moment, B orthonormal, `R = (X - B A) / (1 - b_1)` the residual of their fit
+    to the average X, `\gamma` its gain (`OnlineRegression`), and v and w the estimates
+    of the second moments of `B^T g` and of R (`RotatedRankOne`):
 
     .. math::
       u_t = B\, \frac{A}{\max(\sqrt{v}, \kappa |A|) + \epsilon}
-        + c\, \frac{R}{\max(\sqrt{w}, \sqrt{c_2} |R|) + \epsilon},
+        + \gamma\, \frac{R}{\max(\sqrt{w}, \sqrt{c_2} |R|) + \epsilon},
       \quad \kappa = c_1 \sqrt{c_2}, \quad c_i = \frac{1 - b_i}{1 - b_i^t}
 
     With any other second moment, entries are divided one by one as in Adam: `u_t =

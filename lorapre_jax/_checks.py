@@ -122,6 +122,11 @@ def check_moments(first: Any, second: Any) -> None:
             f"moment OnlineRegression(...), got {first!r}. Pass another second moment, "
             "RankOne() say."
         )
+    if getattr(second, "complement_gain", 1.0) != 1.0:
+        raise ValueError(
+            f"`second_moment`: {second!r}: the gain is of first moments only; leave it "
+            "at 1."
+        )
 
 
 def _check_number(name: str, value: Any) -> None:

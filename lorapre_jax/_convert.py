@@ -83,11 +83,12 @@ def convert_state(
                     "Convert the parts of the chain one by one."
                 )
             old.moments[moment.path, moment.kind] = moment
-    counts = {int(moment.count) for moment in old.moments.values()}
+    counts = {int(moment.count): moment.path for moment in old.moments.values()}
     if len(counts) > 1:
+        steps = (f"'{path}' {count}" for count, path in sorted(counts.items()))
         raise ValueError(
-            f"Parts of the state have taken different numbers of steps, {counts}. "
-            "Convert them one by one."
+            "Parts of the state have taken different numbers of steps: leaf "
+            f"{', '.join(steps)}. Convert them one by one."
         )
     fresh = new_tx.init(params)
     everywhere = replicated(filter(None, map(known_sharding, jax.tree.leaves(params))))

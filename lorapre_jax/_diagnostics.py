@@ -48,7 +48,7 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
     the r-th drowns in rounding (r machine epsilons of the largest) or `B A` is zero.
 
     Nothing of size `(p, q)` is formed (but `|G|`). The cost, `4 p q r + 16 r^2 (p+q)`
-    multiplications and additions per moment and matrix, is about that of one update.
+    multiplications and additions per moment and matrix, is less than an update's.
     Works under jit, vmap and `jax.eval_shape`, and on sharded states.
 
     Args:
@@ -166,6 +166,6 @@ def _of_matrix(left, right, g) -> FactorDiagnostics:
 
 @jax.custom_batching.sequential_vmap
 def _singular_values(core: jax.Array) -> jax.Array:
-    """Descending, `(r,)`. One at a time under vmap: batched LAPACK calls of jaxlib
-    before 0.12 wait for the threads that they run on, and several may hang."""
+    """Descending, `(r,)`. One at a time under vmap: batched LAPACK calls of jaxlib on
+    CPUs wait for the threads that they run on, and several may hang."""
     return jnp.linalg.svd(core, compute_uv=False)

@@ -104,8 +104,8 @@ class RotatedRankOne:
 
     The orthonormal left factor `B: (p, r)` of a first moment `OnlineRegression()` comes
     to hold the leading directions of the gradients' columns, the strongest first. Each
-    gradient is seen as its components along them, `B^T g: (r, q)`, and the residual
-    `R: (p, q)`, and these are divided by rank-one estimates of their own,
+    gradient is seen as its components along them, `B^T g: (r, q)`, and the residual of
+    their fit, `R: (p, q)`, and these are divided by rank-one estimates of their own,
 
         v_kj = D_k C_j / mean(C) for B^T g,  w_ij = S_i C_j / mean(C) for R
 
@@ -114,11 +114,12 @@ class RotatedRankOne:
     a few directions with large gradients to govern the step; here each has its own
     scale. It is the idea of SOAP (Vyas et al., 2024, arXiv 2409.11321), one-sided and
     with Adafactor's estimate, for the directions that are held. Which side of a matrix
-    they are of is the choice of `MatrixAxes`: its rows.
+    they are of is the choice of `MatrixAxes`: its rows. Embeddings and heads lose
+    by it, with either side as rows (`benchmarks/quality`): give them `RankOne()`.
 
     `D_k` and `S_i` also count 5 % of the root mean square of the gradient (for `S_i`,
     of its row i), so that what is next to nothing, such as the rounding of gradients of
-    low rank, is not blown up; that of bfloat16 still makes entries of a few hundredths.
+    low rank, is not blown up (but for bfloat16 factors, whose own is more than that).
     `D_k` is of column k of B, wherever that turns.
     The state holds root mean squares in float32 at least, whatever `factor_dtype` says.
     """
@@ -149,10 +150,10 @@ class OnlineRegression:
     At every step the factors take one subspace iteration towards `b m + (1-b) T`, in
     closed form (after LoRA-Pre, arXiv 2602.24283). With the decay
     `b (1 - b^(t-1)) / (1 - b^t)` at step t they hold the bias-corrected average itself,
-    so a constant target gives that constant at every step. For a first moment the
-    target T is `g`. A second moment follows `|g|` with decay `sqrt(b2)` and is read
-    squared, so it cannot go negative (Appendix B.1), from the factors before the step
-    plus `(1 - b2) g^2`.
+    so a constant target of rank at most r gives that constant at every step. For a
+    first moment the target T is `g`. A second moment follows `|g|` with decay
+    `sqrt(b2)` and is read squared, so it cannot go negative (Appendix B.1), from the
+    factors before the step plus `(1 - b2) g^2`.
 
     Attributes:
       complement_gain: Total weight, over time, of the part of a gradient that the
@@ -190,8 +191,13 @@ class OnlineRegression:
         return _with_residual(1, gain, state, new, g, decay), new
 
     def split_moment(self, state, g, decay, count, seed):
-        """The new factors, and `g` in two: along the left one, which is orthonormal,
-        and what the factors leave of it."""
+        """The new factors B and A; `B^T g`; and the residual of their fit,
+
+            R = (X - B A) / (1 - b),  X = b m + (1 - b) g
+
+        with m the old product: what they leave of g, and what they drop of m, with the
+        weight that either would have over all later steps.
+        """
         decay = unbiased_decay(decay, count, g.dtype)
         new, along = self._step(state, g, decay, seed)
         rest = _with_residual(0, 1 / (1 - decay), state, new, g, decay)

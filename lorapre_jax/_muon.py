@@ -53,7 +53,7 @@ def scale_by_lorapre_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Muon does, with a momentum kept as thin factors.
 
-    With factors `B A`, the part R of the gradient that they do not take up and
+    With factors `B A`, the residual R of their fit to the average and
     `c = complement_gain`, the update is, times a scale for the matrix's shape,
 
     .. math::

@@ -39,9 +39,9 @@ class MuonRule(NamedTuple):
         m = self.look_ahead(hyper, m, g)
         return divided(m, frobenius_norm(m), hyper["eps"]), mu
 
-    def finish(self, leaf, hyper, g, mu, update):
-        """The update; the other two are handed on."""
-        orthogonal = update
+    def finish(self, leaf, hyper, g, mu, orthogonal):
+        """The update from what `begin` gave, orthogonalised; momentum; that again."""
+        update = orthogonal
         if isinstance(leaf.methods[0], OnlineRegression):
             beta = jnp.asarray(hyper["beta"], g.dtype)
             gain = leaf.methods[0].complement_gain
@@ -49,7 +49,7 @@ class MuonRule(NamedTuple):
             # The left factor is orthonormal: it stays outside.
             right = self.look_ahead(hyper, mu.right, mu.left.T @ g)
             right = divided(right, frobenius_norm(right), hyper["eps"])
-            update = mu.left @ self.polar(right) + gain * update
+            update = mu.left @ self.polar(right) + gain * orthogonal
         scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
         if leaf.is_factored:
             scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)

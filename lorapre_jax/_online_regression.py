@@ -81,8 +81,8 @@ def inverse_cholesky(gram: jax.Array) -> jax.Array:
     """`L^-1` of `gram = L L^T`, `(r, r)`.
 
     With this small inverse the long side, which may be sharded, sees a matmul and no
-    triangular solve. On CPUs it is plain JAX: batched LAPACK calls of jaxlib before
-    0.12 wait for the threads that they run on, and a program with several may hang.
+    triangular solve. On CPUs it is plain JAX: batched LAPACK calls of jaxlib
+    wait for the threads that they run on, and a program with several may hang.
     """
     return jax.lax.platform_dependent(gram, cpu=_by_elimination, default=_by_lapack)
 

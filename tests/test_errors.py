@@ -58,6 +58,11 @@ def regression(**kwargs: Any):
             "Pass another second moment",
         ),
         (lambda: adam(second_moment=None), TypeError, "keep a second moment"),
+        (
+            lambda: adam(second_moment=lp.OnlineRegression(complement_gain=0.3)),
+            ValueError,
+            "the gain is of first moments only",
+        ),
         (lambda: lp.lorapre_ema(1.5, 2), ValueError, "`decay` must be in [0, 1)"),
         (lambda: lp.lorapre_ema(0.9, 2, NO_FLAG), TypeError, "`debias` must be True"),
         (lambda: muon(nesterov=1), TypeError, "`nesterov` must be True or False"),

@@ -318,6 +318,28 @@ def test_constant_magnitude_gives_its_square_at_every_step(method, rank, seed, d
         np.testing.assert_allclose(root, magnitude, rtol=2e-3)
 
 
+@hypothesis.given(seed=seeds, decay=st.sampled_from([0.9, 0.95, 0.999]))
+@hypothesis.settings(max_examples=10)
+def test_so_it_does_in_the_basis_of_the_left_factor(seed, decay):
+    """Parts with magnitudes of rank one; the floor adds to them, by 2 % at most."""
+    rng = np.random.default_rng(seed)
+    along, rest = (
+        rng.uniform(0.5, 1, (n, 1)) * rng.uniform(0.1, 1, 8) for n in (3, 12)
+    )
+    rest *= along[:1] / rest[:1]  # One shape for the columns of both.
+    method = lp.RotatedRankOne()
+    state = method.init((), 12, 8, 3, jnp.float32, 0)
+    step = jax.jit(method.rotated_moment)
+    for t in range(1, 40):
+        parts = (
+            jnp.asarray(x * rng.choice([-1, 1], x.shape), "float32")
+            for x in (rest, along, rest)
+        )
+        roots, state = step(state, *parts, decay, jnp.int32(t))
+        for root, magnitude in zip(roots, (along, rest), strict=True):
+            np.testing.assert_allclose(root, magnitude, rtol=2e-2)
+
+
 @pytest.mark.parametrize("method", [lp.OnlineRegression(), PAPER])
 def test_directions_that_died_come_back(method):
     """After gradients that are zero, or but for one entry, factors find a target.

@@ -28,6 +28,7 @@ RESULT = {
     "other_losses": {"text": 2.5},
     "curve": [[5, 2.2], [10, 2.0]],
     "state_bytes": {"matrices": 800, "embeddings": 100, "norms": 100},
+    "params": {"matrices": 90, "embeddings": 5, "norms": 5},
     "seconds": 3.0,
 }
 
@@ -151,6 +152,15 @@ def test_a_table_needs_its_reference():
         summary.summary(dict([result_row(method="muon")]))
 
 
+def test_so_do_conditions():
+    known = dict([result_row(), result_row(condition="one row", method="muon")])
+    with pytest.raises(SystemExit, match="one row: no rows of adamw"):
+        summary.under_conditions(known)
+    known = dict([result_row(), result_row(rate=1e-3)])
+    with pytest.raises(SystemExit, match=r"adamw \[plain\]: rows of two rates"):
+        summary.under_conditions(known)
+
+
 def test_conditions_are_compared_on_the_seeds_they_share():
     known = dict(
         [
@@ -220,6 +230,7 @@ def test_the_report_lies_beside_the_rows(tmp_path, monkeypatch, capsys):
     text = path.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
     assert "| AdamW |  | 2e-3 | 2.000 |  | 1 |" in text
+    assert "Of 100 parameters, 90.0% are the matrices'." in text
     assert "0.002: 2.0000" in text
     assert path.with_suffix(".png").stat().st_size > 0
 

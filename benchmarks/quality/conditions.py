@@ -17,10 +17,10 @@ class Condition:
     rate_factor: float = 1.0
     """Of all learning rates."""
     spike: float = 1.0
-    """What every 100th gradient is multiplied by; then nothing is clipped."""
+    """What every 100th gradient is multiplied by."""
     param_dtype: str = "float32"
     low_rank: bool = False
-    """Gradients of the matrices projected to rank 8, always the same columns' span."""
+    """Gradients of the matrices projected to rank 8, always the same span of rows."""
     loss_scale: float = 1.0
     rows: int | None = None
     """Rows of a batch; None: the scale's."""
@@ -44,8 +44,8 @@ class Condition:
 def _project(path: str, g: jax.Array) -> jax.Array:
     if not path.startswith("layers/") or g.ndim != 2:
         return g
-    columns = jax.random.normal(jax.random.key(0), (g.shape[1], LOW_RANK), g.dtype)
-    basis, _ = jnp.linalg.qr(columns)
+    noise = jax.random.normal(jax.random.key(0), (g.shape[1], LOW_RANK), g.dtype)
+    basis, _ = jnp.linalg.qr(noise)
     return (g @ basis) @ basis.T
 
 

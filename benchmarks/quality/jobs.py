@@ -78,17 +78,23 @@ def _pin(cores: Any) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all commands share."""
+def texts_parser(doc: str | None) -> argparse.ArgumentParser:
+    """What every command asks for: the scale, and where its texts are."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", choices=("a", "b", "c"), default="a")
+    parser.add_argument("--data", type=Path, help="holds c4/ and text/")
+    parser.add_argument("--cache", type=Path, default=Path("runs/quality"))
+    return parser
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of the commands that append rows."""
+    parser = texts_parser(doc)
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--steps", type=int, help="default: the scale's")
-    parser.add_argument("--data", type=Path, help="holds c4/ and text/")
     parser.add_argument("--out", type=Path, help="default: the committed rows")
-    parser.add_argument("--cache", type=Path, default=Path("runs/quality"))
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes; (c) has one"
     )

@@ -25,18 +25,23 @@ from examples.llama.data.rows import PackedRows
 MODEL = ModelConfig(
     width=64, ffn_width=176, num_layers=1, num_heads=2, scan_layers=False
 )
+METHODS_FOLLOWED = ("adamw", "default/8", "default_muon/8")
 
 
 def main() -> None:
-    parser = jobs.parser(__doc__)
+    parser = jobs.texts_parser(__doc__)
+    parser.add_argument("--methods", nargs="+", default=METHODS_FOLLOWED)
+    parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--log-every", type=int, default=2000)
     args = parser.parse_args()
-    scale = dataclasses.replace(SCALES["a"], model=MODEL, batch_size=4, seq_len=64)
+    scale = dataclasses.replace(
+        SCALES[args.scale], model=MODEL, batch_size=4, seq_len=64
+    )
     texts = load_texts(scale, args.data, "choose", args.cache)
     lines = []
-    for name in args.methods or ("adamw", "default/8", "default_muon/8"):
+    for name in args.methods:
         race = Race(scale, METHODS[name], Condition(), texts)
-        lines += follow(race, name, args.steps or 20_000, args.log_every)
+        lines += follow(race, name, args.steps, args.log_every)
         print(_record.table(lines))
     print(_record.save("quality/long_run", lines))
 
@@ -45,7 +50,9 @@ def follow(race: Race, name: str, steps: int, log_every: int) -> list[dict]:
     state, lines = race.init(0), []
     rate = 2e-3 if "muon" not in name else 5e-3
     rates = dict.fromkeys(race.rules, np.float32(rate))
-    batches = train_batches(PackedRows(race.texts.train, race.scale.seq_len), 4, 0)
+    scale = race.scale
+    rows = PackedRows(race.texts.train, scale.seq_len)
+    batches = train_batches(rows, scale.batch_size, 0)
     losses = []
     for step in range(1, steps + 1):
         state, loss = race.train_step(state, batches[step - 1], rates)

@@ -106,9 +106,9 @@ def our_muon(share: int, **fields: Any) -> Rule:
     return rule
 
 
-def paper(share: int, **fields: Any) -> Rule:
+def paper(share: int) -> Rule:
     moment = lp.OnlineRegression.paper()
-    return ours(share, first_moment=moment, second_moment=moment, **fields)
+    return ours(share, first_moment=moment, second_moment=moment)
 
 
 def peer(scale_by: Callable[..., optax.GradientTransformation], share: int) -> Rule:
@@ -153,9 +153,9 @@ def _adafactor(width: int, b2: float) -> optax.GradientTransformation:
     return optax.chain(rule, optax.scale(-1.0))
 
 
-def rank_one(share: int, **fields: Any) -> Rule:
+def rank_one(share: int) -> Rule:
     """The second moment in the basis of the entries."""
-    return ours(share, second_moment=lp.RankOne(), **fields)
+    return ours(share, second_moment=lp.RankOne())
 
 
 _SHARES = (4, 8, 16, 32, 64)

@@ -101,8 +101,11 @@ def _time(line: Line, times: Mapping[str, float]) -> dict[str, str]:
 
 
 def all_methods(known: Rows, times: Mapping[str, float]) -> str:
-    """Everything that raced, under the names of methods.py."""
-    return _record.table(
+    """Everything that raced, under the names of methods.py, and how large it all is."""
+    sizes = next(iter(known.values()))["params"]
+    total = sum(sizes.values())
+    share = f"{sizes['matrices'] / total:.1%}"
+    table = _record.table(
         [
             {
                 "method": line.key.method,
@@ -120,6 +123,7 @@ def all_methods(known: Rows, times: Mapping[str, float]) -> str:
             for line in summary(known)
         ]
     )
+    return f"{table}\n\nOf {total:,} parameters, {share} are the matrices'."
 
 
 def _dense_rate(scale: str, rate: float | None) -> str:

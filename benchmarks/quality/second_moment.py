@@ -73,7 +73,7 @@ def ratios(pairs) -> np.ndarray:
 
 
 def main() -> None:
-    args = jobs.parser(__doc__).parse_args()
+    args = jobs.texts_parser(__doc__).parse_args()
     scale = SCALES[args.scale]
     texts = load_texts(scale, args.data, "choose", args.cache)
     race = Race(scale, METHODS["adamw"], Condition(), texts)

@@ -133,13 +133,21 @@ def under_conditions(table: Rows) -> dict[str, dict[str, list[float]]]:
 
     Of the methods that raced under any but the plain one, each time those that did, on
     the seeds that all of these have; empty if there is only one condition.
+
+    Raises:
+      SystemExit: A method has rows of two rates, or the reference did not race.
     """
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for key, row in table.items():
         found = losses.setdefault(key.condition, {}).setdefault(key.method, {})
+        if key.seed in found:
+            raise SystemExit(f"{key.method} [{key.condition}]: rows of two rates")
         found[key.seed] = rows.loss_of(row)
     if len(losses) < 2:
         return {}
+    for condition, every in losses.items():
+        if REFERENCE not in every:
+            raise SystemExit(f"{condition}: no rows of {REFERENCE}, the reference")
     methods = {m for name, found in losses.items() if name != "plain" for m in found}
     together = {}
     for condition, every in losses.items():

@@ -29,7 +29,9 @@ STEPS = REFRESH // ROUNDS
 
 
 def main() -> None:
-    args = jobs.parser(__doc__).parse_args()
+    parser = jobs.texts_parser(__doc__)
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     scale = SCALES[args.scale]
     texts = load_texts(scale, args.data, "choose", args.cache)

@@ -147,7 +147,7 @@ def _lorapre_adamw(config: OptimizerConfig, given: _Given) -> Any:
         update_scale=config.update_scale,
         batch=config.layers_at_once,
     )
-    moments = _moments(config, "first_moment", "second_moment")
+    moments: dict[str, Any] = _moments(config, "first_moment", "second_moment")
     matrix_rule = rule(matrices=_selection(MATRICES), **moments)
     if not config.factor_embeddings:
         return matrix_rule
@@ -219,7 +219,7 @@ def _with_dense_adam(matrix_rule: Any, config: OptimizerConfig, given: _Given) -
     return _divided(_patterns(config), {"matrix": matrix_rule, "dense": dense_rule})
 
 
-def _divided(patterns: list[str], rules: dict[str, Any]) -> Any:
+def _divided(patterns: list[str], rules: dict[Any, Any]) -> Any:
     """The first of two rules for the leaves that match, the second for all others."""
     inside, outside = rules
 
