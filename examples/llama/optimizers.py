@@ -29,8 +29,8 @@ class Rates(NamedTuple):
     dense: float
 
 
-# Those of benchmarks/quality at width 128, but that both AdamWs have one for all leaves;
-# tune them for other sizes.
+# Those of benchmarks/quality at width 128, but that both AdamWs have one for all; tune
+# them for other sizes.
 DEFAULT_RATES: dict[OptimizerName, Rates] = {
     "adamw": Rates(2e-3, 2e-3),
     "lorapre_adamw": Rates(2e-3, 2e-3),
