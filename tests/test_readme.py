@@ -6,7 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
+
+import lorapre_jax as lp
+from examples.llama.config import ModelConfig
+from examples.llama.pure import PureLlama
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -37,6 +42,20 @@ def test_links_lead_somewhere(page):
         if anchor:
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"\W", "-", t).lower() for t in titles], link
+
+
+def test_choosing_leaves_and_rank():
+    model = PureLlama(ModelConfig(width=128, ffn_width=256, num_layers=2), 256)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    names: dict[str, Any] = {"lp": lp, "optax": optax, "params": params}
+    select, embeddings, budget, _ = blocks("Choosing leaves and rank")
+    exec(select + embeddings + budget.split("found =")[0], names)
+    kept = {leaf.path: leaf for leaf in lp.describe(names["tx"], params).leaves}
+    assert kept["embed/embedding"].methods[1] == lp.RankOne()
+    assert kept["layers/mlp/up/kernel"].methods[1] == lp.RotatedRankOne()
+    assert kept["layers/mlp/up/kernel"].rank == kept["head/kernel"].rank == 64
+    assert not kept["norm/scale"].is_factored
+    assert names["rank"] <= 1
 
 
 def test_on_a_pod(tmp_path, monkeypatch):
