@@ -45,6 +45,7 @@ FIRST_PAGE = {
     "adamw_b1_0.5": ("AdamW, b1 = 0.5", ""),
     "default/8": ("`lorapre_adamw`", "width / 8"),
     "default/32": ("`lorapre_adamw`", "width / 32"),
+    "default_all/8": ("`lorapre_adamw`, embedding and head too", "width / 8"),
     "fira/4": ("Fira", "width / 4"),
     "adamw": ("AdamW", ""),
     "adafactor": ("Adafactor", ""),
