@@ -193,7 +193,12 @@ METHODS: dict[str, Method] = {
         our_muon(8, moment=lp.OnlineRegression.paper()), _MUON_RATES
     ),
     # Embedding and head factored too, with second moments of entries.
-    "default_all/8": Method(ours(8), _ADAM_RATES, embeddings=rank_one(8)),
+    **{
+        f"default_all/{share}": Method(
+            ours(share), _ADAM_RATES, embeddings=rank_one(share)
+        )
+        for share in (8, 32)
+    },
     "rank_one_all/8": Method(rank_one(8), _ADAM_RATES, embeddings=rank_one(8)),
     "default_muon/8": Method(our_muon(8), _MUON_RATES),
     # The same bytes as default_muon/8.

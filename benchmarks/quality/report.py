@@ -46,6 +46,7 @@ FIRST_PAGE = {
     "default/8": ("`lorapre_adamw`", "width / 8"),
     "default/32": ("`lorapre_adamw`", "width / 32"),
     "default_all/8": ("`lorapre_adamw`, embedding and head too", "width / 8"),
+    "default_all/32": ("`lorapre_adamw`, embedding and head too", "width / 32"),
     "fira/4": ("Fira", "width / 4"),
     "adamw": ("AdamW", ""),
     "adafactor": ("Adafactor", ""),
