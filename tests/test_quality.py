@@ -229,7 +229,7 @@ def test_the_report_lies_beside_the_rows(tmp_path, monkeypatch, capsys):
     report.main()
     text = path.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
-    assert "| AdamW |  | 2e-3 | 2.000 |  | 1 |" in text
+    assert "| AdamW |  | 2e-3 | 2.000 |  | 1 | 1 |" in text
     assert "Of 100 parameters, 90.0% are the matrices'." in text
     assert "0.002: 2.0000" in text
     assert path.with_suffix(".png").stat().st_size > 0

@@ -75,6 +75,7 @@ def first_page(known: Rows, times: Mapping[str, float]) -> str:
             "held-out loss": f"{line.loss:.3f}{spread}",
             "minus AdamW": interval(line.differences, digits=3),
             "state of the matrices": _share(line.matrix_state),
+            "of all": _share(line.all_state),
         }
         table.append(cells | _time(line, times))
     return _record.table(table)
