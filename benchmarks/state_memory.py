@@ -39,7 +39,7 @@ def llama(width, ffn, layers, dtype=jnp.float32):
 
 def with_ends(rank):
     """The embedding and the head too, as `default_all` of the race."""
-    rules = {
+    rules: Any = {
         "blocks": lp.scale_by_lorapre_adam(rank, matrices=MATRICES),
         "ends": lp.scale_by_lorapre_adam(rank, second_moment=lp.RankOne()),
     }
