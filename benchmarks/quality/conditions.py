@@ -57,6 +57,7 @@ CONDITIONS = {
     "spikes of 1e3": Condition(spike=1e3, clip_norm=None),
     "bfloat16 parameters": Condition(param_dtype="bfloat16"),
     "gradients of rank 8": Condition(low_rank=True),
+    "gradients of rank 8, rate x3": Condition(low_rank=True, rate_factor=3),
     "loss x1e-6": Condition(loss_scale=1e-6, clip_norm=None),
     "loss x1e6": Condition(loss_scale=1e6, clip_norm=None),
     "no clipping": Condition(clip_norm=None),
