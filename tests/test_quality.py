@@ -246,10 +246,28 @@ def test_a_report_of_other_rows_has_none_of_this_folders(tmp_path, monkeypatch):
     assert "time" not in text
 
 
+def test_any_method_may_be_what_the_others_are_compared_with(
+    tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "rows.jsonl"
+    for key, row in [
+        result_row(2.0),
+        result_row(1.9, method="muon"),
+        result_row(2.3, method="muon", condition="one row"),
+        result_row(1.8, method="fira/4", seed=1),  # No seed in common.
+    ]:
+        rows.append(path, key, row)
+    monkeypatch.setattr("sys.argv", ["report", "--rows", str(path), "--against=muon"])
+    report.main()
+    table = capsys.readouterr().out.splitlines()
+    assert table[2:] == ["| adamw | 1 | +0.1000 |"]
+    assert not path.with_suffix(".md").exists()
+
+
 @pytest.mark.parametrize("scale", ["a", "b"])
 def test_the_readme_has_the_committed_table(scale):
     known = rows.read(rows.FOLDER / f"table_{scale}.jsonl")
-    plain = {key: row for key, row in known.items() if key.condition == "plain"}
+    plain = report.plain_only(known)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert report.first_page(plain, report.seconds_a_step(scale)) in readme
 

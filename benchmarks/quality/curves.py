@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from benchmarks.quality import rows
 from benchmarks.quality.summary import Rows
@@ -14,7 +15,7 @@ from benchmarks.quality.summary import Rows
 def plot(
     known: Rows, names: Mapping[str, str], times: Mapping[str, float], path: Path
 ) -> None:
-    """Held-out loss against step, bytes of matrix state and, if timed, seconds.
+    """Held-out loss against step, bytes of all state and, if timed, seconds.
 
     Of the first seed; the best method comes first in the legend.
     """
@@ -37,14 +38,17 @@ def plot(
         steps.plot(at, losses, dashes, marker=point, markersize=3, **style)
         if key.method in times:
             axes[2].plot(at * times[key.method], losses, dashes, **style)
-        state.plot(row["state_bytes"]["matrices"], row["loss"], point, **style)
+        state.plot(sum(row["state_bytes"].values()), row["loss"], point, **style)
     best = min(rows.loss_of(row) for row in known.values())
     steps.set(
         xlabel="step",
         ylabel=f"held-out loss (nats), seed {first}",
         ylim=(best - 0.05, best + 1),
     )
-    state.set(xlabel="state of the matrices (bytes)", xscale="log")
+    state.set(xlabel="optimizer state of all parameters", xscale="log")
+    state.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    state.xaxis.set_major_formatter(EngFormatter("B", sep=" "))
+    state.xaxis.set_minor_formatter(NullFormatter())
     if times:
         axes[2].set(xlabel="seconds on one core")
     handles, labels = steps.get_legend_handles_labels()

@@ -5,7 +5,8 @@
 The page begins with the first page's table, as the README has it. Differences are to
 AdamW on the same seed and text (the same rows in the same order); their 95 % interval
 is Student's, over seeds. Times are those of timing.py. With `--rows`, of rows made
-elsewhere: without times, searched rates and ablations, which are this folder's.
+elsewhere: without times, searched rates and ablations, which are this folder's. With
+`--against METHOD` only the differences to that method are printed, and nothing written.
 """
 
 import argparse
@@ -129,6 +130,21 @@ def all_methods(known: Rows, times: Mapping[str, float]) -> str:
     return f"{table}\n\nOf {total:,} parameters, {share} are the matrices'."
 
 
+def against(known: Rows, reference: str) -> str:
+    """Every method beside this one, on the seeds that both have."""
+    return _record.table(
+        [
+            {
+                "method": line.key.method,
+                "seeds": len(line.differences),
+                f"minus {reference}": interval(line.differences),
+            }
+            for line in summary(known, reference)
+            if line.differences
+        ]
+    )
+
+
 def _dense_rate(scale: str, rate: float | None) -> str:
     """That of the embedding, the head and the norms, where it is not the common one."""
     if rate is None:
@@ -177,7 +193,7 @@ def conditions(found: Mapping[str, Mapping[str, Sequence[float]]], known: Rows) 
 def sections(table: Rows, scale: str, own: bool) -> list[str]:
     """Markdown: tables, and the commits that their rows come from."""
     times = seconds_a_step(scale) if own else {}
-    plain = {key: row for key, row in table.items() if key.condition == "plain"}
+    plain = plain_only(table)
     parts = [_section("the first page's", plain, first_page(plain, times))]
     if not own:
         return parts
@@ -191,6 +207,10 @@ def sections(table: Rows, scale: str, own: bool) -> list[str]:
         if known:
             parts.append(_section(kind, known, all_rates(known, scale)))
     return parts
+
+
+def plain_only(known: Rows) -> Rows:
+    return {key: row for key, row in known.items() if key.condition == "plain"}
 
 
 def _section(title: str, known: Rows, table: str) -> str:
@@ -215,20 +235,22 @@ def main() -> None:
     )
     parser.add_argument("--scale", choices=("a", "b", "c"), default="a")
     parser.add_argument("--rows", type=Path, help="default: the committed table's")
+    parser.add_argument("--against", metavar="METHOD", help="by its name in methods.py")
     args = parser.parse_args()
     path = args.rows or rows.FOLDER / f"table_{args.scale}.jsonl"
     known = rows.read(path)
     if not known:
         raise SystemExit(f"{path}: no rows; run benchmarks.quality.table first")
+    if args.against:
+        print(against(plain_only(known), args.against))
+        return
     head = HEAD if args.rows is None else HEAD_OF_ROWS
     held_out = next(iter(known.values())).get("held_out", "of an older run")
     parts = sections(known, args.scale, own=args.rows is None)
     text = "\n\n".join([head.format(args.scale, held_out), *parts]) + "\n"
     path.with_suffix(".md").write_text(text)
     shown = {
-        key: row
-        for key, row in known.items()
-        if key.condition == "plain" and key.method in FIRST_PAGE
+        key: row for key, row in plain_only(known).items() if key.method in FIRST_PAGE
     }
     names = {method: " ".join(each) for method, each in FIRST_PAGE.items()}
     times = {} if args.rows else seconds_a_step(args.scale)

@@ -41,8 +41,8 @@ class Line:
         return statistics.stdev(self.losses) if len(self.losses) > 1 else None
 
 
-def summary(known: Rows) -> list[Line]:
-    """A line a method, the best first.
+def summary(known: Rows, reference: str = REFERENCE) -> list[Line]:
+    """A line a method, the best first; differences and states are to the reference's.
 
     Raises:
       SystemExit: A method has rows of two rates, or there is no reference.
@@ -54,9 +54,9 @@ def summary(known: Rows) -> list[Line]:
         if rates - {(key.rate, key.dense_rate)} or key.seed in runs:
             raise SystemExit(f"{key.method}: rows of two rates")
         runs[key.seed] = key, row
-    if REFERENCE not in by_method:
-        raise SystemExit(f"no rows of {REFERENCE}, the reference")
-    base = {seed: row for seed, (_, row) in by_method[REFERENCE].items()}
+    if reference not in by_method:
+        raise SystemExit(f"no rows of {reference}, the reference")
+    base = {seed: row for seed, (_, row) in by_method[reference].items()}
     lines = [_line(runs, base) for runs in by_method.values()]
     return sorted(lines, key=lambda line: line.loss)
 
@@ -76,8 +76,8 @@ def _line(runs: Mapping[int, tuple[Key, Row]], base: Mapping[int, Row]) -> Line:
         losses=list(losses.values()),
         differences=[
             losses[seed] - rows.loss_of(base[seed])
-            for seed in losses
-            if seed in base and key.method != REFERENCE
+            for seed, (_, row) in runs.items()
+            if seed in base and row is not base[seed]
         ],
         others=others,
         matrix_state=state["matrices"] / base_state["matrices"],
