@@ -87,9 +87,16 @@ def test_the_best_rate_is_that_of_the_mean_at_the_common_dense_rate():
             row(2e-3, 4e-3, 1, 2.1),
             row(4e-3, 8e-3, 0, 1.0),
             row(4e-3, 4e-3, 0, None),
+            row(2e-3, 8e-3, 0, 1.5),
+            row(8e-3, 8e-3, 0, 1.5),
         ]
     )
     assert search.best_rate(known, "a", "adamw").rate == 2e-3
+    assert search.best_rate(known, "a", "adamw", dense_rate=8e-3).rate == 4e-3
+    with pytest.raises(
+        SystemExit, match=r"adamw: not searched at a dense rate of 0.01"
+    ):
+        search.best_rate(known, "a", "adamw", dense_rate=1e-2)
     at_an_end = dict([row(1e-3, 4e-3, 0, 2.0), row(2e-3, 4e-3, 0, 2.1)])
     with pytest.raises(SystemExit, match=r"adamw: the best rate, 0\.001, is an end"):
         search.best_rate(at_an_end, "a", "adamw")
@@ -103,7 +110,9 @@ def test_the_table_takes_fresh_seeds_and_the_other_texts(monkeypatch, tmp_path):
     for rate, loss in [(1e-3, 2.1), (2e-3, 2.0), (4e-3, 2.1)]:
         key = dataclasses.replace(best, rate=rate)
         rows.append(tmp_path / "search_a.jsonl", key, RESULT | {"loss": loss})
-    args = argparse.Namespace(scale="a", condition="plain", rate_of=None, steps=None)
+    args = argparse.Namespace(
+        scale="a", condition="plain", rate_of=None, dense_rate=None, steps=None
+    )
     table.race("adamw", 100, args)
     assert keys == [dataclasses.replace(best, split="report", seed=100)]
     assert not set(table.SEEDS) & {0, 1, 2}

@@ -50,8 +50,16 @@ def key_of(method: str, rate: float, seed: int, args: argparse.Namespace) -> Key
     return Key(args.scale, "choose", "plain", method, rate, dense_rate, seed, steps)
 
 
-def best_rate(known: Mapping[Key, rows.Row], scale: str, method: str) -> Key:
-    """The key with the least mean loss over the searched seeds."""
+def best_rate(
+    known: Mapping[Key, rows.Row],
+    scale: str,
+    method: str,
+    dense_rate: float | None = None,
+) -> Key:
+    """The key with the least mean loss over the searched seeds.
+
+    Others than the common dense rate may have been tried; None: that one.
+    """
     losses: dict[tuple[float, float], list[float]] = {}
     keys = {}
     wanted = {"scale": scale, "condition": "plain", "steps": SCALES[scale].steps}
@@ -60,9 +68,11 @@ def best_rate(known: Mapping[Key, rows.Row], scale: str, method: str) -> Key:
         keys[key.rate, key.dense_rate] = key
     if not losses:
         raise SystemExit(f"{method}: no searched rates at scale {scale}")
-    # The common dense rate alone, where others were tried too.
     if _method(method).dense_factor is None:
-        losses = {p: v for p, v in losses.items() if p[1] == DENSE_RATES[scale]}
+        common = dense_rate or DENSE_RATES[scale]
+        losses = {pair: each for pair, each in losses.items() if pair[1] == common}
+        if not losses:
+            raise SystemExit(f"{method}: not searched at a dense rate of {common:g}")
     best = min(losses, key=lambda pair: statistics.fmean(losses[pair]))
     if not min(losses)[0] < best[0] < max(losses)[0]:
         raise SystemExit(f"{method}: the best rate, {best[0]:g}, is an end of its grid")
