@@ -37,7 +37,8 @@ HEAD = """\
 Rows by `python -m benchmarks.quality.search` and `.table`, times by `.timing`, this
 page by `.report`, all with `--scale {0}`, the first three with `--data DIR`."""
 HEAD_OF_ROWS = """\
-Rows by `python -m benchmarks.quality.table --scale {0}`; held-out text: {1}."""
+Rows of `{2}`, by `python -m benchmarks.quality.table --scale {0}`;
+held-out text: {1}."""
 
 FIRST_PAGE = {
     "muon": ("optax muon", ""),
@@ -247,7 +248,7 @@ def main() -> None:
     head = HEAD if args.rows is None else HEAD_OF_ROWS
     held_out = next(iter(known.values())).get("held_out", "of an older run")
     parts = sections(known, args.scale, own=args.rows is None)
-    text = "\n\n".join([head.format(args.scale, held_out), *parts]) + "\n"
+    text = "\n\n".join([head.format(args.scale, held_out, path.name), *parts]) + "\n"
     path.with_suffix(".md").write_text(text)
     shown = {
         key: row for key, row in plain_only(known).items() if key.method in FIRST_PAGE
