@@ -130,6 +130,18 @@ def test_missing_tensors_and_broken_files_are_named(tmp_path):
             GGUFFile(file)
 
 
+def test_a_quantisation_that_gguf_cannot_undo_is_refused(tmp_path):
+    name = "blk.1.ffn_up.weight"
+
+    def as_integers(writer):
+        weights = as_tensors(params_of(TIED), GGUF)[name]
+        writer.add_tensor(name, np.zeros(weights.shape, np.int8))
+
+    file = write(tmp_path / "a.gguf", TIED, change=as_integers, leave_out=[name])
+    with pytest.raises(BadWeights, match=f"a.gguf: {name} is of kind I8.*convert it"):
+        GGUFFile(file).load()
+
+
 PIECES = ["<|end|>", "a", "b", "1", "2", "Ġ", "ab", "12", "Ġab"]
 
 

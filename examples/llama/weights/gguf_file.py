@@ -132,8 +132,11 @@ class GGUFFile:
     def _dequantized(self, tensor: Any) -> np.ndarray:
         try:
             return dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise BadWeights(f"{self._path}: {tensor.name}: {error}") from error
+        except NotImplementedError as error:  # The gguf library's, for some kinds.
+            raise BadWeights(
+                f"{self._path}: {tensor.name} is of kind {tensor.tensor_type.name}, "
+                "which the gguf library does not read; convert it to F16 or Q8_0"
+            ) from error
 
     def _setting(self, name: str, *if_absent: Any) -> Any:
         field = self._reader.get_field(name)
