@@ -27,8 +27,12 @@ class ScaleByLorapreAdamState(NamedTuple):
     Attributes:
       count: Steps taken, `()`, int32.
       mu, nu: First and second moments of the leaves that keep them densely, a tree like
-        the parameters with `optax.MaskedNode` elsewhere.
-      mu_factors, nu_factors: The others, by leaf path.
+        the parameters with `optax.MaskedNode` elsewhere, in float32 at least.
+      mu_factors, nu_factors: The others, by leaf path. Of matrices `(*batch, p, q)`,
+        a regression's are `left (*batch, p, r)` and `right (*batch, r, q)` in
+        `factor_dtype`; those of `RankOne()` and `RotatedRankOne()` are `row (*batch,
+        p)`, `column (*batch, q)` and, of the latter, `direction (*batch, r)`, in
+        float32 at least.
       plan: The decision per leaf; static, without leaves.
     """
 
@@ -184,6 +188,10 @@ def lorapre_adamw(
 
     Returns:
       The `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError, ValueError: As `scale_by_lorapre_adam`; and by `update`, where weights
+        decay and there are no `params`.
     """
     return optax.chain(
         scale_by_lorapre_adam(

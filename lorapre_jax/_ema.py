@@ -16,7 +16,16 @@ from lorapre_jax._sharding import replicated_zero
 
 
 class LorapreEmaState(NamedTuple):
-    """State of `lorapre_ema`; fields as in `ScaleByLorapreAdamState`."""
+    """State of `lorapre_ema`.
+
+    Attributes:
+      count: Steps taken, `()`, int32.
+      ema: The averages of leaves that keep them densely, as `mu` in
+        `ScaleByLorapreAdamState`.
+      ema_factors: The others, by leaf path: `left (*batch, p, r)` and `right
+        (*batch, r, q)` in `factor_dtype`.
+      plan: The decision per leaf; static, without leaves.
+    """
 
     count: jax.typing.ArrayLike
     ema: optax.Updates
@@ -36,10 +45,19 @@ def lorapre_ema(
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """A moving average of past updates, kept as thin factors: `optax.ema`, low-rank.
+    r"""A moving average of past updates, kept as thin factors.
 
-    With `debias=False` and scaled by `1 / (1 - decay)` it is heavy-ball momentum,
-    `v <- decay v + g`.
+    With factors `B A` of the bias-corrected average, and X what a step fits them to,
+    `X = b B A + (1 - b) g` of the factors before (LoRA-Pre, arXiv 2602.24283, section
+    3), the update is
+
+    .. math::
+      m_t = B A + \frac{\gamma}{1 - b} (X - B A)
+
+    What the factors leave out passes at once, with the weight that the full average
+    gives it over all later steps times the gain :math:`\gamma` (`OnlineRegression`).
+    Where r = min(p, q), or all gradients fit, this is `optax.ema`, and with
+    `debias=False`, scaled by `1 / (1 - decay)`, heavy-ball momentum `v <- decay v + g`.
 
     Args:
       decay: Decay rate, in [0, 1).
@@ -50,6 +68,9 @@ def lorapre_ema(
 
     Returns:
       The `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError, ValueError: As `scale_by_lorapre_adam`.
     """
     _checks.check_decay("decay", decay)
     _checks.check_storage(rank, batch, factor_dtype)

@@ -25,7 +25,16 @@ from lorapre_jax._shares import (
 
 
 class ScaleByLorapreMuonState(NamedTuple):
-    """State of `scale_by_lorapre_muon`; `momentum` is kept as Adam's `mu` is."""
+    """State of `scale_by_lorapre_muon`.
+
+    Attributes:
+      count: Steps taken, `()`, int32.
+      momentum: Of the leaves that keep it densely, as `mu` in
+        `ScaleByLorapreAdamState`.
+      momentum_factors: The others, by leaf path: `left (*batch, p, r)` and `right
+        (*batch, r, q)` in `factor_dtype`.
+      plan: The decision per leaf; static, without leaves.
+    """
 
     count: jax.typing.ArrayLike
     momentum: optax.Updates
@@ -199,6 +208,10 @@ def lorapre_muon(
 
     Returns:
       The `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError, ValueError: As `scale_by_lorapre_muon`; and by `update`, where weights
+        decay and there are no `params`.
     """
     _checks.check_decay("adam_b1", adam_b1)
     _checks.check_decay("adam_b2", adam_b2)

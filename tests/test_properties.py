@@ -360,7 +360,8 @@ def test_directions_that_died_come_back(method):
 
 @pytest.mark.parametrize("gain", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("i", "j"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_the_weights_of_a_gradient_add_up(gain, i, j):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_the_weights_of_a_gradient_add_up(gain, i, j, in_parts):
     """To one for what the factors take up, and to the gain for what they do not.
 
     Steady gradients fill the factors, of rank one. A small impulse that lies in one of
@@ -369,10 +370,16 @@ def test_the_weights_of_a_gradient_add_up(gain, i, j):
     base, impulse = np.zeros((2, 12, 8))
     base[0, 0], impulse[i, j] = 10, 1e-2
     method = lp.OnlineRegression(complement_gain=gain)
-    state, step = compiled(method, "first_moment", (12, 8), 1)
+    name = "split_moment" if in_parts else "first_moment"
+    state, step = compiled(method, name, (12, 8), 1)
     passed = 0.0
     for t in range(1, 200):
-        m, state = step(state, base + impulse * (t == 100), 0.9, t)
+        g = base + impulse * (t == 100)
+        if in_parts:  # As Adam and Muon see it.
+            state, _, rest = step(state, g, 0.9, t)
+            m = state.left @ state.right + gain * rest
+        else:
+            m, state = step(state, g, 0.9, t)
         passed += float(m[i, j]) - base[i, j]
     expected = gain if i == j == 1 else 1.0
     assert passed == pytest.approx(expected * 1e-2, abs=3e-4)

@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import itertools
 import math
+import string
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 import lorapre_jax as lp
-from benchmarks.quality import jobs, report, rows, search, summary, table
+from benchmarks.quality import jobs, report, rows, scales, search, summary, table
 from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.conditions import CONDITIONS, Condition
 from benchmarks.quality.methods import METHODS, Method, adam, ours, stacked
@@ -21,6 +24,8 @@ from benchmarks.quality.rows import Key
 from benchmarks.quality.run import Race, group_of
 from benchmarks.quality.scales import SCALES, Texts
 from examples.llama.config import ModelConfig
+from examples.llama.data.batches import train_batches
+from examples.llama.data.rows import PackedRows, held_out_batches
 
 KEY = Key("a", "choose", "plain", "adamw", 2e-3, 4e-3, 0, 10)
 RESULT = {
@@ -110,18 +115,23 @@ def test_the_table_takes_fresh_seeds_and_the_other_texts(monkeypatch, tmp_path):
     for rate, loss in [(1e-3, 2.1), (2e-3, 2.0), (4e-3, 2.1)]:
         key = dataclasses.replace(best, rate=rate)
         rows.append(tmp_path / "search_a.jsonl", key, RESULT | {"loss": loss})
-    args = argparse.Namespace(
-        scale="a", condition="plain", rate_of=None, dense_rate=None, steps=None
-    )
+    args = argparse.Namespace(scale="a", condition="plain", dense_rate=None, steps=None)
     table.race("adamw", 100, args)
-    assert keys == [dataclasses.replace(best, split="report", seed=100)]
+    monkeypatch.setitem(METHODS, "other", Method(adam, (), rate_of="adamw"))
+    table.race("other", 101, args)
+    fresh = dataclasses.replace(best, split="report", seed=100)
+    assert keys == [fresh, dataclasses.replace(fresh, method="other", seed=101)]
     assert not set(table.SEEDS) & {0, 1, 2}
 
 
-@pytest.mark.parametrize("method", table.MAIN)
-def test_the_main_methods_have_committed_rates(method):
-    known = rows.read(rows.FOLDER / "search_a.jsonl")
-    assert search.best_rate(known, "a", method).method == method
+@pytest.mark.parametrize("scale", ["a", "b"])
+def test_the_committed_tables_have_the_committed_best_rates(scale):
+    known = rows.read(rows.FOLDER / f"search_{scale}.jsonl")
+    raced = rows.read(rows.FOLDER / f"table_{scale}.jsonl")
+    assert {key.method for key in raced} >= set(table.MAIN)
+    for key in raced:
+        best = search.best_rate(known, scale, METHODS[key.method].rate_of or key.method)
+        assert (key.rate, key.dense_rate) == (best.rate, best.dense_rate), key
 
 
 def result_row(loss: float | None = 2.0, **fields):
@@ -147,6 +157,23 @@ def test_differences_are_paired_by_seed():
     assert summary.interval([0.0, 0.1, 0.2]) == "+0.1000 ± 0.2484"
     assert summary.interval([0.0, 0.1, 0.2], digits=1) == "+0.1 ± 0.2"
     assert summary.interval([0.0, 0.2]) == "+0.1000"
+
+
+def test_a_seed_that_diverged_is_said():
+    known = dict(
+        [
+            *(result_row(2.0, seed=s) for s in range(3)),
+            *(
+                result_row(x, method="muon", seed=s)
+                for s, x in enumerate((1.9, None, 2.0))
+            ),
+        ]
+    )
+    _, muon = summary.summary(known)
+    assert muon.loss == math.inf
+    assert muon.spread is None
+    assert summary.interval(muon.differences) == "diverged"
+    assert "| optax muon |  | 2e-3 | inf | diverged |" in report.first_page(known, {})
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -282,9 +309,12 @@ def test_the_readme_has_the_committed_table(scale):
 
 
 def test_stacking_changes_no_update(quick_compilation):
-    key = jax.random.key(0)
+    keys = jax.random.split(jax.random.key(0), 3)
     shapes = {"a": (12, 8), "b": (8, 12), "c": (12, 8)}
-    grads = {n: jax.random.normal(key, shape) for n, shape in shapes.items()}
+    grads = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
     axes = lp.MatrixAxes(rows=-2, columns=-1)
     plain = lp.scale_by_lorapre_adam(2, matrices=axes)
     together = stacked(plain)
@@ -316,12 +346,14 @@ def test_adam_in_the_race_is_optax_adam(quick_compilation):
     state = race.init(0)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2, b2=0.95))
     params, opt_state = state.params, tx.init(state.params)
-    grads = jax.tree.map(lambda x: jnp.sin(100 * x), params)
     rates = dict.fromkeys(race.rules, np.float32(1e-2))
-    updates, opt_state = tx.update(grads, opt_state)
-    params = optax.apply_updates(params, updates)
-    moved = race.apply(state, race.condition.alter(grads, state.step), rates)
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-6), moved.params, params)
+    apply, update = jax.jit(race.apply), jax.jit(tx.update)
+    for t in range(5):
+        grads = jax.tree.map(lambda x, t=t: jnp.sin(100 * x + 10 * t), params)
+        updates, opt_state = update(grads, opt_state)
+        params = optax.apply_updates(params, updates)
+        state = apply(state, race.condition.alter(grads, state.step), rates)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), state.params, params)
 
 
 def test_a_run_of_ours_is_factored_and_says_what_it_cost(quick_compilation):
@@ -342,15 +374,125 @@ def test_a_run_that_diverges_ends_without_a_loss(quick_compilation):
     assert result["curve"] == []
 
 
+def test_a_finished_run_is_a_row_and_is_not_run_again(tmp_path, monkeypatch):
+    """With the rates of the condition, and on the texts of the other rows only."""
+    ran = []
+
+    def race(condition, texts="c4"):
+        def run(*arguments):
+            ran.append(arguments)
+            return RESULT | {"texts": texts}
+
+        found = argparse.Namespace(
+            condition=CONDITIONS[condition],
+            texts=argparse.Namespace(digest=texts),
+            run=run,
+        )
+        monkeypatch.setattr(jobs, "_race", lambda *key: found)
+
+    args = argparse.Namespace(out=tmp_path / "rows.jsonl", data=None, cache=None)
+    race("rate x3")
+    key = dataclasses.replace(KEY, condition="rate x3")
+    row = jobs.done(key, args)
+    assert jobs.done(key, args) == row
+    assert ran == [(6e-3, 1.2e-2, 0, 10)]
+    assert row["commit"]
+    race("plain", texts="library")
+    with pytest.raises(SystemExit, match="rows of other texts"):
+        jobs.done(KEY, args)
+    assert len(ran) == 1
+
+
+def test_a_scaled_loss_only_scales_gradients(quick_compilation):
+    scaled = tiny_race(condition=Condition(loss_scale=1e6, clip_norm=None))
+    state = scaled.init(0)
+    batch = held_out(scaled)
+    loss, grads = scaled.gradient(state.params, batch)
+    plain, before = tiny_race().gradient(state.params, batch)
+    assert_allclose(loss, 1e6 * plain, rtol=1e-5)
+    jax.tree.map(lambda a, b: assert_allclose(a, 1e6 * b, rtol=1e-3), grads, before)
+    rates = dict.fromkeys(scaled.rules, np.float32(0))
+    assert_allclose(scaled.train_step(state, batch, rates)[1], plain, rtol=1e-5)
+
+
+def held_out(race):
+    """A batch."""
+    return next(iter(held_out_batches(PackedRows(race.texts.train, 8, pad=0), 2)))
+
+
+def test_bfloat16_parameters_stay_so_and_their_rules_see_float32(quick_compilation):
+    race = tiny_race(condition=Condition(param_dtype="bfloat16"))
+    state = race.init(0)
+    rates = dict.fromkeys(race.rules, np.float32(1e-3))
+    state, loss = race.train_step(state, held_out(race), rates)
+    assert {leaf.dtype for leaf in state.params.values()} == {jnp.dtype("bfloat16")}
+    moments = jax.tree.leaves(state.rules["matrices"])
+    assert {leaf.dtype for leaf in moments if leaf.ndim} == {jnp.dtype("float32")}
+    assert np.isfinite(loss)
+
+
+def test_a_condition_may_have_smaller_batches(quick_compilation, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "benchmarks.quality.run.train_batches",
+        lambda rows, size, seed: sizes.append(size) or train_batches(rows, size, seed),
+    )
+    tiny_race(condition=Condition(rows=1)).run(1e-3, 1e-3, seed=0, steps=1)
+    assert sizes == [1]
+
+
+def test_no_document_is_in_both_splits(tmp_path, monkeypatch):
+    """Documents of one letter each, another for each."""
+    letters = iter(string.ascii_letters)
+    found = {}
+
+    def read_texts(folder, split):
+        where = folder.name, split
+        return found.setdefault(where, list(itertools.islice(letters, 8)))
+
+    monkeypatch.setattr(scales, "read_texts", read_texts)
+    chosen, reported = (
+        scales.load_texts(SCALES["a"], tmp_path, split, tmp_path)
+        for split in ("choose", "report")
+    )
+    assert list(chosen.held_out) == ["c4", "text"]
+    assert chosen.digest != reported.digest
+    streams = [
+        tokens
+        for texts in (chosen, reported)
+        for tokens in (texts.train, *texts.held_out.values())
+    ]
+    for one, other in itertools.combinations(streams, 2):
+        assert len(set(one) & set(other)) == 1  # What ends a document.
+
+
 def test_conditions_alter_the_gradient_as_they_say():
     name = "layers/0/mlp/up/kernel"
     grads = {name: jax.random.normal(jax.random.key(0), (20, 16))}
     spiked = CONDITIONS["spikes of 1e3"].alter(grads, jnp.asarray(99))[name]
     assert_allclose(spiked, 1e3 * grads[name], rtol=1e-6)
+    before = CONDITIONS["spikes of 1e3"].alter(grads, jnp.asarray(98))[name]
+    assert_allclose(before, grads[name])
     low = CONDITIONS["gradients of rank 8"].alter(grads, jnp.asarray(0))[name]
     assert np.linalg.matrix_rank(low) == 8
     plain = CONDITIONS["plain"].alter(grads, jnp.asarray(0))[name]
     assert np.linalg.norm(plain) == pytest.approx(1)
+
+
+def test_an_ablation_replaces_a_name_while_it_is_traced_and_no_longer(
+    quick_compilation,
+):
+    g = jnp.outer(jnp.arange(1.0, 17), jnp.ones(16)).at[3, 5].set(9.0)
+    rules = [
+        method.matrices(16, 0.95)
+        for method in (METHODS["default/8"], ABLATIONS["no floor under v"])
+    ]
+    updates: Any = [
+        rule.update({"": g}, rule.init({"": g}))[0] for rule in (*rules, rules[0])
+    ]
+    default, without, again = (update[""] for update in updates)
+    assert jnp.abs(without - default).max() > 1e-3
+    assert_allclose(again, default)
 
 
 def test_no_ablation_hides_a_method():

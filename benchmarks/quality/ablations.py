@@ -4,12 +4,17 @@ The ladder from Algorithm 1 to the default has rows too. Its rungs lost and are 
 of the library any more; the commit that each row names still has them.
 """
 
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import lorapre_jax as lp
 from benchmarks.quality.methods import B1, Method, our_muon, ours, rank_one
+from lorapre_jax import _adam_rule, _methods, _online_regression
 
 GAINS = (0.5, 1.4, 2.0)
 _HIGH = (1e-3, 2e-3, 4e-3)
@@ -30,6 +35,33 @@ def _gain(gain: float) -> lp.OnlineRegression:
 
 def _muon(**fields: Any) -> Method:
     return Method(our_muon(8, **fields), (2.5e-3, 5e-3, 1e-2))
+
+
+def _with(module: ModuleType, **values: Any) -> Method:
+    """The default while these names of a private module are something else.
+
+    They are fixed in the library: there is nothing that a user would gain by them.
+    """
+
+    def rule(width: int, b2: float) -> optax.GradientTransformation:
+        default = ours(8)(width, b2)
+
+        def update(updates, state, params=None):
+            with mock.patch.multiple(module, **values):
+                return default.update(updates, state, params)
+
+        return optax.GradientTransformation(default.init, update)
+
+    return Method(rule, _HIGH)
+
+
+class _FromRandomDirections(lp.OnlineRegression):
+    """The left factor starts as a random basis; the first gradient gives the right."""
+
+    def init(self, batch, p, q, rank, dtype, seed):
+        noise = jax.random.normal(jax.random.key(seed), (p, rank), dtype)
+        left, right = super().init(batch, p, q, rank, dtype, seed)
+        return _methods.FactorPair(left + jnp.linalg.qr(noise)[0], right)
 
 
 def _along_the_width(width: int, b2: float) -> optax.GradientTransformation:
@@ -54,6 +86,19 @@ ABLATIONS: dict[str, Method] = {
     "v factored": _adam(second_moment=lp.OnlineRegression()),
     "v dense": _adam(second_moment=lp.Dense()),
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
+    # What has no argument.
+    "no floor under v": _with(_methods, FLOOR=0.0),
+    "no bounds on quotients": _with(
+        _adam_rule, unbiased_decay=lambda decay, count, dtype: jnp.ones((), dtype)
+    ),
+    "no bias correction": _with(
+        _methods, unbiased_decay=lambda decay, count, dtype: jnp.asarray(decay, dtype)
+    ),
+    **{
+        f"{share:g} of noise in the sketch": _with(_online_regression, _NOISE=share)
+        for share in (1e-4, 1e-2)
+    },
+    "start from random directions": _adam(first_moment=_FromRandomDirections()),
     "m none (b1 = 0)": _adam(b1=0.0, **_DENSE_M),
     "m dense": _adam(**_DENSE_M),
     "bfloat16 factors": _adam(factor_dtype="bfloat16"),

@@ -17,7 +17,8 @@ def plot(
 ) -> None:
     """Held-out loss against step, bytes of all state and, if timed, seconds.
 
-    Of the first seed; the best method comes first in the legend.
+    Of the first seed and of the methods with a name; the best comes first in the
+    legend. A line through the states joins the ranks of `lorapre_adamw`.
     """
     panels = 3 if times else 2
     figure = Figure(figsize=(4 * panels + 2, 4), layout="constrained")
@@ -27,7 +28,8 @@ def plot(
     first = min(key.seed for key in known)
     finished = [run for run in rows.of(known, seed=first) if run[1]["loss"] is not None]
     finished.sort(key=lambda run: rows.loss_of(run[1]))
-    for number, (key, row) in enumerate(finished):
+    named = [run for run in finished if run[0].method in names]
+    for number, (key, row) in enumerate(named):
         style = {
             "color": f"C{number % 10}",
             "label": names[key.method].replace("`", ""),
@@ -39,7 +41,10 @@ def plot(
         if key.method in times:
             axes[2].plot(at * times[key.method], losses, dashes, **style)
         state.plot(sum(row["state_bytes"].values()), row["loss"], point, **style)
-    best = min(rows.loss_of(row) for row in known.values())
+    ranks = [row for key, row in finished if key.method.startswith("default/")]
+    points = sorted((sum(row["state_bytes"].values()), row["loss"]) for row in ranks)
+    state.plot(*np.asarray(points).reshape(-1, 2).T, "x-", color="0.5", lw=1, zorder=0)
+    best = min(row["loss"] for _, row in named)
     steps.set(
         xlabel="step",
         ylabel=f"held-out loss (nats), seed {first}",

@@ -11,18 +11,16 @@ from typing import Any
 
 from benchmarks import _record
 from benchmarks.quality import rows
+from benchmarks.quality.ablations import ABLATIONS
+from benchmarks.quality.conditions import CONDITIONS
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Key
+from benchmarks.quality.run import Race
+from benchmarks.quality.scales import SCALES, cached_texts
 
 
 @functools.lru_cache(maxsize=2)
 def _race(scale: str, split: Any, condition: str, method: str, data, cache) -> Any:
-    # Only workers import JAX, after `_pin`.
-    from benchmarks.quality.ablations import ABLATIONS
-    from benchmarks.quality.conditions import CONDITIONS
-    from benchmarks.quality.methods import METHODS
-    from benchmarks.quality.run import Race
-    from benchmarks.quality.scales import SCALES, cached_texts
-
     texts = cached_texts(SCALES[scale], data, split, cache)
     return Race(
         SCALES[scale], (METHODS | ABLATIONS)[method], CONDITIONS[condition], texts
@@ -66,7 +64,10 @@ def run_all(
     cores: Any = context.Queue()
     for core in free[:workers]:
         cores.put(core)
-    pinned = {} if args.scale == "c" else {"initializer": _pin, "initargs": (cores,)}
+    pinned = {}
+    if args.scale != "c":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Read where JAX is imported.
+        pinned = {"initializer": _pin, "initargs": (cores,)}
     with ProcessPoolExecutor(workers, context, **pinned) as pool:
         futures: list[Future[Any]] = [pool.submit(task, *each) for each in arguments]
         for future in as_completed(futures):
@@ -74,8 +75,7 @@ def run_all(
 
 
 def _pin(cores: Any) -> None:
-    os.sched_setaffinity(0, {cores.get()})
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.sched_setaffinity(0, {cores.get()})  # XLA counts the cores when it starts.
 
 
 def texts_parser(doc: str | None) -> argparse.ArgumentParser:

@@ -41,6 +41,8 @@ class Method:
     """For the embedding and the head; None: Adam."""
     dense_factor: float | None = None
     """The dense rate as a multiple of the matrices'; None: the common dense rate."""
+    rate_of: str | None = None
+    """The method whose best rate it takes; None: it is searched itself."""
 
 
 def adam(width: int, b2: float) -> optax.GradientTransformation:
@@ -159,6 +161,7 @@ def rank_one(share: int) -> Rule:
 
 
 _SHARES = (4, 8, 16, 32, 64)
+_SEARCHED = (8, 32)
 _ADAM_RATES = (1e-3, 2e-3, 4e-3)
 _MUON_RATES = (2.5e-3, 5e-3, 1e-2)
 
@@ -187,7 +190,14 @@ METHODS: dict[str, Method] = {
     # One rate for all parameters, as published; then matrices at a quarter of it.
     "paper/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=1),
     "paper_0.25/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=4),
-    **{f"default/{share}": Method(ours(share), _ADAM_RATES) for share in _SHARES},
+    **{
+        f"default/{share}": Method(
+            ours(share),
+            _ADAM_RATES,
+            rate_of=None if share in _SEARCHED else "default/8",
+        )
+        for share in _SHARES
+    },
     **{f"rank_one/{share}": Method(rank_one(share), _ADAM_RATES) for share in _SHARES},
     "paper_muon/8": Method(
         our_muon(8, moment=lp.OnlineRegression.paper()), _MUON_RATES
@@ -195,13 +205,19 @@ METHODS: dict[str, Method] = {
     # Embedding and head factored too, with second moments of entries.
     **{
         f"default_all/{share}": Method(
-            ours(share), _ADAM_RATES, embeddings=rank_one(share)
+            ours(share),
+            _ADAM_RATES,
+            embeddings=rank_one(share),
+            rate_of=f"default/{share}",
         )
-        for share in (8, 32)
+        for share in _SEARCHED
     },
     "rank_one_all/8": Method(rank_one(8), _ADAM_RATES, embeddings=rank_one(8)),
     "default_muon/8": Method(our_muon(8), _MUON_RATES),
-    # The same bytes as default_muon/8.
+    # The same bytes as at width / 8 in float32.
+    "default_bf16/4": Method(
+        ours(4, factor_dtype="bfloat16"), _ADAM_RATES, rate_of="default/8"
+    ),
     "default_muon_bf16/4": Method(our_muon(4, factor_dtype="bfloat16"), _MUON_RATES),
     "default_muon/32": Method(our_muon(32), _MUON_RATES),
 }

@@ -11,7 +11,6 @@ elsewhere: without times, searched rates and ablations, which are this folder's.
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ HEAD = """\
 Rows by `python -m benchmarks.quality.search` and `.table`, times by `.timing`, this
 page by `.report`, all with `--scale {0}`, the first three with `--data DIR`."""
 HEAD_OF_ROWS = """\
-Rows of `{2}`, by `python -m benchmarks.quality.table --scale {0}`;
+Rows of `{2}`, by `python -m benchmarks.quality.table --scale {0}{3}`;
 held-out text: {1}."""
 
 FIRST_PAGE = {
@@ -183,8 +182,7 @@ def conditions(found: Mapping[str, Mapping[str, Sequence[float]]], known: Rows) 
             line[method] = f"{statistics.fmean(seeds):.4f}"
             if method != REFERENCE:
                 apart = [a - b for a, b in zip(seeds, base, strict=True)]
-                finite = all(math.isfinite(x) for x in apart)
-                line[method] += f" ({interval(apart) if finite else 'diverged'})"
+                line[method] += f" ({interval(apart)})"
         rows_of = rows.of(known, condition=condition)
         commits = {row.get("commit", "unknown") for _, row in rows_of}
         table.append(line | {"commits": ", ".join(sorted(commits))})
@@ -208,6 +206,16 @@ def sections(table: Rows, scale: str, own: bool) -> list[str]:
         if known:
             parts.append(_section(kind, known, all_rates(known, scale)))
     return parts
+
+
+def _options(known: Rows, scale: str) -> str:
+    """Of the command that makes these rows again, besides `--data` and `--out`."""
+    methods = {key.method for key in known}
+    options = f" --methods {' '.join(sorted(methods))}"
+    rates = {k.dense_rate for k in known if METHODS[k.method].dense_factor is None}
+    if len(rates) == 1 and rates != {DENSE_RATES[scale]}:
+        options += f" --dense-rate {rates.pop():g}"
+    return options
 
 
 def plain_only(known: Rows) -> Rows:
@@ -247,15 +255,13 @@ def main() -> None:
         return
     head = HEAD if args.rows is None else HEAD_OF_ROWS
     held_out = next(iter(known.values())).get("held_out", "of an older run")
+    head = head.format(args.scale, held_out, path.name, _options(known, args.scale))
     parts = sections(known, args.scale, own=args.rows is None)
-    text = "\n\n".join([head.format(args.scale, held_out, path.name), *parts]) + "\n"
+    text = "\n\n".join([head, *parts]) + "\n"
     path.with_suffix(".md").write_text(text)
-    shown = {
-        key: row for key, row in plain_only(known).items() if key.method in FIRST_PAGE
-    }
     names = {method: " ".join(each) for method, each in FIRST_PAGE.items()}
     times = {} if args.rows else seconds_a_step(args.scale)
-    plot(shown, names, times, path.with_suffix(".png"))
+    plot(plain_only(known), names, times, path.with_suffix(".png"))
     print(text)
 
 

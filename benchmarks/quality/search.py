@@ -88,7 +88,8 @@ def main() -> None:
     args = parser.parse_args()
     kind, entrants = ("ablations", ABLATIONS) if args.ablations else ("search", METHODS)
     args.out = args.out or rows.FOLDER / f"{kind}_{args.scale}.jsonl"
-    tasks = [(m, s, args) for m in args.methods or entrants for s in args.seeds]
+    own = [name for name, method in entrants.items() if method.rate_of is None]
+    tasks = [(m, s, args) for m in args.methods or own for s in args.seeds]
     jobs.run_all(search, tasks, args)
 
 

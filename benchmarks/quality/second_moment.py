@@ -109,7 +109,7 @@ def main() -> None:
                 table.append({"step": step, "estimate": name} | line)
     table.sort(key=lambda line: line["estimate"])
     print(_record.table(table))
-    print(_record.save("quality/second_moment", table))
+    print(_record.save(f"quality/second_moment_{args.scale}", table))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ class Line:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over seeds."""
-        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+        """Standard deviation over seeds; None of one, or where a run diverged."""
+        several = len(self.losses) > 1 and math.isfinite(self.loss)
+        return statistics.stdev(self.losses) if several else None
 
 
 def summary(known: Rows, reference: str = REFERENCE) -> list[Line]:
@@ -50,9 +51,10 @@ def summary(known: Rows, reference: str = REFERENCE) -> list[Line]:
     by_method: dict[str, dict[int, tuple[Key, Row]]] = {}
     for key, row in known.items():
         runs = by_method.setdefault(key.method, {})
-        rates = {(k.rate, k.dense_rate) for k, _ in runs.values()}
-        if rates - {(key.rate, key.dense_rate)} or key.seed in runs:
-            raise SystemExit(f"{key.method}: rows of two rates")
+        setting = key.rate, key.dense_rate, key.steps
+        others = {(k.rate, k.dense_rate, k.steps) for k, _ in runs.values()}
+        if others - {setting} or key.seed in runs:
+            raise SystemExit(f"{key.method}: rows of two rates or numbers of steps")
         runs[key.seed] = key, row
     if reference not in by_method:
         raise SystemExit(f"no rows of {reference}, the reference")
@@ -89,6 +91,8 @@ def interval(differences: Sequence[float], digits: int = 4) -> str:
     """Mean, and from three on the half-width of Student's 95 % interval."""
     if not differences:
         return ""
+    if not all(map(math.isfinite, differences)):
+        return "diverged"
     mean = f"{statistics.fmean(differences):+.{digits}f}"
     if len(differences) < 3:
         return mean
@@ -141,7 +145,9 @@ def under_conditions(table: Rows) -> dict[str, dict[str, list[float]]]:
     for key, row in table.items():
         found = losses.setdefault(key.condition, {}).setdefault(key.method, {})
         if key.seed in found:
-            raise SystemExit(f"{key.method} [{key.condition}]: rows of two rates")
+            raise SystemExit(
+                f"{key.method} [{key.condition}]: rows of two rates or numbers of steps"
+            )
         found[key.seed] = rows.loss_of(row)
     if len(losses) < 2:
         return {}

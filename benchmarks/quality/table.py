@@ -19,7 +19,8 @@ MAIN = ("adamw", "muon", "fira/4", "default/8", "default/32", "default_muon/8")
 
 def race(method: str, seed: int, args: argparse.Namespace) -> None:
     searched = rows.read(rows.FOLDER / f"search_{args.scale}.jsonl")
-    best = best_rate(searched, args.scale, args.rate_of or method, args.dense_rate)
+    searched_as = METHODS[method].rate_of or method
+    best = best_rate(searched, args.scale, searched_as, args.dense_rate)
     key = dataclasses.replace(
         best, split="report", method=method, condition=args.condition, seed=seed
     )
@@ -32,7 +33,6 @@ def main() -> None:
     parser = jobs.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--condition", default="plain", help="see conditions.py")
-    parser.add_argument("--rate-of", help="take this method's best rate for all")
     parser.add_argument("--dense-rate", type=float, help="default: the common one")
     parser.add_argument("--main", action="store_true", help="the main six methods")
     args = parser.parse_args()
