@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # For pmap and mesh tests.
 
 import jax
 import pytest
+from contract_cases import CASES, Case
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +26,8 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no development data beside the checkout (shared/data)")
     return folder
+
+
+@pytest.fixture(params=CASES)
+def case(request) -> Case:
+    return CASES[request.param]

@@ -115,6 +115,8 @@ CASES = {
     ),
     "ema": Case(lp.lorapre_ema, COMMON | {"decay": 0.9}, optax.ema(0.9), EMA, "decay"),
 }
+ALIASES = [name for name, case in CASES.items() if case.is_alias]
+TRANSFORMS = [name for name, case in CASES.items() if not case.is_alias]
 
 
 def random_tree(
@@ -182,3 +184,23 @@ def assert_same(actual: Any, expected: Any):
         name = jax.tree_util.keystr(path)
         assert a.dtype == e.dtype, name
         np.testing.assert_array_equal(np.asarray(a), np.asarray(e), err_msg=name)
+
+
+def gradients(case: Case, steps: int = 3, dtype: Any = jnp.float32) -> list[Any]:
+    return [case.tree(seed, dtype) for seed in range(1, steps + 1)]
+
+
+def only_w(case: Case, **overrides) -> optax.GradientTransformationExtraArgs:
+    return case.make(matrices=lp.MatrixAxes(), **overrides)
+
+
+def w_trees(*seeds: int) -> list[dict[str, jax.Array]]:
+    return [random_tree({"w": (12, 8)}, seed) for seed in seeds]
+
+
+def is_masked(x) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)

@@ -1,7 +1,7 @@
 """optax's own checks of contributed optimizers, run on ours.
 
 They come from the installed wheel. Its leaves are small, so that most of ours stay
-dense there; tests/test_contract.py asks the same of factored leaves.
+dense there; the tests of the contract ask the same of factored leaves.
 """
 
 import ast
