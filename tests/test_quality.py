@@ -308,6 +308,14 @@ def test_the_readme_has_the_committed_table(scale):
     assert report.first_page(plain, report.seconds_a_step(scale)) in readme
 
 
+@pytest.mark.parametrize("name", ["table_a", "table_b", "table_b_dense_4e-3"])
+def test_the_committed_pages_are_of_the_committed_rows(name):
+    known = rows.read(rows.FOLDER / f"{name}.jsonl")
+    file = f"{name}.jsonl" if "dense" in name else None
+    page = (rows.FOLDER / f"{name}.md").read_text()
+    assert page == report.page(known, name[6], file)
+
+
 def test_stacking_changes_no_update(quick_compilation):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = {"a": (12, 8), "b": (8, 12), "c": (12, 8)}

@@ -36,8 +36,8 @@ HEAD = """\
 Rows by `python -m benchmarks.quality.search` and `.table`, times by `.timing`, this
 page by `.report`, all with `--scale {0}`, the first three with `--data DIR`."""
 HEAD_OF_ROWS = """\
-Rows of `{2}`, by `python -m benchmarks.quality.table --scale {0}{3}`;
-held-out text: {1}."""
+Rows of `{0}`, by `python -m benchmarks.quality.table --scale {1}{2}`;
+held-out text: {3}."""
 
 FIRST_PAGE = {
     "muon": ("optax muon", ""),
@@ -189,13 +189,18 @@ def conditions(found: Mapping[str, Mapping[str, Sequence[float]]], known: Rows) 
     return _record.table(table)
 
 
-def sections(table: Rows, scale: str, own: bool) -> list[str]:
-    """Markdown: tables, and the commits that their rows come from."""
-    times = seconds_a_step(scale) if own else {}
+def page(table: Rows, scale: str, file: str | None = None) -> str:
+    """Markdown: tables, and the commits that their rows come from.
+
+    `file` is the name of one that is not the committed table's; None: that.
+    """
+    times = {} if file else seconds_a_step(scale)
     plain = plain_only(table)
     parts = [_section("the first page's", plain, first_page(plain, times))]
-    if not own:
-        return parts
+    if file:
+        held_out = next(iter(table.values())).get("held_out", "of an older run")
+        head = HEAD_OF_ROWS.format(file, scale, _options(table, scale), held_out)
+        return "\n\n".join([head, *parts]) + "\n"
     parts.append(_section("all methods", plain, all_methods(plain, times)))
     if found := under_conditions(table):
         methods = {method for losses in found.values() for method in losses}
@@ -205,7 +210,7 @@ def sections(table: Rows, scale: str, own: bool) -> list[str]:
         known = rows.read(rows.FOLDER / f"{kind}_{scale}.jsonl")
         if known:
             parts.append(_section(kind, known, all_rates(known, scale)))
-    return parts
+    return "\n\n".join([HEAD.format(scale), *parts]) + "\n"
 
 
 def _options(known: Rows, scale: str) -> str:
@@ -253,11 +258,7 @@ def main() -> None:
     if args.against:
         print(against(plain_only(known), args.against))
         return
-    head = HEAD if args.rows is None else HEAD_OF_ROWS
-    held_out = next(iter(known.values())).get("held_out", "of an older run")
-    head = head.format(args.scale, held_out, path.name, _options(known, args.scale))
-    parts = sections(known, args.scale, own=args.rows is None)
-    text = "\n\n".join([head, *parts]) + "\n"
+    text = page(known, args.scale, args.rows and path.name)
     path.with_suffix(".md").write_text(text)
     names = {method: " ".join(each) for method, each in FIRST_PAGE.items()}
     times = {} if args.rows else seconds_a_step(args.scale)
