@@ -90,8 +90,9 @@ def scale_by_lorapre_adam(
       first_moment: How the first moment is kept, `OnlineRegression(...)` or `Dense()`.
       second_moment: How the second is: `RotatedRankOne()`, which goes with
         `OnlineRegression(...)` alone; `RankOne()`, for embeddings and heads;
-        `OnlineRegression()` or `Dense()`. Both `OnlineRegression.paper()`: the paper's
-        algorithm to the letter.
+        `OnlineRegression()`, which is exact where `|g|` is constant and of rank r, and
+        otherwise behind both (`benchmarks/quality`); or `Dense()`. Both
+        `OnlineRegression.paper()`: the paper's algorithm to the letter.
       matrices: Which leaves are matrices: a `select_matrices(...)`, one `MatrixAxes`
         for every leaf that has these axes, or a tree of `MatrixAxes` and None (a prefix
         of the parameters will do). Taken at its word, except that a leaf for which
