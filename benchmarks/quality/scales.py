@@ -54,7 +54,7 @@ SCALES = {
         batch_size=16,
         seq_len=128,
     ),
-    # The 60M recipe: 10 % of the published steps, what the text at hand lasts for.
+    # The published 60M model and batch; 4 % of its steps, for want of text.
     "c": Scale(
         ModelConfig(
             width=512,

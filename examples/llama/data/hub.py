@@ -34,7 +34,7 @@ class Hub:
             import datasets
         except ImportError as error:
             raise DataError(
-                "--hub needs the package datasets: pip install 'lorapre-jax[hub]'"
+                "--hub needs the package datasets: pip install '.[hub]'"
             ) from error
         self._datasets: Any = datasets
         self._path, self._config, self._revision = match.group(
