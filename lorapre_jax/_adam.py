@@ -62,9 +62,9 @@ def scale_by_lorapre_adam(
     r"""Rescales updates as Adam does, with moments kept as thin factors.
 
     For a matrix `g: (p, q)` at step t, with `B A` the factors of the bias-corrected
-    first moment, B orthonormal, `R = (X - B A) / (1 - b_1)` the residual of their fit
-    to the average X, `\gamma` its gain (`OnlineRegression`), and v and w the estimates
-    of the second moments of `B^T g` and of R (`RotatedRankOne`):
+    first moment, B orthonormal, `R = (X - B A) / c_1` the residual of their fit to the
+    average X, `\gamma` its gain (`OnlineRegression`), and v and w the estimates of the
+    second moments of `B^T g` and of R (`RotatedRankOne`):
 
     .. math::
       u_t = B\, \frac{A}{\max(\sqrt{v}, \kappa |A|) + \epsilon}
@@ -77,6 +77,11 @@ def scale_by_lorapre_adam(
     tell badly apart, such as those next to outliers, from being divided by next to
     nothing: quotients are at most `1 / ((1 - b1) sqrt(1 - b2))`, those of R `1 / sqrt(1
     - b2)`. Algorithm 1 has none (LoRA-Pre, arXiv 2602.24283).
+
+    The default's directions have a step of their own, whatever their number: where the
+    gradients have only k of them, the update's root mean square is about `sqrt(k / p)`
+    of Adam's (with the sides of `MatrixAxes` exchanged, `sqrt(k / q)`). Then try higher
+    learning rates, or `RankOne()`, whose updates are as large as Adam's.
 
     Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
     in the same state.
@@ -105,8 +110,11 @@ def scale_by_lorapre_adam(
         bounded memory (the largest divisor of the axis up to it); None: all. Static.
         An axis that is sharded over n devices is walked n at a time, one on each, or
         more. Where `init` cannot see the sharding (under jit with Auto mesh axes),
-        `batch` must be a multiple of n, or the stack is gathered.
+        `batch` must be a multiple of n, or the stack is gathered. Under `shard_map` the
+        state must come from outside.
       factor_dtype: Dtype of the stored factors. Computation is in float32 at least.
+        Changes below the last bit of bfloat16 are lost, as in any average that is kept
+        in it: the nearer a decay rate is to one, the farther the average stays off.
       seed: Of the random start and sketches, which depend on (seed, r, q) alone.
 
     Returns:
@@ -118,7 +126,7 @@ def scale_by_lorapre_adam(
         value is needed; at `init`, a leaf is not real floating point or lacks the axes
         it is said to have. The message names the argument or the leaf's path.
     """
-    _checks.check_storage(rank, batch, factor_dtype)
+    _checks.check_storage(rank, batch, factor_dtype, seed)
     _checks.check_decay("b1", b1)
     _checks.check_decay("b2", b2)
     _checks.check_not_negative("eps", eps)
@@ -140,6 +148,7 @@ def scale_by_lorapre_adam(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        _checks.check_state(state, ScaleByLorapreAdamState)
         count = optax.safe_increment(state.count)
         hyper = {"b1": b1, "b2": b2, "eps": eps, "update_scale": update_scale}
 

@@ -48,13 +48,16 @@ def check_rank(rank: Any) -> None:
         raise ValueError(f"A Fraction as `rank` must be in (0, 1], got {rank}.")
 
 
-def check_storage(rank: Any, batch: Any, factor_dtype: Any) -> None:
+def check_storage(rank: Any, batch: Any, factor_dtype: Any, seed: Any) -> None:
     """The arguments that every transform shares."""
     check_rank(rank)
     if batch is not None:
         check_count("batch", batch)
     check_static("factor_dtype", factor_dtype)
-    name = jnp.dtype(factor_dtype).name
+    try:
+        name = None if factor_dtype is None else jnp.dtype(factor_dtype).name
+    except TypeError:  # No dtype at all.
+        name = None
     if name not in ("bfloat16", "float32", "float64"):
         raise ValueError(
             "`factor_dtype` must be bfloat16, float32 or float64, got "
@@ -62,6 +65,18 @@ def check_storage(rank: Any, batch: Any, factor_dtype: Any) -> None:
         )
     if name == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("`factor_dtype` float64 needs jax_enable_x64.")
+    dtype = getattr(seed, "dtype", np.dtype(type(seed)))
+    if not jnp.issubdtype(dtype, jnp.integer) or jnp.shape(seed) != ():
+        raise TypeError(f"`seed` must be an int, got {seed!r}.")
+
+
+def check_state(state: Any, kind: type) -> None:
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"update got a {type(state).__name__}, not this transform's own state, a "
+            f"{kind.__name__}: pass what its `init` or its last `update` returned. "
+            "`convert_state` turns the state of one transform into that of another."
+        )
 
 
 def check_distinct(paths: list[str]) -> None:
@@ -74,16 +89,22 @@ def check_distinct(paths: list[str]) -> None:
             )
 
 
-def check_floating(path: str, leaf: Any) -> None:
+def check_array(path: str, leaf: Any) -> None:
     if not hasattr(leaf, "dtype"):
         raise TypeError(
             f"Leaf '{path}' is a {type(leaf).__name__}, not an array; make it one with "
             "jnp.asarray."
         )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+
+
+def check_floating(path: str, leaf: Any) -> None:
+    check_array(path, leaf)
+    # JAX promotes no float of 8 bits or fewer.
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
         raise TypeError(
             f"Leaf '{path}' has dtype {leaf.dtype}; only real floating-point leaves "
-            "can be optimized. Keep it from the optimizer, for example by optax.masked."
+            "of 16 bits or more can be optimized. Cast it, or keep it from the "
+            "optimizer, for example by optax.masked."
         )
 
 
@@ -97,8 +118,8 @@ def check_decay(name: str, value: Any) -> None:
 
 def check_not_negative(name: str, value: Any) -> None:
     _check_number(name, value)
-    if not isinstance(value, jax.core.Tracer) and not float(value) >= 0:
-        raise ValueError(f"`{name}` must be at least 0, got {value}.")
+    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < np.inf:
+        raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
 
 
 def check_method(name: str, method: Any, needed: str) -> None:
@@ -139,14 +160,18 @@ def _check_number(name: str, value: Any) -> None:
         return
     try:
         float(value)
+        is_number = not isinstance(value, (str, bytes))
     except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.") from None
+        is_number = False
+    if not is_number:
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
 
 
 def check_ns_coeffs(coefficients: Any, steps: int) -> None:
     check_static("ns_coeffs", coefficients)
     try:
-        shape = np.asarray(coefficients, float).shape
+        values = np.asarray(coefficients, float)
+        shape = values.shape if np.isfinite(values).all() else None
     except (TypeError, ValueError):  # Ragged, or no numbers.
         shape = None
     if shape != (3,) and not (
@@ -154,5 +179,5 @@ def check_ns_coeffs(coefficients: Any, steps: int) -> None:
     ):
         raise ValueError(
             f"`ns_coeffs` must be (a, b, c), or at least ns_steps={steps} such "
-            f"triples; got {coefficients!r}."
+            f"triples, of finite numbers; got {coefficients!r}."
         )

@@ -48,14 +48,15 @@ def lorapre_ema(
     r"""A moving average of past updates, kept as thin factors.
 
     With factors `B A` of the bias-corrected average, and X what a step fits them to,
-    `X = b B A + (1 - b) g` of the factors before (LoRA-Pre, arXiv 2602.24283, section
-    3), the update is
+    `X = b B A + (1 - b) g` of the factors before, at step t with `b = decay (1 -
+    decay^(t-1)) / (1 - decay^t)` (LoRA-Pre, arXiv 2602.24283, section 3), the update is
 
     .. math::
       m_t = B A + \frac{\gamma}{1 - b} (X - B A)
 
     What the factors leave out passes at once, with the weight that the full average
-    gives it over all later steps times the gain :math:`\gamma` (`OnlineRegression`).
+    gives it over all later steps, once t is large, times the gain :math:`\gamma`
+    (`OnlineRegression`).
     Where r = min(p, q), or all gradients fit, this is `optax.ema`, and with
     `debias=False`, scaled by `1 / (1 - decay)`, heavy-ball momentum `v <- decay v + g`.
 
@@ -73,7 +74,7 @@ def lorapre_ema(
       TypeError, ValueError: As `scale_by_lorapre_adam`.
     """
     _checks.check_decay("decay", decay)
-    _checks.check_storage(rank, batch, factor_dtype)
+    _checks.check_storage(rank, batch, factor_dtype, seed)
     _checks.check_flag("debias", debias)
     _checks.check_method("moment", moment, "first_moment")
 
@@ -90,8 +91,8 @@ def lorapre_ema(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        _checks.check_state(state, LorapreEmaState)
         count = optax.safe_increment(state.count)
-
         hyper = {"decay": decay, "count": count, "seed": seed}
 
         def average(leaf, hyper, g, ema):

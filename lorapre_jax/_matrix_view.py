@@ -6,6 +6,8 @@ A view is made from a shape alone, so it works on arrays, tracers and
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Iterable
 
 import jax
 import optax.contrib
@@ -39,13 +41,15 @@ class MatrixAxes:
     def __post_init__(self):
         for name in ("rows", "columns"):
             axes = getattr(self, name)
-            axes = axes if isinstance(axes, int) else tuple(axes)
-            object.__setattr__(self, name, axes)
-            for axis in _as_tuple(axes):
-                if not isinstance(axis, int) or isinstance(axis, bool):
+            is_one = not isinstance(axes, Iterable)
+            several = (axes,) if is_one else tuple(axes)
+            for axis in several:
+                if not isinstance(axis, numbers.Integral) or isinstance(axis, bool):
                     raise TypeError(f"MatrixAxes.{name} takes ints, got {axis!r}.")
-            if axes == ():
+            if not several:
                 raise ValueError(f"MatrixAxes.{name} must name at least one axis.")
+            several = tuple(map(int, several))
+            object.__setattr__(self, name, several[0] if is_one else several)
         if len(set(self.named)) != len(self.named):
             raise ValueError(f"{self} names an axis twice: rows and columns differ.")
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorapre_jax import _checks
 from lorapre_jax._methods import (
     Dense,
     FactorPair,
@@ -108,10 +109,13 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Report:
       `.ratio`; `str()` gives a table.
 
     Raises:
+      TypeError: A parameter is no array; the message names the leaf.
       What `tx.init` raises.
     """
-    state = jax.eval_shape(tx.init, params)
     leaves = named_leaves(params)
+    for path, leaf in leaves:
+        _checks.check_array(path, leaf)
+    state = jax.eval_shape(tx.init, params)
     plans = plans_by_path(state)
     nbytes = _bytes_by_leaf(state, leaves)
     adamw_state = jax.eval_shape(optax.adamw(1.0).init, params)
@@ -152,7 +156,7 @@ def _bytes_by_leaf(state, leaves) -> dict[str | None, int]:
     nbytes: dict[str | None, int] = dict.fromkeys([*shapes, None], 0)
     for owner, _, node in parts(state, shapes):
         for array in jax.tree.leaves(node):
-            nbytes[owner] += math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+            nbytes[owner] += math.prod(array.shape) * array.dtype.itemsize
     return nbytes
 
 

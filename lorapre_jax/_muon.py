@@ -108,7 +108,7 @@ def scale_by_lorapre_muon(
       TypeError, ValueError: As `scale_by_lorapre_adam`; and at `init`, for a leaf that
         is not a matrix, or that `param_shardings` has no fitting sharding for.
     """
-    _checks.check_storage(rank, batch, factor_dtype)
+    _checks.check_storage(rank, batch, factor_dtype, seed)
     _checks.check_decay("beta", beta)
     _checks.check_not_negative("eps", eps)
     _checks.check_not_negative("update_scale", update_scale)
@@ -137,6 +137,7 @@ def scale_by_lorapre_muon(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        _checks.check_state(state, ScaleByLorapreMuonState)
         count = optax.safe_increment(state.count)
 
         hyper = {

@@ -64,6 +64,8 @@ class Plan:
     def by_path(self, leaves: list[tuple[str, Any]]) -> dict[str, LeafPlan]:
         """The decisions, after a check that `leaves` are those decided on."""
         plans = {leaf.path: leaf for leaf in self.leaves}
+        for path, leaf in leaves:
+            _checks.check_floating(path, leaf)
         shapes = {path: leaf.shape for path, leaf in leaves}
         for path in sorted(plans.keys() ^ shapes.keys()):
             raise ValueError(
@@ -125,7 +127,8 @@ def make_plan(
 
         def dense(why: str, view: MatrixView | None = None) -> LeafPlan:
             kept = () if 0 in shape else tuple(Dense() for _ in methods)
-            return LeafPlan(path, shape, dtype.name, view, None, why, kept)
+            shards = 1 if view is None else batch_shards(leaf, view)
+            return LeafPlan(path, shape, dtype.name, view, None, why, kept, shards)
 
         if 0 in shape:
             return dense("no elements")

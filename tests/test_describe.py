@@ -47,6 +47,13 @@ def test_decisions_are_found_and_every_byte_is_counted(wrapper):
     assert report.adamw_bytes == nbytes(optax.adamw(1.0).init(PARAMS))
 
 
+def test_random_keys_have_bytes_too():
+    noise = optax.add_noise(0.1, 0.5, jax.random.key(0))
+    tx = optax.chain(noise, lp.scale_by_lorapre_adam(**SMALL))
+    key_and_counts = 8 + 4 + 4
+    assert lp.describe(tx, PARAMS).other_bytes == key_and_counts
+
+
 def test_rows():
     report = lp.describe(lp.scale_by_lorapre_adam(**SMALL), PARAMS)
     bias, stack, w = report.leaves

@@ -14,6 +14,7 @@ import lorapre_jax as lp
 
 TREE = {"layer": {"w": jnp.zeros((12, 8)), "b": jnp.zeros(8)}}
 AS_TEXT: Any = {"rows": "0"}
+NO_AXIS: Any = {"rows": None}
 NO_FLAG: Any = "no"
 WRONG: Any = {"axes": (0, 1), "axes of w": {"w": None}, "include": re.compile("w")}
 MATRIX = {"layer": {"w": jnp.zeros((12, 8))}}
@@ -91,6 +92,16 @@ def regression(**kwargs: Any):
         (lambda: lp.select_matrices(include="("), ValueError, "regular expression"),
         (lambda: adam(b1=1 - 1e-9), ValueError, "which is 1 in float32"),
         (lambda: adam(b1="a"), TypeError, "`b1` must be a number, got 'a'"),
+        (lambda: adam(b1="0.9"), TypeError, "`b1` must be a number, got '0.9'"),
+        (lambda: adam(eps=np.inf), ValueError, "`eps` must be at least 0 and finite"),
+        (lambda: adam(seed=1.5), TypeError, "`seed` must be an int, got 1.5"),
+        (lambda: muon(seed=None), TypeError, "`seed` must be an int, got None"),
+        (lambda: adam(seed=jnp.ones(2, int)), TypeError, "`seed` must be an int"),
+        (lambda: adam(factor_dtype=None), ValueError, "or float64, got None"),
+        (lambda: adam(factor_dtype="half"), ValueError, "or float64, got 'half'"),
+        (lambda: adam(factor_dtype="none"), ValueError, "or float64, got 'none'"),
+        (lambda: muon(ns_coeffs=(1.0, np.nan, 0.0)), ValueError, "of finite numbers"),
+        (lambda: lp.MatrixAxes(**NO_AXIS), TypeError, "takes ints, got None"),
         (lambda: adam(eps=jnp.ones(2)), TypeError, "`eps` must be a number"),
         (lambda: adam(factor_dtype="float64"), ValueError, "needs jax_enable_x64"),
         (lambda: muon(consistent_rms=-0.2), ValueError, "`consistent_rms` must be at"),
@@ -161,9 +172,11 @@ def test_matrices(make, matrices, error, message):
 def test_leaves_that_are_no_arrays():
     with pytest.raises(TypeError, match="Leaf 'layer/gain' is a float, not an array"):
         adam().init({"layer": {"gain": 1.0}})
+    with pytest.raises(TypeError, match="Leaf 'layer/gain' is a float, not an array"):
+        lp.describe(optax.adam(0.1), {"layer": {"gain": 1.0}})
 
 
-@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "float8_e4m3fn"])
 @pytest.mark.parametrize("make", [adam, lambda: lp.lorapre_muon(0.1, 2)])
 def test_leaves_that_are_not_real_floats(make, dtype):
     params = {"layer": {"steps": jnp.zeros(3, dtype)}}
@@ -186,6 +199,21 @@ def test_updates_of_another_tree():
     # The first by name, whatever the order of hashes.
     with pytest.raises(ValueError, match="Leaf 'a' is in the updates only"):
         tx.update({name: jnp.zeros(3) for name in "zca"}, state)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", jax.dtypes.float0])
+def test_updates_that_are_not_real_floats(dtype):
+    tx = adam(matrices=lp.MatrixAxes())
+    grads = {"layer": {"w": np.zeros((12, 8), dtype)}}
+    with pytest.raises(TypeError, match="Leaf 'layer/w' has dtype"):
+        tx.update(grads, tx.init(MATRIX))
+
+
+def test_the_state_of_another_transform():
+    state = optax.scale_by_adam().init(MATRIX)
+    for tx in (adam(), lp.scale_by_lorapre_muon(2), lp.lorapre_ema(0.9, 2)):
+        with pytest.raises(TypeError, match="update got a ScaleByAdamState"):
+            tx.update(MATRIX, state)
 
 
 @pytest.mark.parametrize("name", ["rank", "min_dim_size_to_factor"])

@@ -367,12 +367,15 @@ def test_state_keeps_its_sharding(case):
         assert was.sharding.is_equivalent_to(now.sharding, was.ndim), name
 
 
-def collectives(case: Case, batch: int | None, init_sees: bool = False) -> set[str]:
+def collectives(
+    case: Case, batch: int | None, init_sees: bool = False, dense: bool = False
+) -> set[str]:
     """Those in the program that updates 16 layers, sharded over 8 devices."""
     mesh = jax.make_mesh((8,), ("layers",), axis_types=(AxisType.Auto,))
     params = random_tree({"stack": (16, 12, 8)})
-    tx = case.make(matrices=lp.MatrixAxes(), batch=batch)
-    assert factored_paths(tx, params) == {"stack"}
+    rank = {"rank": 8} if dense else {}  # It does not pay.
+    tx = case.make(matrices=lp.MatrixAxes(), batch=batch, **rank)
+    assert factored_paths(tx, params) == (set() if dense else {"stack"})
     layers = NamedSharding(mesh, P("layers"))
     everywhere = NamedSharding(mesh, P())
     placed = jax.device_put(params, layers)
@@ -393,9 +396,10 @@ def test_sharded_layers_are_walked_where_they_lie(case):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_init_sees_that_layers_are_sharded(batch):
+@pytest.mark.parametrize("dense", [False, True])
+def test_init_sees_that_layers_are_sharded(batch, dense):
     """Then a slice has one layer of each device at least, whatever `batch` says."""
-    assert not collectives(CASES["adam"], batch, init_sees=True)
+    assert not collectives(CASES["adam"], batch, init_sees=True, dense=dense)
 
 
 def test_the_search_for_collectives_finds_some():
