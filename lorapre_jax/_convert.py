@@ -46,9 +46,10 @@ def convert_state(
       A second moment that stays dense is copied: where it is next to nothing,
       `optax.adam` divides by as little what factors left of the first moment there.
     - A moment that is kept as before, with factors of the same rank, is copied.
-    - Counts are kept. Other numbers come from the same place in the old state, or are
-      fresh where a state of that kind was not there; hyperparameters that were injected
-      are always those of `new_tx`.
+    - Counts are kept. Other numbers come from the same place in the old state;
+      hyperparameters are always those of `new_tx`. A wrapper around `new_tx` that the
+      old one had not (`optax.MultiSteps`, `apply_if_finite`) has numbers of its own:
+      convert what is inside, and put it in its place in the wrapper's `init(params)`.
 
     Args:
       state: Of any transform, for the same parameters, on the same devices.
@@ -83,6 +84,12 @@ def convert_state(
                     "Convert the parts of the chain one by one."
                 )
             old.moments[moment.path, moment.kind] = moment
+    for moment in old.moments.values():
+        if jnp.shape(moment.count) != ():
+            raise ValueError(
+                f"Leaf '{moment.path}': the state's count has shape "
+                f"{jnp.shape(moment.count)}, as under `vmap`. Convert one at a time."
+            )
     counts = {int(moment.count): moment.path for moment in old.moments.values()}
     if len(counts) > 1:
         steps = (f"'{path}' {count}" for count, path in sorted(counts.items()))
@@ -92,11 +99,13 @@ def convert_state(
         )
     fresh = new_tx.init(params)
     everywhere = replicated(filter(None, map(known_sharding, jax.tree.leaves(params))))
-    carried = [
-        _filled(name, node, old) if _keeps_moments(node) else old.same(name, node)
-        for name, node in named_leaves(fresh, is_leaf=_keeps_moments)
-    ]
-    forget_programs()
+    try:
+        carried = [
+            _filled(name, node, old) if _keeps_moments(node) else old.same(name, node)
+            for name, node in named_leaves(fresh, is_leaf=_keeps_moments)
+        ]
+    finally:
+        forget_programs()
     structure = jax.tree.structure(fresh, is_leaf=_keeps_moments)
     whole = jax.tree.unflatten(structure, carried)
     # Fresh buffers, so that both states can be donated.
@@ -153,7 +162,8 @@ class _Old(NamedTuple):
         if found is None or jnp.shape(found) != jnp.shape(fresh):
             raise ValueError(
                 f"The new state has '{name}' of shape {jnp.shape(fresh)}, and the old "
-                "one nothing like it there. Convert the parts of the chain one by one."
+                "one nothing like it there. Convert the parts of the chain one by one, "
+                "what is inside of a wrapper apart from it."
             )
         return found
 
@@ -179,14 +189,10 @@ def _filled(name: str, node: Any, old: _Old) -> Any:
         if source is not None and not empty:
             value = translated(source, moment, old.decays[moment.kind])
         values.setdefault(field, {})[path] = value
-    twin = old.others.get(name)
-    fields: dict[str, Any] = {
-        field: getattr(twin, field)
-        for field in (node._fields if type(twin) is type(node) else ())
-        if field not in (*_FIRST, _SECOND, "plan") and not field.endswith("_factors")
-    }
-    if old.moments:
-        fields["count"] = old.count
+    fields: dict[str, Any] = {"count": old.count} if old.moments else {}
+    twin, amsgrad = old.others.get(name), optax.ScaleByAmsgradState
+    if isinstance(node, amsgrad) and isinstance(twin, amsgrad):
+        fields["nu_max"] = twin.nu_max
     for field, by_path in values.items():
         tree = getattr(node, field)
         kept = [by_path[path] for path, _ in named_leaves(tree)]

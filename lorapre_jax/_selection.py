@@ -48,7 +48,8 @@ def select_matrices(
         pattern of `axes` matches.
       exclude: Patterns of leaves to leave out, whatever else matches them.
       axes: The matrix axes of the selected leaves, or a mapping from patterns to axes.
-        A selected leaf that no pattern matches must have exactly two axes.
+        A selected leaf that no pattern matches must have exactly two axes. None: the
+        last two axes of every leaf that `include` selects, `MatrixAxes()`.
 
     Returns:
       A frozen, hashable, non-callable value for the `matrices=` of a transform.
@@ -100,9 +101,11 @@ def named_leaves(
 
     Flax boxes a parameter as the only child, `value`, of a node: that key is left out.
     """
-    stop = lambda x: _is_masked(x) or bool(is_leaf and is_leaf(x))  # noqa: E731
+    wanted = is_leaf or (lambda x: False)
+    stop = lambda x: x is None or _is_masked(x) or wanted(x)  # noqa: E731
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
     children = Counter(path[:-1] for path, _ in flat)
+    flat = [(path, x) for path, x in flat if x is not None or wanted(x)]
 
     def name(path) -> str:
         boxed = path and getattr(path[-1], "name", None) == "value"

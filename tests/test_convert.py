@@ -1,5 +1,6 @@
 """States carried over to other ranks, methods and transforms, against NumPy's SVD."""
 
+import functools
 from typing import Any
 
 import jax
@@ -270,6 +271,26 @@ def test_a_fresh_state_becomes_a_fresh_state():
         assert not product(pair).any()
 
 
+def test_arguments_in_optax_state_are_those_of_the_new_transform():
+    params = {"w": random_tree(SHAPES)["w"]}
+    muon: Any = functools.partial(
+        optax.contrib.scale_by_muon,
+        weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers()},
+    )
+    _, state = run(muon(), params, [params])
+    coefficients = ((2.0, -1.5, 0.5),) * 5
+    new = muon(ns_coeffs=coefficients)
+    converted = lp.convert_state(state, new, params, b1=0.95)
+    np.testing.assert_allclose(converted.ns_coeffs, coefficients)
+    assert_close(converted.mu, state.mu)
+
+
+def test_amsgrad_keeps_its_maximum():
+    params, state = trained(optax.scale_by_amsgrad(**BETAS))
+    new = lp.convert_state(state, optax.scale_by_amsgrad(**BETAS), params)
+    assert_close(new, state)
+
+
 def test_muon_and_average():
     params = {k: v for k, v in random_tree(SHAPES).items() if k != "bias"}
     shapes = {k: v.shape for k, v in params.items()}
@@ -360,6 +381,9 @@ def test_what_cannot_be_converted():
         lp.convert_state(
             state, optax.MultiSteps(adam(), 2).gradient_transformation(), params
         )
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(ValueError, match=r"'bias': the state's count has shape \(2,\)"):
+        lp.convert_state(several, adam(), params)
     with pytest.raises(ValueError, match="different numbers of steps"):
         lp.convert_state(
             (state, optax.ema(0.9).init({"x": params["w"]})), adam(), params

@@ -116,6 +116,15 @@ def test_a_parameter_called_value_keeps_its_name():
     assert leaves["attention/query"].nbytes == 0
 
 
+@pytest.mark.parametrize("as_tree", [False, True])
+def test_so_it_does_where_its_siblings_are_none(as_tree):
+    params = {"attention": Attention(None, None, struct(12, 8))}
+    matrices: Any = lp.select_matrices("attention/value")
+    if as_tree:
+        matrices = {"attention": Attention(None, None, lp.MatrixAxes())}
+    assert set(factored(params, 2, matrices=matrices)) == {"attention/value"}
+
+
 AXES = {
     "attention/q": lp.MatrixAxes(rows=1, columns=(2, 3)),
     "attention/o": lp.MatrixAxes(rows=(1, 2), columns=3),

@@ -84,6 +84,13 @@ def test_another_one_does_not(other, lines):
     assert not any(f"  {path}:" in str(error.value) for path in same)
 
 
+def test_nor_do_methods_without_a_rank():
+    """Where only they tell that a leaf is dense here."""
+    saved = lp.state_record(state(**DENSE_FIRST))
+    with pytest.raises(ValueError, match=r"square: .*; moments \['Dense', 'RankOne'\]"):
+        lp.check_state_record(saved, state(**DENSE_FIRST, exclude=["square"]))
+
+
 def test_a_state_of_optax_does_not():
     adamw = jax.eval_shape(optax.adamw(1e-3).init, PARAMS)
     assert lp.state_record(adamw) == {}
