@@ -69,7 +69,9 @@ def map_leaves(
 
 def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, batch):
     """`fn` on one leaf: viewed as matrices, in its compute dtype, and back again."""
-    compute = at_least_float32(g.dtype)
+    compute = at_least_float32(
+        g.dtype, leaf.dtype, *(x.dtype for x in jax.tree.leaves(states))
+    )
     with jax.numpy_dtype_promotion("standard"):
         # Nothing is lost by it, and the update can take the gradient's buffer.
         g = g.astype(jnp.promote_types(g.dtype, leaf.dtype))

@@ -65,7 +65,7 @@ class Dense:
         del seed
         decay = jnp.asarray(decay, g.dtype)
         nu = decay * nu + (1 - decay) * jnp.square(g)
-        return jnp.sqrt(nu / mass(decay, count)), nu
+        return regression.root(nu / mass(decay, count)), nu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +133,9 @@ class RotatedRankOne:
         """-> estimates of the roots for `along`, `B^T g`, and `rest`, R; new state."""
         rms = regression.root_mean_square
         now = RotatedRowColumn(
-            row=jnp.hypot(rms(rest, 1), FLOOR * rms(g, 1)),
+            row=regression.hypot(rms(rest, 1), FLOOR * rms(g, 1)),
             column=rms(g, 0),
-            direction=jnp.hypot(rms(along, 1), FLOOR * rms(g)),
+            direction=regression.hypot(rms(along, 1), FLOOR * rms(g)),
         )
         decay = unbiased_decay(decay, count, g.dtype)
         state = jax.tree.map(functools.partial(_blend, decay), state, now)
@@ -195,8 +195,9 @@ class OnlineRegression:
 
             R = (X - B A) / (1 - b),  X = b m + (1 - b) g
 
-        with m the old product: what they leave of g, and what they drop of m, with the
-        weight that either would have over all later steps.
+        with m the old product and b the decay of the corrected average: what they leave
+        of g, and what they drop of m, with the weight that either would have over all
+        later steps, once t is large.
         """
         decay = unbiased_decay(decay, count, g.dtype)
         new, along = self._step(state, g, decay, seed)
@@ -303,4 +304,5 @@ def relative(x):
 
 def _blend(decay, old, new):
     """`sqrt(b old^2 + (1-b) new^2)`."""
-    return jnp.hypot(jnp.sqrt(decay) * old, jnp.sqrt(1 - decay) * new)
+    root = regression.root
+    return regression.hypot(root(decay) * old, root(1 - decay) * new)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax._methods import OnlineRegression, mass
+from lorapre_jax._online_regression import hypot
 from lorapre_jax._orthogonalize import (
     Coefficients,
     divided,
@@ -33,7 +34,7 @@ class MuonRule(NamedTuple):
         if isinstance(method, OnlineRegression):
             mu, _, residual = method.split_moment(mu, g, beta, *step)
             residual = _share_of_noise(beta, hyper["count"]) * residual
-            norm = jnp.hypot(frobenius_norm(mu.right), frobenius_norm(residual))
+            norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
             return divided(residual, norm, hyper["eps"]), mu
         m, mu = method.first_moment(mu, g, beta, *step)
         m = self.look_ahead(hyper, m, g)
@@ -46,7 +47,8 @@ class MuonRule(NamedTuple):
             beta = jnp.asarray(hyper["beta"], g.dtype)
             gain = leaf.methods[0].complement_gain
             gain = gain / _share_of_noise(beta, hyper["count"])
-            # The left factor is orthonormal: it stays outside.
+            # The left factor is orthonormal, where `right` is not rounding alone: it
+            # stays outside.
             right = self.look_ahead(hyper, mu.right, mu.left.T @ g)
             right = divided(right, frobenius_norm(right), hyper["eps"])
             update = mu.left @ self.polar(right) + gain * orthogonal

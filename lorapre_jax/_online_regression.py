@@ -34,7 +34,8 @@ _DAMPING = 1e-6  # Of `jacobi`, d above (Appendix C.1).
 def subspace(b_, a_, target, decay, noise) -> tuple[Factors, jax.Array]:
     """The new factors, and `B'^T T`.
 
-    `b_` is orthonormal or zero; then all of the sketch is `noise`, normal (r, q).
+    `b_` is zero, or orthonormal as far as it has been found; the sketch of a zero one
+    is all `noise`, normal (r, q).
     """
     rows = decay * a_ + (1 - decay) * (b_.T @ target)  # B^T X
     directions = _normalized(rows) + _NOISE * _normalized(noise)
@@ -57,8 +58,9 @@ def orthonormal_columns(x: jax.Array, passes: int = 3) -> jax.Array:
 
     Shifted Cholesky QR (Fukaya et al., 2020): each pass divides by the Cholesky factor
     of the Gram matrix, which a shift keeps positive definite under rounding; what the
-    shift takes from columns that are orthonormal already is given back. A direction
-    that rounding cannot tell from zero gives a zero column; zero input gives zero.
+    shift takes from columns that are orthonormal already is given back. Zero gives
+    zero. Directions that only rounding tells from zero give columns of any norm up to
+    one, orthogonal to the others but nearly; what they are multiplied with is as small.
     """
     x = _normalized(x)
     for _ in range(passes):
@@ -119,14 +121,26 @@ def _rounding(gram):
 def _normalized(x):
     """`x` at Frobenius norm one, free of inner under- and overflow; zero stays zero."""
     x = x / _scale(x)
-    norm = jnp.linalg.norm(x)
+    norm = root(jnp.sum(jnp.square(x)))
     return x / jnp.where(norm > 0, norm, 1)
 
 
 def root_mean_square(x, axis=None):
     """`sqrt(mean(x^2))`, free of inner under- and overflow."""
     scale = _scale(x)
-    return scale * jnp.sqrt(jnp.mean(jnp.square(x / scale), axis))
+    return scale * root(jnp.mean(jnp.square(x / scale), axis))
+
+
+def root(x):
+    """`sqrt(x)`, but of derivative zero at zero, so that updates have one."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+
+
+def hypot(x, y):
+    """`sqrt(x^2 + y^2)`, likewise."""
+    is_zero = (x == 0) & (y == 0)
+    return jnp.where(is_zero, 0, jnp.hypot(jnp.where(is_zero, 1, x), y))
 
 
 def _scale(x):

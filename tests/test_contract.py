@@ -24,6 +24,7 @@ from contract_cases import (
     plan_of,
     run,
     shapes_of,
+    w_trees,
 )
 
 import lorapre_jax as lp
@@ -268,6 +269,29 @@ def test_nothing_to_optimize(case, tree):
     updates, state = tx.update(tree, state, tree)
     assert updates == tree
     tx.update(tree, state, tree)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_updates_can_be_differentiated(name):
+    """Forwards and backwards alike, from the first step on; a zero row does no harm."""
+    tx = only_w(CASES[name])
+    params, grads, tangents = w_trees(0, 1, 2)
+    grads = {"w": grads["w"].at[0].set(0)}
+    assert factored_paths(tx, params) == {"w"}
+
+    @jax.jit
+    def two_updates(grads):
+        first, state = tx.update(grads, tx.init(params), params)
+        return first, tx.update(jax.tree.map(jnp.square, grads), state, params)[0]
+
+    out, forwards = jax.jvp(two_updates, (grads,), (tangents,))
+    cotangents = jax.tree.map(jnp.cos, out)
+    (backwards,) = jax.vjp(two_updates, grads)[1](cotangents)
+    along = optax.tree.vdot(forwards, cotangents)
+    assert jnp.isfinite(along)
+    np.testing.assert_allclose(
+        optax.tree.vdot(backwards, tangents), along, rtol=1e-2, atol=1e-3
+    )
 
 
 def test_zero_gradients_give_finite_updates(case):

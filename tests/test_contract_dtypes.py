@@ -160,6 +160,18 @@ def test_x64(name):
     assert 0 < difference.max() < 2e-2 * np.abs(single[-1]["w"]).max()
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_wide_states_are_computed_as_wide(name):
+    """Single-precision gradients of double parameters lose no more than they lost."""
+    case = CASES[name]
+    with jax.enable_x64(True):
+        single = w_trees(0, 1, 2)
+        params, *grads = jax.tree.map(lambda x: x.astype("float64"), single)
+        tx = only_w(case, factor_dtype="float64")
+        expected = run(tx, params, grads, jit=True)
+        assert_close(run(tx, params, single[1:], jit=True), expected, 1e-9, 1e-12)
+
+
 def test_traced_once_and_converges(case):
     """A quadratic in every leaf; the second call of `update` compiles nothing."""
     target = case.tree(1)

@@ -229,6 +229,21 @@ def test_steady_directions_get_steps_of_one_size():
     assert by_entry[0] > 5 * by_entry[2]
 
 
+@pytest.mark.parametrize("directions", [1, 4])
+def test_few_directions_get_a_small_update(directions):
+    """Of root mean square sqrt(k / p): each has a step of its own."""
+    p, q = 64, 16
+    rng = np.random.default_rng(0)
+    left = np.linalg.qr(rng.standard_normal((p, directions)))[0]
+    right = np.sign(rng.standard_normal((directions, q)))
+    grads = np.broadcast_to(left @ right, (20, p, q)).astype(np.float32)
+    tx = lp.scale_by_lorapre_adam(6, min_dim_size_to_factor=1)
+    assert lp.describe(tx, jnp.asarray(grads[0])).leaves[0].is_factored
+    update = updates_of(tx, grads)[-1]
+    size = np.sqrt(np.mean(np.square(update)))
+    np.testing.assert_allclose(size, np.sqrt(directions / p), rtol=0.05)
+
+
 def test_rounding_is_no_direction():
     """Of gradients of low rank; there the updates would have entries of size one."""
     grads = in_a_span_of_columns()
