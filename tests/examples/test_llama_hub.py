@@ -129,5 +129,5 @@ def test_what_datasets_refuses_is_said_with_its_place(repository, tmp_path):
 
 def test_without_datasets_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'lorapre-jax\[hub\]'"):
+    with pytest.raises(DataError, match=r"pip install '\.\[hub\]'"):
         Hub("allenai/c4:en", tmp_path)
