@@ -190,6 +190,8 @@ METHODS: dict[str, Method] = {
     # One rate for all parameters, as published; then matrices at a quarter of it.
     "paper/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=1),
     "paper_0.25/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=4),
+    # All else at the common rate; 0.25 is then a rate like any other.
+    "paper_common/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3)),
     **{
         f"default/{share}": Method(
             ours(share),
