@@ -54,6 +54,7 @@ FIRST_PAGE = {
     "apollo/4": ("APOLLO", "width / 4"),
     "galore_published/4": ("GaLore", "width / 4"),
     "galore/4": ("optax galore", "width / 4"),
+    "paper_common/8": ("Algorithm 1, embedding at the common rate", "width / 8"),
     "paper_0.25/8": ("Algorithm 1, `update_scale=0.25`", "width / 8"),
 }
 """The README's methods, by the names and ranks that it calls them."""
