@@ -22,7 +22,7 @@ MATRICES = lp.select_matrices(
     axes={"^heads$": lp.MatrixAxes(0, (1, 2)), "^(stack|w)$": lp.MatrixAxes()}
 )
 RANK = 3  # No mesh axis divides it.
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 MESHES = [{"x": 2}, {"x": 4}, {"x": 8}, {"x": 2, "y": 2}, {"x": 2, "y": 4}]
 # Of the last axes but one and the last, and of the layers.
 LAYOUTS = {
@@ -42,7 +42,7 @@ def transforms(shardings: Any) -> dict[str, Any]:
     adam, muon = lp.scale_by_lorapre_adam, lp.scale_by_lorapre_muon
     return {
         "adam": adam(**ours),
-        "adam, v factored": adam(**ours, second_moment=lp.OnlineRegression()),
+        "adam, v factored": adam(**ours, second_moment=lp.LowRank()),
         "adam, paper": adam(**ours, first_moment=PAPER, second_moment=PAPER),
         "muon": muon(**ours),
         "muon, in shares": muon(**ours, param_shardings=shardings),

@@ -23,7 +23,7 @@ SIZES = {
 }
 VOCABULARY = 32_000
 ENDS = ("embed", "head")
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 MATRICES = lp.select_matrices("attention|mlp", axes=lp.MatrixAxes(-2, -1))
 
 

@@ -16,14 +16,14 @@ import lorapre_jax as lp
 from benchmarks import _record
 
 LAYERS, P, Q, RANK = 24, 1024, 2736, 256  # The feed-forward stack of a 350M Llama.
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 
 
-def transforms(batch):
+def transforms(slices):
     shared: dict[str, Any] = {
         "rank": RANK,
         "matrices": lp.MatrixAxes(-2, -1),
-        "batch": batch,
+        "slices_at_once": slices,
     }
     return {
         "lorapre_adam, default": lp.scale_by_lorapre_adam(**shared),
@@ -54,9 +54,9 @@ def measure(tx, dtype="float32") -> dict[str, float]:
 
 def main() -> None:
     rows = [{"transform": "optax adam", "batch": "-", **measure(optax.scale_by_adam())}]
-    for batch in (None, 8, 2, 1):
-        for name, tx in transforms(batch).items():
-            kind = "vmapped" if batch is None else f"slices of {batch}"
+    for slices in (None, 8, 2, 1):
+        for name, tx in transforms(slices).items():
+            kind = "vmapped" if slices is None else f"slices of {slices}"
             rows.append({"transform": name, "batch": kind, **measure(tx)})
     print(f"Leaf: {LAYERS} x {P} x {Q} float32, rank {RANK}\n\n{_record.table(rows)}")
     print(f"\nWritten to {_record.save('update_memory', rows).name}.")

@@ -18,7 +18,7 @@ from benchmarks import _record
 
 # Width, feed-forward width, layers, rank of the published recipe.
 SIZES = {"60m": (512, 1376, 8, 128), "350m": (1024, 2736, 24, 256)}
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 AXES = optax.contrib.MuonDimensionNumbers(-2, -1)
 
 
@@ -35,7 +35,9 @@ def transforms(params, rank):
         "optax adam": optax.scale_by_adam(),
         "optax muon": optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
         "lorapre_adam, default": lp.scale_by_lorapre_adam(**shared),
-        "lorapre_adam, slices of 1": lp.scale_by_lorapre_adam(**shared, batch=1),
+        "lorapre_adam, slices of 1": lp.scale_by_lorapre_adam(
+            **shared, slices_at_once=1
+        ),
         "lorapre_adam, paper": lp.scale_by_lorapre_adam(
             first_moment=PAPER, second_moment=PAPER, **shared
         ),

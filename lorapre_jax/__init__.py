@@ -7,16 +7,23 @@ from lorapre_jax._diagnostics import diagnostics
 from lorapre_jax._ema import lorapre_ema
 from lorapre_jax._matrix_view import MatrixAxes
 from lorapre_jax._memory import describe
-from lorapre_jax._methods import Dense, OnlineRegression, RankOne, RotatedRankOne
+from lorapre_jax._methods import (
+    AlgorithmOne,
+    Dense,
+    LowRank,
+    RankOne,
+    RotatedRankOne,
+)
 from lorapre_jax._muon import lorapre_muon, scale_by_lorapre_muon
 from lorapre_jax._selection import select_matrices
 from lorapre_jax._state_record import check_state_record, state_record
 from lorapre_jax._state_sharding import state_sharding
 
 __all__ = [
+    "AlgorithmOne",
     "Dense",
+    "LowRank",
     "MatrixAxes",
-    "OnlineRegression",
     "RankOne",
     "RotatedRankOne",
     "check_state_record",

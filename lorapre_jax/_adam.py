@@ -12,7 +12,7 @@ from lorapre_jax._adam_rule import adam
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import (
     FirstMoment,
-    OnlineRegression,
+    LowRank,
     RotatedRankOne,
     SecondMoment,
 )
@@ -50,12 +50,12 @@ def scale_by_lorapre_adam(
     b2: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-8,
     *,
-    first_moment: FirstMoment = OnlineRegression(),  # noqa: B008 (frozen)
+    first_moment: FirstMoment = LowRank(),  # noqa: B008 (frozen)
     second_moment: SecondMoment = RotatedRankOne(),  # noqa: B008
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
-    batch: int | None = None,
+    slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,7 +63,7 @@ def scale_by_lorapre_adam(
 
     For a matrix `g: (p, q)` at step t, with `B A` the factors of the bias-corrected
     first moment, B orthonormal, `R = (X - B A) / c_1` the residual of their fit to the
-    average X, `\gamma` its gain (`OnlineRegression`), and v and w the estimates of the
+    average X, `\gamma` its gain (`LowRank`), and v and w the estimates of the
     second moments of `B^T g` and of R (`RotatedRankOne`):
 
     .. math::
@@ -92,12 +92,12 @@ def scale_by_lorapre_adam(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the root of the second moment.
-      first_moment: How the first moment is kept, `OnlineRegression(...)` or `Dense()`.
+      first_moment: How the first moment is kept, `LowRank(...)` or `Dense()`.
       second_moment: How the second is: `RotatedRankOne()`, which goes with
-        `OnlineRegression(...)` alone; `RankOne()`, for embeddings and heads;
-        `OnlineRegression()`, which is exact where `|g|` is constant and of rank r, and
+        `LowRank(...)` alone; `RankOne()`, for embeddings and heads;
+        `LowRank()`, which is exact where `|g|` is constant and of rank r, and
         otherwise behind both (`benchmarks/quality`); or `Dense()`. Both
-        `OnlineRegression.paper()`: the paper's algorithm to the letter.
+        `AlgorithmOne()`: the paper's algorithm to the letter.
       matrices: Which leaves are matrices: a `select_matrices(...)`, one `MatrixAxes`
         for every leaf that has these axes, or a tree of `MatrixAxes` and None (a prefix
         of the parameters will do). Taken at its word, except that a leaf for which
@@ -106,11 +106,12 @@ def scale_by_lorapre_adam(
       min_dim_size_to_factor: See `matrices`. Static.
       update_scale: Multiplies the update of factored leaves; 0.25 in the published
         recipe.
-      batch: How many slices along a leaf's first batch axis are in flight at once, for
-        bounded memory (the largest divisor of the axis up to it); None: all. Static.
+      slices_at_once: How many slices along a leaf's first batch axis are in flight at
+        once, for bounded memory (the largest divisor of the axis up to it); None: all.
+        Static.
         An axis that is sharded over n devices is walked n at a time, one on each, or
         more. Where `init` cannot see the sharding (under jit with Auto mesh axes),
-        `batch` must be a multiple of n, or the stack is gathered. Under `shard_map` the
+        it must be a multiple of n, or the stack is gathered. Under `shard_map` the
         state must come from outside.
       factor_dtype: Dtype of the stored factors. Computation is in float32 at least.
         Changes below the last bit of bfloat16 are lost, as in any average that is kept
@@ -126,7 +127,7 @@ def scale_by_lorapre_adam(
         value is needed; at `init`, a leaf is not real floating point or lacks the axes
         it is said to have. The message names the argument or the leaf's path.
     """
-    _checks.check_storage(rank, batch, factor_dtype, seed)
+    _checks.check_storage(rank, slices_at_once, factor_dtype, seed)
     _checks.check_decay("b1", b1)
     _checks.check_decay("b2", b2)
     _checks.check_not_negative("eps", eps)
@@ -158,7 +159,7 @@ def scale_by_lorapre_adam(
             state.plan,
             updates,
             [(state.mu, state.mu_factors), (state.nu, state.nu_factors)],
-            batch,
+            slices_at_once,
         )
         return updates, ScaleByLorapreAdamState(
             count, mu, nu, mu_factors, nu_factors, state.plan
@@ -176,12 +177,12 @@ def lorapre_adamw(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    first_moment: FirstMoment = OnlineRegression(),  # noqa: B008
+    first_moment: FirstMoment = LowRank(),  # noqa: B008
     second_moment: SecondMoment = RotatedRankOne(),  # noqa: B008
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
-    batch: int | None = None,
+    slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -214,7 +215,7 @@ def lorapre_adamw(
             matrices=matrices,
             min_dim_size_to_factor=min_dim_size_to_factor,
             update_scale=update_scale,
-            batch=batch,
+            slices_at_once=slices_at_once,
             factor_dtype=factor_dtype,
             seed=seed,
         ),

@@ -48,11 +48,11 @@ def check_rank(rank: Any) -> None:
         raise ValueError(f"A Fraction as `rank` must be in (0, 1], got {rank}.")
 
 
-def check_storage(rank: Any, batch: Any, factor_dtype: Any, seed: Any) -> None:
+def check_storage(rank: Any, slices_at_once: Any, factor_dtype: Any, seed: Any) -> None:
     """The arguments that every transform shares."""
     check_rank(rank)
-    if batch is not None:
-        check_count("batch", batch)
+    if slices_at_once is not None:
+        check_count("slices_at_once", slices_at_once)
     check_static("factor_dtype", factor_dtype)
     try:
         name = None if factor_dtype is None else jnp.dtype(factor_dtype).name
@@ -140,7 +140,7 @@ def check_moments(first: Any, second: Any) -> None:
     elif not hasattr(first, "split_moment"):
         raise TypeError(
             f"`second_moment`: {second!r}, the default, needs the factors of a first "
-            f"moment OnlineRegression(...), got {first!r}. Pass another second moment, "
+            f"moment LowRank(...), got {first!r}. Pass another second moment, "
             "RankOne() say."
         )
     if getattr(second, "complement_gain", 1.0) != 1.0:

@@ -59,7 +59,7 @@ def convert_state(
         counters on all of the parameters' devices.
       b1, b2: The decay rates, which no state holds. Needed where a moment that starts
         from zero (`optax.adam`, `Dense()`, the paper's) is exchanged for one that holds
-        the average itself (all of `OnlineRegression()`, `RankOne()` and
+        the average itself (all of `LowRank()`, `RankOne()` and
         `RotatedRankOne()` do), and for second moments also between `Dense()` and the
         paper's.
 

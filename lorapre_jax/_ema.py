@@ -9,7 +9,7 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import FirstMoment, OnlineRegression, mass
+from lorapre_jax._methods import FirstMoment, LowRank, mass
 from lorapre_jax._plan import init_moment, make_plan
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
@@ -38,10 +38,10 @@ def lorapre_ema(
     rank: int | Fraction,
     debias: bool = True,
     *,
-    moment: FirstMoment = OnlineRegression(),  # noqa: B008 (frozen)
+    moment: FirstMoment = LowRank(),  # noqa: B008 (frozen)
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
-    batch: int | None = None,
+    slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,7 +56,7 @@ def lorapre_ema(
 
     What the factors leave out passes at once, with the weight that the full average
     gives it over all later steps, once t is large, times the gain :math:`\gamma`
-    (`OnlineRegression`).
+    (`LowRank`).
     Where r = min(p, q), or all gradients fit, this is `optax.ema`, and with
     `debias=False`, scaled by `1 / (1 - decay)`, heavy-ball momentum `v <- decay v + g`.
 
@@ -65,7 +65,7 @@ def lorapre_ema(
       rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
       debias: Whether to return the bias-corrected average; False returns it times
         `1 - decay^t`, the average that started from zero. Static.
-      moment: How the average is kept, `OnlineRegression(...)` or `Dense()`.
+      moment: How the average is kept, `LowRank(...)` or `Dense()`.
 
     Returns:
       The `optax.GradientTransformationExtraArgs`.
@@ -74,7 +74,7 @@ def lorapre_ema(
       TypeError, ValueError: As `scale_by_lorapre_adam`.
     """
     _checks.check_decay("decay", decay)
-    _checks.check_storage(rank, batch, factor_dtype, seed)
+    _checks.check_storage(rank, slices_at_once, factor_dtype, seed)
     _checks.check_flag("debias", debias)
     _checks.check_method("moment", moment, "first_moment")
 
@@ -102,7 +102,12 @@ def lorapre_ema(
             return m if debias else m * mass(decay, hyper["count"]), ema
 
         updates, (ema, factors) = map_leaves(
-            average, hyper, state.plan, updates, [(state.ema, state.ema_factors)], batch
+            average,
+            hyper,
+            state.plan,
+            updates,
+            [(state.ema, state.ema_factors)],
+            slices_at_once,
         )
         return updates, LorapreEmaState(count, ema, factors, state.plan)
 

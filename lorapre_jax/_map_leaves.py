@@ -22,7 +22,7 @@ def map_leaves(
     plan: Plan,
     updates: optax.Updates,
     moments: Sequence[Moments],
-    batch: int | None,
+    slices_at_once: int | None,
 ) -> tuple[Any, ...]:
     """`fn(leaf, hyper, g, *states) -> (update, *states)` on every matrix of every leaf.
 
@@ -35,7 +35,7 @@ def map_leaves(
       plan: The decisions.
       updates: Gradients, of the tree that the plan was made for.
       moments: One `(dense tree, factors)` pair per moment.
-      batch: Slices along the first batch axis that are in flight at once; None: all.
+      slices_at_once: Along the first batch axis; None: all.
 
     Returns:
       The updates, and the new `(dense tree, factors)` pairs.
@@ -53,7 +53,9 @@ def map_leaves(
             results.append(g)
             continue
         kept = [f if path in f else d for d, f in zip(dense, factors, strict=True)]
-        update, *states = _run_leaf(fn, leaf, hyper, g, [k[path] for k in kept], batch)
+        update, *states = _run_leaf(
+            fn, leaf, hyper, g, [k[path] for k in kept], slices_at_once
+        )
         results.append(update)
         for where, state in zip(kept, states, strict=True):
             where[path] = state
@@ -67,7 +69,7 @@ def map_leaves(
     )
 
 
-def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, batch):
+def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, slices_at_once):
     """`fn` on one leaf: viewed as matrices, in its compute dtype, and back again."""
     compute = at_least_float32(
         g.dtype, leaf.dtype, *(x.dtype for x in jax.tree.leaves(states))
@@ -93,7 +95,9 @@ def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, batch):
             for x, like_leaf in zip((g, *states), shaped, strict=True)
         ]
         one = functools.partial(on_matrix, hyper)
-        done = over_batch(one, len(view.batch), batch, leaf.batch_shards)(*matrices)
+        done = over_batch(one, len(view.batch), slices_at_once, leaf.batch_shards)(
+            *matrices
+        )
         return tuple(
             view.from_matrix(x) if like_leaf else x
             for x, like_leaf in zip(done, shaped, strict=True)
@@ -102,14 +106,16 @@ def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, batch):
     return with_auto_axes(on_leaf, g, states)(hyper, g, *states)
 
 
-def over_batch(fn, ndim: int, batch: int | None, shards: int):
+def over_batch(fn, ndim: int, slices_at_once: int | None, shards: int):
     """Maps `fn(g, *states) -> (update, *states)` over `ndim` leading axes."""
     for _ in range(max(ndim - 1, 0)):
         fn = jax.vmap(fn)
     if ndim == 0:
         return fn
     vmapped = jax.vmap(fn)
-    return vmapped if batch is None else _sliced(vmapped, batch, shards)
+    return (
+        vmapped if slices_at_once is None else _sliced(vmapped, slices_at_once, shards)
+    )
 
 
 def _sliced(fn, most: int, shards: int):

@@ -102,7 +102,7 @@ FLOOR = 0.05
 class RotatedRankOne:
     """Second moments in the basis of the first one's left factor, `p + q + r` numbers.
 
-    The orthonormal left factor `B: (p, r)` of a first moment `OnlineRegression()` comes
+    The orthonormal left factor `B: (p, r)` of a first moment `LowRank()` comes
     to hold the leading directions of the gradients' columns, the strongest first. Each
     gradient is seen as its components along them, `B^T g: (r, q)`, and the residual of
     their fit, `R: (p, q)`, and these are divided by rank-one estimates of their own,
@@ -144,7 +144,7 @@ class RotatedRankOne:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineRegression:
+class LowRank:
     """A moment kept as a pair of thin factors, `m = left @ right`, `r (p + q)` numbers.
 
     At every step the factors take one subspace iteration towards `b m + (1-b) T`, in
@@ -165,11 +165,6 @@ class OnlineRegression:
     """
 
     complement_gain: float = 1.0
-
-    @staticmethod
-    def paper() -> "AlgorithmOne":
-        """Algorithm 1 of the paper to the letter, for either moment."""
-        return AlgorithmOne()
 
     def __post_init__(self):
         gain = self.complement_gain
@@ -220,7 +215,7 @@ class OnlineRegression:
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmOne:
-    """LoRA-Pre as published (arXiv 2602.24283, Algorithm 1); see `OnlineRegression`.
+    """LoRA-Pre as published (arXiv 2602.24283, Algorithm 1); see `LowRank`.
 
     Factors take the damped Newton step of Theorem 3.1, from a zero left and a random
     right one. Moments are read as `b m + (1-b) T` from the factors before the step and
@@ -252,9 +247,9 @@ class AlgorithmOne:
         return FactorPair(*regression.jacobi(state.left, state.right, target, decay))
 
 
-FirstMoment = OnlineRegression | AlgorithmOne | Dense
-SecondMoment = OnlineRegression | AlgorithmOne | RotatedRankOne | RankOne | Dense
-FACTORED = (OnlineRegression, AlgorithmOne)
+FirstMoment = LowRank | AlgorithmOne | Dense
+SecondMoment = LowRank | AlgorithmOne | RotatedRankOne | RankOne | Dense
+FACTORED = (LowRank, AlgorithmOne)
 """The methods whose state is a `FactorPair`."""
 
 

@@ -11,7 +11,7 @@ import optax
 from lorapre_jax import _checks
 from lorapre_jax._adam import decayed_weights, lorapre_adamw
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import FirstMoment, OnlineRegression
+from lorapre_jax._methods import FirstMoment, LowRank
 from lorapre_jax._muon_rule import MuonRule
 from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients
 from lorapre_jax._plan import Plan, init_moment, make_plan
@@ -51,11 +51,11 @@ def scale_by_lorapre_muon(
     ns_coeffs: Coefficients = NS_COEFFS,
     eps: jax.typing.ArrayLike = 1e-8,
     consistent_rms: jax.typing.ArrayLike | None = None,
-    moment: FirstMoment = OnlineRegression(complement_gain=0.6),  # noqa: B008 (frozen)
+    moment: FirstMoment = LowRank(complement_gain=0.6),  # noqa: B008 (frozen)
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
-    batch: int | None = None,
+    slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
     param_shardings: Any | None = None,
@@ -75,7 +75,7 @@ def scale_by_lorapre_muon(
     from `s R` over the norm of the whole average, `B A` and `s R`: a residual that is
     next to nothing, such as the rounding of gradients of low rank, stays so (but for
     bfloat16 factors, whose own rounding is more than nothing). A momentum kept as
-    `OnlineRegression.paper()` is orthogonalised as a whole (LoRA-Pre, arXiv 2602.24283,
+    `AlgorithmOne()` is orthogonalised as a whole (LoRA-Pre, arXiv 2602.24283,
     for Muon), as is `Dense()`.
 
     Every leaf must be a matrix, or a batch of them; one whose rank does not pay keeps a
@@ -92,14 +92,15 @@ def scale_by_lorapre_muon(
         2024); a number, 0.2 say, by `sqrt(max(p, q))` times it, so that the update's
         root mean square does not depend on the shape (Liu et al., 2025). Where little
         of the gradients is held, it is up to `c / s` times the number.
-      moment: How the momentum is kept, `OnlineRegression(...)` or `Dense()`.
+      moment: How the momentum is kept, `LowRank(...)` or `Dense()`.
       param_shardings: None leaves it to the compiler how a divided matrix is
         orthogonalised: up to about two and a half times the whole matrix comes to every
         device at every iteration (`benchmarks/traffic.py`). A tree of the parameters'
         shardings (other leaves may be in it too) gives each device its share of whole
         matrices, the same number for all: their exchange brings a device at most four
         times the bytes of that share, and nothing for matrices that are not divided.
-        All matrices of one size are exchanged at once, whatever `batch` says. Static.
+        All matrices of one size are exchanged at once, whatever `slices_at_once`
+        says. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -108,7 +109,7 @@ def scale_by_lorapre_muon(
       TypeError, ValueError: As `scale_by_lorapre_adam`; and at `init`, for a leaf that
         is not a matrix, or that `param_shardings` has no fitting sharding for.
     """
-    _checks.check_storage(rank, batch, factor_dtype, seed)
+    _checks.check_storage(rank, slices_at_once, factor_dtype, seed)
     _checks.check_decay("beta", beta)
     _checks.check_not_negative("eps", eps)
     _checks.check_not_negative("update_scale", update_scale)
@@ -148,7 +149,9 @@ def scale_by_lorapre_muon(
             "count": count,
             "seed": seed,
         }
-        run = functools.partial(map_leaves, hyper=hyper, plan=state.plan, batch=batch)
+        run = functools.partial(
+            map_leaves, hyper=hyper, plan=state.plan, slices_at_once=slices_at_once
+        )
         moments = [(state.momentum, state.momentum_factors)]
         shares = None
         if param_shardings is not None and isinstance(state.plan, Plan):
@@ -157,7 +160,7 @@ def scale_by_lorapre_muon(
             wide = jax.tree.map(without_underflow, updates)
             rest, moment = run(rule.begin, updates=wide, moments=moments)
             rest = orthogonalize_shares(
-                rule.polar, shares, rest, param_shardings, batch
+                rule.polar, shares, rest, param_shardings, slices_at_once
             )
             updates, (mu, factors), _ = run(
                 rule.finish, updates=updates, moments=[moment, (rest, {})]
@@ -181,11 +184,11 @@ def lorapre_muon(
     ns_coeffs: Coefficients = NS_COEFFS,
     eps: jax.typing.ArrayLike = 1e-8,
     consistent_rms: jax.typing.ArrayLike | None = None,
-    moment: FirstMoment = OnlineRegression(complement_gain=0.6),  # noqa: B008
+    moment: FirstMoment = LowRank(complement_gain=0.6),  # noqa: B008
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
-    batch: int | None = None,
+    slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
     param_shardings: Any | None = None,
@@ -228,7 +231,7 @@ def lorapre_muon(
         matrices=matrices,
         min_dim_size_to_factor=min_dim_size_to_factor,
         update_scale=update_scale,
-        batch=batch,
+        slices_at_once=slices_at_once,
         factor_dtype=factor_dtype,
         seed=seed,
         param_shardings=param_shardings,

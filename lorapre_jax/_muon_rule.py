@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorapre_jax._methods import OnlineRegression, mass
+from lorapre_jax._methods import LowRank, mass
 from lorapre_jax._online_regression import hypot
 from lorapre_jax._orthogonalize import (
     Coefficients,
@@ -31,7 +31,7 @@ class MuonRule(NamedTuple):
         """What is orthogonalised at its full size, over its norm; the new momentum."""
         method, step = leaf.methods[0], (hyper["count"], hyper["seed"])
         beta = jnp.asarray(hyper["beta"], g.dtype)
-        if isinstance(method, OnlineRegression):
+        if isinstance(method, LowRank):
             mu, _, residual = method.split_moment(mu, g, beta, *step)
             residual = _share_of_noise(beta, hyper["count"]) * residual
             norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
@@ -43,7 +43,7 @@ class MuonRule(NamedTuple):
     def finish(self, leaf, hyper, g, mu, orthogonal):
         """The update from what `begin` gave, orthogonalised; momentum; that again."""
         update = orthogonal
-        if isinstance(leaf.methods[0], OnlineRegression):
+        if isinstance(leaf.methods[0], LowRank):
             beta = jnp.asarray(hyper["beta"], g.dtype)
             gain = leaf.methods[0].complement_gain
             gain = gain / _share_of_noise(beta, hyper["count"])

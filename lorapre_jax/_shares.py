@@ -98,7 +98,7 @@ def orthogonalize_shares(
     shares: Shares,
     tree: Any,
     places: Any,
-    batch: int | None,
+    slices_at_once: int | None,
 ) -> Any:
     """`polar(matrix)` of every matrix of the tree, each on one device.
 
@@ -106,13 +106,14 @@ def orthogonalize_shares(
     an all-to-all over the mesh axes of the rows, one over those of the columns, and the
     same back. Each moves at most what a device holds of the stack, which is filled up
     with zeros to as many matrices for each device. Leaves of one matrix size that are
-    divided alike share a stack. A device works on `batch` of its matrices at once.
+    divided alike share a stack. A device works on `slices_at_once`
+    of its matrices at once.
     """
     leaves, places = dict(named_leaves(tree)), dict(named_leaves(places))
     for group, views in shares.items():
         specs = tuple(places[path].spec for path in views)
         on_one_device = functools.partial(
-            _of_group, polar, group, [*views.values()], batch
+            _of_group, polar, group, [*views.values()], slices_at_once
         )
         in_group = jax.shard_map(
             on_one_device,
@@ -141,7 +142,7 @@ def _of_group(
     polar: Polar,
     group: _Group,
     views: list[MatrixView],
-    batch: int | None,
+    slices_at_once: int | None,
     *blocks: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """On one device: its blocks in, its blocks out."""
@@ -165,10 +166,10 @@ def _of_group(
     def whole(x: jax.Array) -> jax.Array:
         return polar(x.astype(at_least_float32(dtype))).astype(dtype)
 
-    if batch is None:
+    if slices_at_once is None:
         stack = jax.vmap(whole)(stack)
     else:
-        stack = jax.lax.map(whole, stack, batch_size=batch)
+        stack = jax.lax.map(whole, stack, batch_size=slices_at_once)
     for axes, side in reversed(hops):
         stack = jax.lax.all_to_all(stack, axes, side, 0, tiled=True)
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]

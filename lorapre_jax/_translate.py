@@ -12,7 +12,7 @@ from lorapre_jax._methods import (
     AlgorithmOne,
     Dense,
     FactorPair,
-    OnlineRegression,
+    LowRank,
     RankOne,
     RotatedRankOne,
     at_least_float32,
@@ -179,7 +179,7 @@ def _ratio(old: Moment, method: Any, decay: float | None) -> Any:
 
 def _start(method: Any, kind: str) -> str:
     """What an average that was never updated is part of the way from."""
-    if isinstance(method, (OnlineRegression, RankOne, RotatedRankOne)):
+    if isinstance(method, (LowRank, RankOne, RotatedRankOne)):
         return "nowhere"  # The average itself is held.
     if kind == "first":
         return "zero"

@@ -11,7 +11,7 @@ import optax
 
 import lorapre_jax as lp
 
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 
 # An attention projection with fused heads, stacked layers and a plain matrix. Equal
 # matrix shapes share what is compiled.
@@ -91,7 +91,7 @@ CASES = {
     ),
     "adam_dense_first": Case(
         lp.scale_by_lorapre_adam,
-        COMMON | {"first_moment": lp.Dense(), "second_moment": lp.OnlineRegression()},
+        COMMON | {"first_moment": lp.Dense(), "second_moment": lp.LowRank()},
         optax.scale_by_adam(),
         ADAM,
         "b1",

@@ -41,9 +41,10 @@ def test_nothing_else_is_public():
     names = {name for name in dir(lp) if not name.startswith("_")}
     assert names == set(lp.__all__)
     assert names == {
+        "AlgorithmOne",
         "Dense",
         "MatrixAxes",
-        "OnlineRegression",
+        "LowRank",
         "RankOne",
         "RotatedRankOne",
         "check_state_record",

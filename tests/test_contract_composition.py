@@ -214,21 +214,21 @@ def test_a_stack_equals_its_layers(case):
 
 
 @pytest.mark.parametrize(
-    ("name", "batch"), [("adam", 1), *((name, 3) for name in TRANSFORMS)]
+    ("name", "slices"), [("adam", 1), *((name, 3) for name in TRANSFORMS)]
 )
-def test_batch_changes_nothing_but_memory(name, batch):
+def test_slices_at_once_change_nothing_but_memory(name, slices):
     """Over two batch axes; of 4 slices, "at most 3 at once" means 2."""
     case = CASES[name]
     params, *grads = (random_tree({"w": (4, 2, 12, 8)}, seed) for seed in range(3))
 
-    def outcome(batch):
-        tx = only_w(case, batch=batch)
+    def outcome(slices):
+        tx = only_w(case, slices_at_once=slices)
         assert factored_paths(tx, params) == {"w"}
         jaxpr = str(jax.make_jaxpr(tx.update)(grads[0], tx.init(params)))
-        assert ("dynamic_update_slice" in jaxpr) == (batch is not None)
+        assert ("dynamic_update_slice" in jaxpr) == (slices is not None)
         return run(tx, params, grads, jit=True)
 
-    assert_close(outcome(batch), outcome(None), rtol=1e-4, atol=1e-5)
+    assert_close(outcome(slices), outcome(None), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

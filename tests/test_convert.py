@@ -22,7 +22,7 @@ SHAPES = {"bias": (8,), "heads": (16, 8, 4), "stack": (3, 16, 32), "w": (16, 32)
 MATRICES = lp.select_matrices(
     axes={"^heads$": lp.MatrixAxes(0, (1, 2)), "^(stack|w)$": lp.MatrixAxes()}
 )
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 BETAS: Any = {"b1": 0.9, "b2": 0.95}
 STEPS = 5
 
@@ -69,10 +69,8 @@ def rank_one(root):
 
 @pytest.mark.parametrize("rank", [2, 7])
 def test_another_rank_is_the_best_one(rank):
-    params, state = trained(adam(second_moment=lp.OnlineRegression()))
-    new = lp.convert_state(
-        state, adam(rank, second_moment=lp.OnlineRegression()), params
-    )
+    params, state = trained(adam(second_moment=lp.LowRank()))
+    new = lp.convert_state(state, adam(rank, second_moment=lp.LowRank()), params)
     assert new.count == STEPS
     assert_close(new.mu["bias"], state.mu["bias"])
     for moment in ("mu_factors", "nu_factors"):
@@ -200,7 +198,7 @@ def step_with_donation(tx, state, params):
 
 METHODS = {
     "default": {},
-    "both factored": {"second_moment": lp.OnlineRegression()},
+    "both factored": {"second_moment": lp.LowRank()},
     "paper": {"first_moment": PAPER, "second_moment": PAPER},
     "dense": {"first_moment": lp.Dense(), "second_moment": lp.Dense()},
 }
@@ -238,11 +236,9 @@ def assert_reads(state, name, m, root, fields):
 
 def test_there_and_back_again():
     """Factors that hold a moment exactly give it back."""
-    params, state = trained(adam(second_moment=lp.OnlineRegression()))
+    params, state = trained(adam(second_moment=lp.LowRank()))
     dense = lp.convert_state(state, optax.scale_by_adam(**BETAS), params, **BETAS)
-    again = lp.convert_state(
-        dense, adam(second_moment=lp.OnlineRegression()), params, **BETAS
-    )
+    again = lp.convert_state(dense, adam(second_moment=lp.LowRank()), params, **BETAS)
     for name, pair in again.mu_factors.items():
         expected = product(state.mu_factors[name])
         np.testing.assert_allclose(product(pair), expected, rtol=1e-3, atol=1e-4)

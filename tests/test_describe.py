@@ -62,7 +62,7 @@ def test_rows():
     assert w.nbytes == (2 * (12 + 8) + 12 + 8 + 2) * 4
     assert stack.nbytes == 3 * w.nbytes
     assert w.adamw_nbytes == 2 * 12 * 8 * 4
-    assert w.methods == (lp.OnlineRegression(), lp.RotatedRankOne())
+    assert w.methods == (lp.LowRank(), lp.RotatedRankOne())
     assert report.ratio == report.total_bytes / report.adamw_bytes
 
 
@@ -99,7 +99,7 @@ def test_a_single_array_is_a_tree_too():
 
 def test_table():
     text = str(lp.describe(lp.scale_by_lorapre_adam(**SMALL), PARAMS))
-    kept = "3 x 12 x 8 at rank 2: OnlineRegression, RotatedRankOne"
+    kept = "3 x 12 x 8 at rank 2: LowRank, RotatedRankOne"
     assert f"stack  3 x 12 x 8  {kept}" in text
     assert "dense: not included" in text
     assert text.splitlines()[-1].split()[0] == "total"

@@ -17,9 +17,9 @@ import lorapre_jax as lp
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SECOND = {"second_moment": lp.OnlineRegression()}
+SECOND = {"second_moment": lp.LowRank()}
 RANDOM_START: dict[str, Any] = {
-    "first_moment": lp.OnlineRegression.paper(),
+    "first_moment": lp.AlgorithmOne(),
     "second_moment": lp.RankOne(),
 }
 diagnose = lp.diagnostics  # Op by op: equal shapes are compiled once.

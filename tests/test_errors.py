@@ -29,7 +29,7 @@ def muon(**kwargs: Any):
 
 
 def regression(**kwargs: Any):
-    return lp.OnlineRegression(**kwargs)
+    return lp.LowRank(**kwargs)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,16 @@ def regression(**kwargs: Any):
         (lambda: adam(rank=Fraction(5, 4)), ValueError, "in (0, 1]"),
         (lambda: adam(rank=jnp.asarray(2)), TypeError, "static_args=('rank', ...)"),
         (lambda: adam(rank=np.asarray(2)), TypeError, "static_args=('rank', ...)"),
-        (lambda: adam(batch=jnp.asarray(1)), TypeError, "static_args=('batch', ...)"),
-        (lambda: adam(batch=0), ValueError, "`batch` must be at least 1"),
+        (
+            lambda: adam(slices_at_once=jnp.asarray(1)),
+            TypeError,
+            "static_args=('slices_at_once', ...)",
+        ),
+        (
+            lambda: adam(slices_at_once=0),
+            ValueError,
+            "`slices_at_once` must be at least 1",
+        ),
         (lambda: adam(b1=1.0), ValueError, "`b1` must be in [0, 1), got 1.0"),
         (lambda: adam(b2=-0.1), ValueError, "`b2` must be in [0, 1)"),
         (lambda: adam(b1=float("nan")), ValueError, "`b1` must be in [0, 1)"),
@@ -60,7 +68,7 @@ def regression(**kwargs: Any):
         ),
         (lambda: adam(second_moment=None), TypeError, "keep a second moment"),
         (
-            lambda: adam(second_moment=lp.OnlineRegression(complement_gain=0.3)),
+            lambda: adam(second_moment=lp.LowRank(complement_gain=0.3)),
             ValueError,
             "the gain is of first moments only",
         ),
@@ -80,7 +88,7 @@ def regression(**kwargs: Any):
             ValueError,
             "at least ns_steps=5",
         ),
-        (lambda: lp.OnlineRegression(-1), ValueError, "at least 0, got -1"),
+        (lambda: lp.LowRank(-1), ValueError, "at least 0, got -1"),
         (lambda: regression(complement_gain=None), ValueError, "at least 0, got None"),
         (lambda: lp.MatrixAxes(rows=()), ValueError, "at least one axis"),
         (lambda: lp.MatrixAxes((0, 1), 1), ValueError, "names an axis twice"),

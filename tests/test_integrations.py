@@ -368,13 +368,13 @@ def test_state_keeps_its_sharding(case):
 
 
 def collectives(
-    case: Case, batch: int | None, init_sees: bool = False, dense: bool = False
+    case: Case, slices: int | None, init_sees: bool = False, dense: bool = False
 ) -> set[str]:
     """Those in the program that updates 16 layers, sharded over 8 devices."""
     mesh = jax.make_mesh((8,), ("layers",), axis_types=(AxisType.Auto,))
     params = random_tree({"stack": (16, 12, 8)})
     rank = {"rank": 8} if dense else {}  # It does not pay.
-    tx = case.make(matrices=lp.MatrixAxes(), batch=batch, **rank)
+    tx = case.make(matrices=lp.MatrixAxes(), slices_at_once=slices, **rank)
     assert factored_paths(tx, params) == (set() if dense else {"stack"})
     layers = NamedSharding(mesh, P("layers"))
     everywhere = NamedSharding(mesh, P())
@@ -395,11 +395,11 @@ def test_sharded_layers_are_walked_where_they_lie(case):
     assert not collectives(case, 8)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("dense", [False, True])
-def test_init_sees_that_layers_are_sharded(batch, dense):
-    """Then a slice has one layer of each device at least, whatever `batch` says."""
-    assert not collectives(CASES["adam"], batch, init_sees=True, dense=dense)
+def test_init_sees_that_layers_are_sharded(slices, dense):
+    """Then a slice has a layer of each device, whatever `slices_at_once` says."""
+    assert not collectives(CASES["adam"], slices, init_sees=True, dense=dense)
 
 
 def test_the_search_for_collectives_finds_some():

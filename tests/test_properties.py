@@ -24,12 +24,12 @@ hypothesis.settings.load_profile("lorapre_jax")
 
 SHAPES = [(3, 12, 8), (3, 8, 12)]
 RANK = 3
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 BARE = {"min_dim_size_to_factor": 1, "matrices": lp.MatrixAxes()}
 TRANSFORMS = {
     "adam": lp.scale_by_lorapre_adam(RANK, **BARE),
     "adam_both_factored": lp.scale_by_lorapre_adam(
-        RANK, second_moment=lp.OnlineRegression(), **BARE
+        RANK, second_moment=lp.LowRank(), **BARE
     ),
     "adam_paper": lp.scale_by_lorapre_adam(
         RANK, first_moment=PAPER, second_moment=PAPER, **BARE
@@ -160,7 +160,7 @@ def default_without_eps(name):
     tx = {
         "adam": lp.scale_by_lorapre_adam(RANK, eps=0.0, **BARE),
         "adam_both_factored": lp.scale_by_lorapre_adam(
-            RANK, eps=0.0, second_moment=lp.OnlineRegression(), **BARE
+            RANK, eps=0.0, second_moment=lp.LowRank(), **BARE
         ),
         "muon": lp.scale_by_lorapre_muon(RANK, eps=0.0, **BARE),
     }[name]
@@ -258,7 +258,7 @@ def test_rounding_is_no_direction():
 
 @pytest.mark.parametrize(
     "second",
-    [lp.RotatedRankOne(), lp.RankOne(), lp.Dense(), lp.OnlineRegression()],
+    [lp.RotatedRankOne(), lp.RankOne(), lp.Dense(), lp.LowRank()],
 )
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 @pytest.mark.parametrize("moves", [True, False])
@@ -293,7 +293,7 @@ def test_full_rank_regression_is_the_dense_average(shape, seed, decay):
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):
         state, step = compiled(
-            lp.OnlineRegression(), "first_moment", shape, min(shape), "float64"
+            lp.LowRank(), "first_moment", shape, min(shape), "float64"
         )
         mu = np.zeros(shape)
         for t in range(1, 7):
@@ -306,7 +306,7 @@ def test_full_rank_regression_is_the_dense_average(shape, seed, decay):
 def test_nothing_leaks_in_float32():
     """Bases a little too short would shrink the average at every step."""
     rng, decay = np.random.default_rng(0), 0.99
-    method = lp.OnlineRegression(complement_gain=0.0)
+    method = lp.LowRank(complement_gain=0.0)
     state, step = compiled(method, "first_moment", (32, 32), 32)
     mu = np.zeros((32, 32))
     for t in range(1, 301):
@@ -318,9 +318,7 @@ def test_nothing_leaks_in_float32():
     assert error < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("method", "rank"), [(lp.OnlineRegression(), 3), (lp.RankOne(), 1)]
-)
+@pytest.mark.parametrize(("method", "rank"), [(lp.LowRank(), 3), (lp.RankOne(), 1)])
 @hypothesis.given(seed=seeds, decay=st.sampled_from([0.9, 0.95, 0.999]))
 @hypothesis.settings(max_examples=10)
 def test_constant_magnitude_gives_its_square_at_every_step(method, rank, seed, decay):
@@ -355,7 +353,7 @@ def test_so_it_does_in_the_basis_of_the_left_factor(seed, decay):
             np.testing.assert_allclose(root, magnitude, rtol=2e-2)
 
 
-@pytest.mark.parametrize("method", [lp.OnlineRegression(), PAPER])
+@pytest.mark.parametrize("method", [lp.LowRank(), PAPER])
 def test_directions_that_died_come_back(method):
     """After gradients that are zero, or but for one entry, factors find a target.
 
@@ -384,7 +382,7 @@ def test_the_weights_of_a_gradient_add_up(gain, i, j, in_parts):
     """
     base, impulse = np.zeros((2, 12, 8))
     base[0, 0], impulse[i, j] = 10, 1e-2
-    method = lp.OnlineRegression(complement_gain=gain)
+    method = lp.LowRank(complement_gain=gain)
     name = "split_moment" if in_parts else "first_moment"
     state, step = compiled(method, name, (12, 8), 1)
     passed = 0.0

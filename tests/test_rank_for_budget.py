@@ -17,7 +17,7 @@ MATRICES = lp.select_matrices(
     axes={"stack|w": lp.MatrixAxes(), "heads": lp.MatrixAxes(0, (1, 2))}
 )
 SIDES = (24, 20, 12)
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
     "bfloat16": {"factor_dtype": "bfloat16"},

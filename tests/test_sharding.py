@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def test_every_array_has_its_place():
     layout = LAYOUTS["experts"]
     tree = random_tree(SHAPES | {"bias": (8,)})
-    tx = make("adam", second_moment=lp.OnlineRegression())
+    tx = make("adam", second_moment=lp.LowRank())
     found = lp.state_sharding(tx, layout.shard(tree, AUTO))
     spec = jax.tree.map(lambda x: x.spec, found)
     assert spec.count == P()

@@ -36,7 +36,7 @@ ALL = lp.select_matrices(
         "^(stack|w|again)$": lp.MatrixAxes(),
     }
 )
-MOMENTS = (lp.OnlineRegression(complement_gain=0.6), PAPER, lp.Dense())
+MOMENTS = (lp.LowRank(complement_gain=0.6), PAPER, lp.Dense())
 TRIPLES = [
     (layout, MOMENTS[i % 3], (AUTO, EXPLICIT)[i % 2])
     for i, layout in enumerate(LAYOUTS)
@@ -155,7 +155,7 @@ def test_few_matrices_at_once():
         ns_steps=2,
         matrices=lp.MatrixAxes(),
         param_shardings=layout.shardings(params, AUTO),
-        batch=2,
+        slices_at_once=2,
     )
     params = layout.shard(params, AUTO)
     updates, _ = train(tx, params, [params], lp.state_sharding(tx, params))

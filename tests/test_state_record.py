@@ -37,9 +37,9 @@ def test_the_same_fits():
             "bias": {"shape": [8], "matrices": None, "rank": None,
                      "moments": ["Dense", "Dense"]},
             "square": {"shape": [16, 16], "matrices": "rows [0], columns [1]",
-                       "rank": 4, "moments": ["OnlineRegression", "RotatedRankOne"]},
+                       "rank": 4, "moments": ["LowRank", "RotatedRankOne"]},
             "stack": {"shape": [2, 16, 32], "matrices": "rows [1], columns [2]",
-                      "rank": 4, "moments": ["OnlineRegression", "RotatedRankOne"]},
+                      "rank": 4, "moments": ["LowRank", "RotatedRankOne"]},
         }
     }  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_the_same_fits():
             ["square: matrices rows [0], columns [1] there, rows [1], columns [0]"],
         ),
         (
-            {"second_moment": lp.OnlineRegression()},
+            {"second_moment": lp.LowRank()},
             ["square: moments [", "'RotatedRankOne'] there, [", "stack: moments ["],
         ),
         (
@@ -109,10 +109,7 @@ def test_what_is_no_record(record):
     ("one", "other"),
     [
         # The gain is no part of the state: it says how the factors are read.
-        *(
-            ({}, {"first_moment": lp.OnlineRegression(complement_gain=x)})
-            for x in (1, 0.5)
-        ),
+        *(({}, {"first_moment": lp.LowRank(complement_gain=x)}) for x in (1, 0.5)),
         # Nor is a rank where nothing has it.
         (
             {**DENSE_FIRST, "rank": 2},

@@ -13,7 +13,7 @@ import pytest
 import lorapre_jax as lp
 
 STEPS, RANK, SEED = 50, 4, 3
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 SHAPES = {"tall": (28, 12), "wide": (12, 28), "square": (20, 20)}
 
 
@@ -71,7 +71,7 @@ def tolerance(dtype, method="other"):
 @pytest.mark.parametrize("gain", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_gain_of_the_complement(gain, dtype):
-    shape, method = SHAPES["wide"], lp.OnlineRegression(complement_gain=gain)
+    shape, method = SHAPES["wide"], lp.LowRank(complement_gain=gain)
     with jax.enable_x64(dtype == "float64"):
         tx = lp.lorapre_ema(
             0.9, RANK, moment=method, min_dim_size_to_factor=1, factor_dtype=dtype,
@@ -83,7 +83,7 @@ def test_the_gain_of_the_complement(gain, dtype):
 
 
 @pytest.mark.parametrize(
-    "method", [lp.OnlineRegression(0.5), lp.RankOne(), lp.RotatedRankOne(), PAPER]
+    "method", [lp.LowRank(0.5), lp.RankOne(), lp.RotatedRankOne(), PAPER]
 )
 def test_methods_are_values(method):
     assert hash(method) == hash(dataclasses.replace(method))
@@ -92,20 +92,20 @@ def test_methods_are_values(method):
 
 
 METHODS = {
-    "default": (lp.OnlineRegression(), lp.RotatedRankOne()),
-    "gain": (lp.OnlineRegression(complement_gain=0.3), lp.RotatedRankOne()),
-    "rank_one": (lp.OnlineRegression(), lp.RankOne()),
+    "default": (lp.LowRank(), lp.RotatedRankOne()),
+    "gain": (lp.LowRank(complement_gain=0.3), lp.RotatedRankOne()),
+    "rank_one": (lp.LowRank(), lp.RankOne()),
     "paper": (PAPER, PAPER),
-    "both_factored": (lp.OnlineRegression(), lp.OnlineRegression()),
+    "both_factored": (lp.LowRank(), lp.LowRank()),
     "dense_first": (lp.Dense(), lp.RankOne()),
-    "dense_second": (lp.OnlineRegression(), lp.Dense()),
+    "dense_second": (lp.LowRank(), lp.Dense()),
 }
 
 
 def oracle_of(method, shape):
     if method == PAPER:
         return oracle.Paper(shape[0], shape[1], RANK, noise(shape[1]))
-    if isinstance(method, lp.OnlineRegression):
+    if isinstance(method, lp.LowRank):
         return regression(shape, method.complement_gain)
     others = {
         lp.RotatedRankOne: oracle.Rotated,
@@ -183,8 +183,8 @@ def test_muon_in_float32(method):
     assert_close(updates, expected, 1e-2)
 
 
-@pytest.mark.parametrize("batch", [None, 2])
-def test_batch_and_fused_axes(batch):
+@pytest.mark.parametrize("slices_at_once", [None, 2])
+def test_batch_and_fused_axes(slices_at_once):
     """(2 layers, 12 in, 3 batch, 7 x 4 out): six matrices of (12, 28)."""
     shape, count = SHAPES["wide"], 6
     streams = [list(gradients(shape, seed)) for seed in range(count)]
@@ -201,7 +201,7 @@ def test_batch_and_fused_axes(batch):
             RANK,
             matrices=lp.MatrixAxes(rows=1, columns=(3, 4)),
             factor_dtype="float64",
-            batch=batch,
+            slices_at_once=slices_at_once,
             seed=SEED,
         )
         updates = run(tx, stacked, "float64", to_leaf, to_matrix)

@@ -15,7 +15,7 @@ from benchmarks.architectures.models import Architecture, Params
 RANK = Fraction(1, 8)
 B1, B2, MUON_BETA, MUON_RMS = 0.9, 0.95, 0.95, 0.2
 DECAY = 0.1
-PAPER = lp.OnlineRegression.paper()
+PAPER = lp.AlgorithmOne()
 Rate = Any  # A number, a tracer or a schedule.
 
 

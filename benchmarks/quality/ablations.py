@@ -29,8 +29,8 @@ def _adam(**fields: Any) -> Method:
     return Method(ours(8, **fields), _HIGH)
 
 
-def _gain(gain: float) -> lp.OnlineRegression:
-    return lp.OnlineRegression(complement_gain=gain)
+def _gain(gain: float) -> lp.LowRank:
+    return lp.LowRank(complement_gain=gain)
 
 
 def _muon(**fields: Any) -> Method:
@@ -55,7 +55,7 @@ def _with(module: ModuleType, **values: Any) -> Method:
     return Method(rule, _HIGH)
 
 
-class _FromRandomDirections(lp.OnlineRegression):
+class _FromRandomDirections(lp.LowRank):
     """The left factor starts as a random basis; the first gradient gives the right."""
 
     def init(self, batch, p, q, rank, dtype, seed):
@@ -83,7 +83,7 @@ ABLATIONS: dict[str, Method] = {
         )
         for gain in (0.3, *GAINS, 4.0)
     },
-    "v factored": _adam(second_moment=lp.OnlineRegression()),
+    "v factored": _adam(second_moment=lp.LowRank()),
     "v dense": _adam(second_moment=lp.Dense()),
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
     # What has no argument.

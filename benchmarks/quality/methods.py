@@ -109,7 +109,7 @@ def our_muon(share: int, **fields: Any) -> Rule:
 
 
 def paper(share: int) -> Rule:
-    moment = lp.OnlineRegression.paper()
+    moment = lp.AlgorithmOne()
     return ours(share, first_moment=moment, second_moment=moment)
 
 
@@ -201,9 +201,7 @@ METHODS: dict[str, Method] = {
         for share in _SHARES
     },
     **{f"rank_one/{share}": Method(rank_one(share), _ADAM_RATES) for share in _SHARES},
-    "paper_muon/8": Method(
-        our_muon(8, moment=lp.OnlineRegression.paper()), _MUON_RATES
-    ),
+    "paper_muon/8": Method(our_muon(8, moment=lp.AlgorithmOne()), _MUON_RATES),
     # Embedding and head factored too, with second moments of entries.
     **{
         f"default_all/{share}": Method(

@@ -29,10 +29,10 @@ QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 EXACT = lp.Dense()  # Its state is an array like the gradient.
 ESTIMATES = {
     "RankOne()": lp.RankOne(),
-    "OnlineRegression()": lp.OnlineRegression(),
-    "OnlineRegression.paper()": lp.OnlineRegression.paper(),
+    "LowRank()": lp.LowRank(),
+    "AlgorithmOne()": lp.AlgorithmOne(),
 }
-FIRST = lp.OnlineRegression()  # The first moment whose left factor is B.
+FIRST = lp.LowRank()  # The first moment whose left factor is B.
 ROTATED = lp.RotatedRankOne()
 
 

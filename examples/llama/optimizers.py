@@ -146,7 +146,7 @@ def _lorapre_adamw(config: OptimizerConfig, given: _Given) -> Any:
         weight_decay=config.weight_decay,
         mask=lambda params: _is_matrix(config, params),
         update_scale=config.update_scale,
-        batch=config.layers_at_once,
+        slices_at_once=config.layers_at_once,
     )
     moments: dict[str, Any] = _moments(config, "first_moment", "second_moment")
     matrix_rule = rule(matrices=_selection(MATRICES), **moments)
@@ -170,7 +170,7 @@ def _lorapre_muon(config: OptimizerConfig, given: _Given) -> Any:
         adam_b1=config.b1,
         adam_b2=config.b2,
         update_scale=config.update_scale,
-        batch=config.layers_at_once,
+        slices_at_once=config.layers_at_once,
         param_shardings=given.param_shardings,
         **_moments(config, "moment"),
     )
@@ -180,7 +180,7 @@ def _moments(config: OptimizerConfig, *names: str) -> dict[str, Any]:
     """None of the arguments, or all of them as the paper has them."""
     if config.algorithm == "default":
         return {}
-    return dict.fromkeys(names, lp.OnlineRegression.paper())
+    return dict.fromkeys(names, lp.AlgorithmOne())
 
 
 def _muon(config: OptimizerConfig, given: _Given) -> Any:

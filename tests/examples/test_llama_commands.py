@@ -274,7 +274,7 @@ def test_a_plan_that_cannot_be_is_refused(monkeypatch, capsys):
 def test_describe_has_every_leaf(capsys):
     text = planned(capsys, "describe", "--rank", "4")
     assert "layers/attention/q/kernel" in text
-    assert "4 x 128 x 128 at rank 4: OnlineRegression, RotatedRankOne" in text
+    assert "4 x 128 x 128 at rank 4: LowRank, RotatedRankOne" in text
 
 
 @pytest.mark.parametrize(

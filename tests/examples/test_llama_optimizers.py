@@ -88,7 +88,7 @@ def test_factored_embeddings_have_second_moments_of_entries(algorithm):
     factored = {leaf.path: leaf.methods[1] for leaf in leaves if leaf.is_factored}
     embeddings = {factored.pop("embed/embedding"), factored.pop("head/kernel")}
     if algorithm == "paper":
-        assert embeddings == set(factored.values()) == {lp.OnlineRegression.paper()}
+        assert embeddings == set(factored.values()) == {lp.AlgorithmOne()}
     else:
         assert embeddings == {lp.RankOne()}
         assert set(factored.values()) == {lp.RotatedRankOne()}
