@@ -1,12 +1,13 @@
 """LoRA-Pre: low-rank Adam and Muon momenta as optax gradient transformations."""
 
 from lorapre_jax._adam import lorapre_adamw, scale_by_lorapre_adam
+from lorapre_jax._boxes import register_box
 from lorapre_jax._budget import rank_for_budget
 from lorapre_jax._convert import convert_state
 from lorapre_jax._diagnostics import diagnostics
 from lorapre_jax._ema import lorapre_ema
 from lorapre_jax._matrix_view import MatrixAxes
-from lorapre_jax._memory import describe
+from lorapre_jax._memory import check_state_sharding, describe
 from lorapre_jax._methods import (
     AlgorithmOne,
     Dense,
@@ -27,6 +28,7 @@ __all__ = [
     "RankOne",
     "RotatedRankOne",
     "check_state_record",
+    "check_state_sharding",
     "convert_state",
     "describe",
     "diagnostics",
@@ -34,6 +36,7 @@ __all__ = [
     "lorapre_ema",
     "lorapre_muon",
     "rank_for_budget",
+    "register_box",
     "scale_by_lorapre_adam",
     "scale_by_lorapre_muon",
     "select_matrices",

@@ -9,13 +9,10 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._adam_rule import adam
+from lorapre_jax._boxes import unboxed
+from lorapre_jax._choice import choice
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import (
-    FirstMoment,
-    LowRank,
-    RotatedRankOne,
-    SecondMoment,
-)
+from lorapre_jax._methods import LowRank, Methods, RankOne, RotatedRankOne
 from lorapre_jax._plan import init_moment, make_plan
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
@@ -50,8 +47,8 @@ def scale_by_lorapre_adam(
     b2: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 1e-8,
     *,
-    first_moment: FirstMoment = LowRank(),  # noqa: B008 (frozen)
-    second_moment: SecondMoment = RotatedRankOne(),  # noqa: B008
+    first_moment: Methods = LowRank(),  # noqa: B008 (frozen)
+    second_moment: Methods | None = None,
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
@@ -92,17 +89,23 @@ def scale_by_lorapre_adam(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the root of the second moment.
-      first_moment: How the first moment is kept, `LowRank(...)` or `Dense()`.
-      second_moment: How the second is: `RotatedRankOne()`, which goes with
-        `LowRank(...)` alone; `RankOne()`, for embeddings and heads;
-        `LowRank()`, which is exact where `|g|` is constant and of rank r, and
-        otherwise behind both (`benchmarks/quality`); or `Dense()`. Both
-        `AlgorithmOne()`: the paper's algorithm to the letter.
+      first_moment: How the first moment is kept, `LowRank(...)` or `Dense()`; or a
+        mapping from patterns on leaf paths (`re.search`) to these. Leaves that no
+        pattern matches have the default.
+      second_moment: How the second is, likewise. None: `RankOne()` for embeddings and
+        heads, as far as their names and shapes tell, and `RotatedRankOne()`, which goes
+        with `LowRank(...)` alone, for all other matrices. `LowRank()` is exact where
+        `|g|` is constant and of rank r, and otherwise behind both
+        (`benchmarks/quality`); `Dense()`. Both moments `AlgorithmOne()`: the paper's
+        algorithm to the letter.
       matrices: Which leaves are matrices: a `select_matrices(...)`, one `MatrixAxes`
         for every leaf that has these axes, or a tree of `MatrixAxes` and None (a prefix
         of the parameters will do). Taken at its word, except that a leaf for which
-        `r (p+q) >= p q` stays dense. None: leaves with exactly two axes, both at least
-        `min_dim_size_to_factor`, for which the rank pays. `describe` shows the outcome.
+        `r (p+q) >= p q` stays dense. None: every matrix with sides of at least
+        `min_dim_size_to_factor` for which the rank pays. Stacks of layers and experts,
+        heads and convolutions are told by the names of axes in the parameters' boxes
+        (`register_box`) and by paths; a large leaf of which neither tells anything
+        stays dense, with a warning that names it. `describe` shows the outcome.
       min_dim_size_to_factor: See `matrices`. Static.
       update_scale: Multiplies the update of factored leaves; 0.25 in the published
         recipe.
@@ -132,12 +135,16 @@ def scale_by_lorapre_adam(
     _checks.check_decay("b2", b2)
     _checks.check_not_negative("eps", eps)
     _checks.check_not_negative("update_scale", update_scale)
-    _checks.check_moments(first_moment, second_moment)
+    first = choice("first_moment", first_moment, LowRank())
+    second = choice("second_moment", second_moment, RotatedRankOne(), RankOne())
+    _checks.check_methods(first, "first_moment")
+    _checks.check_methods(second, "second_moment", "rotated_moment")
+    _checks.check_moments(first.block, second.block)
 
     def init_fn(params):
         plan = make_plan(
             params,
-            (first_moment, second_moment),
+            (first, second),
             rank=rank,
             matrices=matrices,
             min_dim_size_to_factor=min_dim_size_to_factor,
@@ -150,12 +157,12 @@ def scale_by_lorapre_adam(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _checks.check_state(state, ScaleByLorapreAdamState)
-        count = optax.safe_increment(state.count)
+        count = jax.tree.map(optax.safe_increment, state.count)
         hyper = {"b1": b1, "b2": b2, "eps": eps, "update_scale": update_scale}
 
         updates, (mu, mu_factors), (nu, nu_factors) = map_leaves(
             adam,
-            hyper | {"count": count, "seed": seed},
+            hyper | {"count": unboxed(count), "seed": seed},
             state.plan,
             updates,
             [(state.mu, state.mu_factors), (state.nu, state.nu_factors)],
@@ -177,8 +184,8 @@ def lorapre_adamw(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    first_moment: FirstMoment = LowRank(),  # noqa: B008
-    second_moment: SecondMoment = RotatedRankOne(),  # noqa: B008
+    first_moment: Methods = LowRank(),  # noqa: B008
+    second_moment: Methods | None = None,
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,

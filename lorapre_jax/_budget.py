@@ -9,7 +9,8 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._adam import scale_by_lorapre_adam
-from lorapre_jax._memory import LeafReport, Report, describe
+from lorapre_jax._memory import describe
+from lorapre_jax._report import LeafReport, Report
 from lorapre_jax._selection import Matrices
 
 _RANK_ONE = Fraction(1, 10**18)  # Of any matrix.

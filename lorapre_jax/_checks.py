@@ -9,6 +9,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from lorapre_jax._choice import Choice
+
 
 def check_static(name: str, value: Any) -> None:
     """Raises where `optax.inject_hyperparams` turned a static value into an array."""
@@ -122,31 +124,32 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
 
 
-def check_method(name: str, method: Any, needed: str) -> None:
-    if isinstance(method, type):
-        raise TypeError(
-            f"`{name}` must be a value, such as {method.__name__}(), not the class."
-        )
-    if not hasattr(method, needed):
-        what = needed.replace("_", " ")
-        raise TypeError(f"`{name}`: {method!r} cannot keep a {what}.")
+def check_methods(choice: Choice, *needed: str) -> None:
+    """Each method that a leaf may get can do one of what is needed."""
+    for method in (choice.block, choice.end, *(method for _, method in choice.rules)):
+        if isinstance(method, type):
+            raise TypeError(
+                f"`{choice.argument}` must be a value, such as {method.__name__}(), "
+                "not the class."
+            )
+        if not any(hasattr(method, each) for each in needed):
+            what = needed[0].replace("_", " ")
+            raise TypeError(f"`{choice.argument}`: {method!r} cannot keep a {what}.")
 
 
-def check_moments(first: Any, second: Any) -> None:
-    """Adam's two methods, and that they go together."""
-    check_method("first_moment", first, "first_moment")
-    if not hasattr(second, "rotated_moment") or isinstance(second, type):
-        check_method("second_moment", second, "second_moment")
-    elif not hasattr(first, "split_moment"):
+def check_moments(first: Any, second: Any, path: str = "") -> None:
+    """Adam's two methods, of one leaf, go together."""
+    where = f"Leaf '{path}': " if path else ""
+    if hasattr(second, "rotated_moment") and not hasattr(first, "split_moment"):
         raise TypeError(
-            f"`second_moment`: {second!r}, the default, needs the factors of a first "
-            f"moment LowRank(...), got {first!r}. Pass another second moment, "
+            f"{where}`second_moment`: {second!r}, the default, needs the factors of a "
+            f"first moment LowRank(...), got {first!r}. Pass another second moment, "
             "RankOne() say."
         )
     if getattr(second, "complement_gain", 1.0) != 1.0:
         raise ValueError(
-            f"`second_moment`: {second!r}: the gain is of first moments only; leave it "
-            "at 1."
+            f"{where}`second_moment`: {second!r}: the gain is of first moments only; "
+            "leave it at 1."
         )
 
 

@@ -7,9 +7,11 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from lorapre_jax._boxes import unboxed
+from lorapre_jax._factors import open_boxes
 from lorapre_jax._methods import Dense
+from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import has_plan
-from lorapre_jax._selection import named_leaves
 from lorapre_jax._sharding import known_sharding, replicated
 from lorapre_jax._translate import Moment, forget_programs, translated
 
@@ -132,14 +134,15 @@ def _moments(node: Any) -> dict[tuple[str, str], Moment]:
         if field not in node._fields:
             continue
         factors = getattr(node, f"{field}_factors", {})
-        for path, value in [*named_leaves(getattr(node, field)), *factors.items()]:
+        opened = [(path, open_boxes(value)) for path, value in factors.items()]
+        for path, value in [*named_leaves(getattr(node, field)), *opened]:
             leaf = plans.get(path)
             method, view = Dense(), None
             if leaf is not None and leaf.methods:
                 method, view = leaf.methods[field == _SECOND], leaf.view
             kind = "second" if field == _SECOND else "first"
             first = found["mu", path].value if field == _SECOND else None
-            moment = Moment(path, kind, method, value, view, node.count, first)
+            moment = Moment(path, kind, method, value, view, unboxed(node.count), first)
             found[field, path] = moment
     return found
 
@@ -198,8 +201,14 @@ def _filled(name: str, node: Any, old: _Old) -> Any:
         kept = [by_path[path] for path, _ in named_leaves(tree)]
         fields[field] = jax.tree.unflatten(jax.tree.structure(tree), kept)
         if factors := getattr(node, f"{field}_factors", {}):
-            fields[f"{field}_factors"] = {path: by_path[path] for path in factors}
+            fields[f"{field}_factors"] = {
+                path: _reboxed(by_path[path], factors[path]) for path in factors
+            }
     return node._replace(**fields)
+
+
+def _reboxed(state: Any, like: Any) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state))
 
 
 def _placed(value: Any, like: jax.Array, everywhere: Any) -> jax.Array:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax import _online_regression as regression
-from lorapre_jax._methods import FactorPair, at_least_float32
+from lorapre_jax._factors import FactorPair, open_boxes
+from lorapre_jax._methods import at_least_float32
+from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import LeafPlan, has_plan
-from lorapre_jax._selection import named_leaves
 from lorapre_jax._sharding import replicated_result
 
 
@@ -96,7 +97,8 @@ def _factor_pairs(state: Any, path: str) -> list[tuple[str, FactorPair]]:
         for name in state._fields
         if name.endswith(suffix)
     }
-    return [(name, x) for name, x in kept.items() if isinstance(x, FactorPair)]
+    pairs = ((name, open_boxes(x)) for name, x in kept.items())
+    return [(name, x) for name, x in pairs if isinstance(x, FactorPair)]
 
 
 def _check_gradient(leaf: LeafPlan, by_path: dict[str, Any]) -> None:
@@ -126,7 +128,7 @@ def _of_leaf(leaf: LeafPlan, pair, g: jax.Array, absolute: bool) -> FactorDiagno
         fn = on_matrix
         for _ in view.batch:
             fn = jax.vmap(fn)
-        return fn(view.to_matrix(g), left, right)
+        return fn(view.to_matrix(g), *view.fuse(FactorPair(left, right)))
 
     return replicated_result(on_leaf, g)(g, *pair)
 
@@ -135,7 +137,7 @@ def _of_leaf(leaf: LeafPlan, pair, g: jax.Array, absolute: bool) -> FactorDiagno
 def _of_matrix(left, right, g) -> FactorDiagnostics:
     dot, rms = regression.dot, regression.root_mean_square
     u = regression.orthonormal_columns(left)
-    v = regression.orthonormal_columns(right.T)
+    v = regression.orthonormal_columns(right)
 
     # The energy of P G + (I - P) G Q, whose parts are orthogonal: no difference of
     # large numbers, and no square that could under- or overflow.
@@ -149,7 +151,7 @@ def _of_matrix(left, right, g) -> FactorDiagnostics:
     captured = jnp.minimum(sum(shares), 1)
 
     # The moment in the two bases, (r, r), has its singular values.
-    singular = _singular_values(dot(dot(u.T, left), dot(right, v)))
+    singular = _singular_values(dot(dot(u.T, left), dot(right.T, v)))
     largest, smallest = singular[0], singular[-1]
     is_zero = largest == 0
     relative = singular / jnp.where(is_zero, 1, largest)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax import _checks
+from lorapre_jax._boxes import unboxed
+from lorapre_jax._choice import choice
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import FirstMoment, LowRank, mass
+from lorapre_jax._methods import LowRank, Methods, mass
 from lorapre_jax._plan import init_moment, make_plan
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
@@ -38,7 +40,7 @@ def lorapre_ema(
     rank: int | Fraction,
     debias: bool = True,
     *,
-    moment: FirstMoment = LowRank(),  # noqa: B008 (frozen)
+    moment: Methods = LowRank(),  # noqa: B008 (frozen)
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     slices_at_once: int | None = None,
@@ -65,7 +67,7 @@ def lorapre_ema(
       rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
       debias: Whether to return the bias-corrected average; False returns it times
         `1 - decay^t`, the average that started from zero. Static.
-      moment: How the average is kept, `LowRank(...)` or `Dense()`.
+      moment: How the average is kept, `LowRank(...)` or `Dense()`, or by pattern.
 
     Returns:
       The `optax.GradientTransformationExtraArgs`.
@@ -76,12 +78,13 @@ def lorapre_ema(
     _checks.check_decay("decay", decay)
     _checks.check_storage(rank, slices_at_once, factor_dtype, seed)
     _checks.check_flag("debias", debias)
-    _checks.check_method("moment", moment, "first_moment")
+    kept = choice("moment", moment, LowRank())
+    _checks.check_methods(kept, "first_moment")
 
     def init_fn(params):
         plan = make_plan(
             params,
-            (moment,),
+            (kept,),
             rank=rank,
             matrices=matrices,
             min_dim_size_to_factor=min_dim_size_to_factor,
@@ -92,8 +95,8 @@ def lorapre_ema(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _checks.check_state(state, LorapreEmaState)
-        count = optax.safe_increment(state.count)
-        hyper = {"decay": decay, "count": count, "seed": seed}
+        count = jax.tree.map(optax.safe_increment, state.count)
+        hyper = {"decay": decay, "count": unboxed(count), "seed": seed}
 
         def average(leaf, hyper, g, ema):
             decay = jnp.asarray(hyper["decay"], g.dtype)

@@ -1,7 +1,7 @@
 """Representations of ONE matrix, turned into one another: dense, factors, row x column.
 
-A pair of factors means `left @ right`; a `RowColumn` of r and c, the outer product of r
-and `c / rms(r)`. What only needs factors never forms a (p, q) array.
+A pair of factors means `left @ right.T`; a `RowColumn` of r and c, the outer product of
+r and `c / rms(r)`. What only needs factors never forms a (p, q) array.
 """
 
 from typing import Any
@@ -10,14 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax import _online_regression as regression
-from lorapre_jax._methods import (
-    FLOOR,
-    FactorPair,
-    RotatedRowColumn,
-    RowColumn,
-    random_rows,
-    relative,
-)
+from lorapre_jax._factors import FactorPair, RotatedRowColumn, RowColumn
+from lorapre_jax._methods import FLOOR, random_columns, relative
 
 Matrix = jax.Array | FactorPair | RowColumn
 
@@ -28,7 +22,7 @@ _POWER_ITERATIONS = 3
 def as_dense(x: Matrix) -> jax.Array:
     if isinstance(x, RowColumn):
         x = _outer(x)
-    return regression.dot(*x) if isinstance(x, FactorPair) else x
+    return regression.dot(x.left, x.right.T) if isinstance(x, FactorPair) else x
 
 
 def as_factors(x: Matrix, rank: int) -> FactorPair:
@@ -46,12 +40,12 @@ def as_row_column(x: Matrix) -> RowColumn:
     if isinstance(x, RowColumn):
         return x
     if isinstance(x, FactorPair):
-        # The rows of U S, and the columns of S V^T, have the norms of the product's.
+        # The rows of U S, and those of V S, have the norms of the product's.
         left, right = _truncated(x, x.left.shape[1])
-        rows = left * jnp.linalg.norm(right, axis=1)
+        rows = left * jnp.linalg.norm(right, axis=0)
         return RowColumn(
-            jnp.linalg.norm(rows, axis=1) / jnp.sqrt(right.shape[1]),
-            jnp.linalg.norm(right, axis=0) / jnp.sqrt(len(left)),
+            jnp.linalg.norm(rows, axis=1) / jnp.sqrt(len(right)),
+            jnp.linalg.norm(right, axis=1) / jnp.sqrt(len(left)),
         )
     rms = regression.root_mean_square
     return RowColumn(rms(x, 1), rms(x, 0))
@@ -88,7 +82,7 @@ def rotated(
             jnp.linalg.norm(outside * x.row[:, None], axis=0),
         )
     energy = jnp.linalg.norm(whole.row)
-    least = rms(pair.right, 1)
+    least = rms(pair.right, 0)
     if m is not None:
         part = jnp.linalg.norm(dot(pair.left.T, m), axis=1)
         total = jnp.linalg.norm(m)
@@ -118,29 +112,27 @@ def _mapped(fn: Any) -> Any:
 
 
 def _outer(x: RowColumn) -> FactorPair:
-    return FactorPair(x.row[:, None], relative(x.column)[None, :])
+    return FactorPair(x.row[:, None], relative(x.column)[:, None])
 
 
 def _sketched(x: jax.Array, rank: int) -> FactorPair:
     size = min(rank + _OVERSAMPLING, *x.shape)
-    v = random_rows(0, size, x.shape[1]).astype(x.dtype).T
+    v = random_columns(0, x.shape[1], size).astype(x.dtype)
     for _ in range(_POWER_ITERATIONS):
         left = regression.orthonormal_columns(regression.dot(x, v))
         v = regression.orthonormal_columns(regression.dot(x.T, left))
     left = regression.orthonormal_columns(regression.dot(x, v))
-    return FactorPair(left, regression.dot(left.T, x))
+    return FactorPair(left, regression.dot(x.T, left))
 
 
 def _truncated(pair: FactorPair, rank: int) -> FactorPair:
     """Rank r' <= r: the largest singular triples; else padded with zeros."""
     u = regression.orthonormal_columns(pair.left)
-    v = regression.orthonormal_columns(pair.right.T)
-    core = regression.dot(regression.dot(u.T, pair.left), regression.dot(pair.right, v))
+    v = regression.orthonormal_columns(pair.right)
+    dot = regression.dot
+    core = dot(dot(u.T, pair.left), dot(pair.right.T, v))
     inner_u, s, inner_vt = jnp.linalg.svd(core)
-    left = regression.dot(u, inner_u)[:, :rank]
-    right = regression.dot(s[:, None] * inner_vt, v.T)[:rank]
-    missing = rank - len(right)
-    if missing > 0:
-        left = jnp.pad(left, ((0, 0), (0, missing)))
-        right = jnp.pad(right, ((0, missing), (0, 0)))
-    return FactorPair(left, right)
+    left = dot(u, inner_u)[:, :rank]
+    right = dot(v, inner_vt.T * s)[:, :rank]
+    missing = ((0, 0), (0, max(0, rank - right.shape[1])))
+    return FactorPair(jnp.pad(left, missing), jnp.pad(right, missing))

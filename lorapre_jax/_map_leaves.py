@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorapre_jax._factors import is_factors, open_boxes
 from lorapre_jax._methods import at_least_float32
+from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import LeafPlan, Plan
-from lorapre_jax._selection import named_leaves
 from lorapre_jax._sharding import with_auto_axes
 
 Moments = tuple[Any, Any]  # What `init_moment` returns.
@@ -53,12 +54,12 @@ def map_leaves(
             results.append(g)
             continue
         kept = [f if path in f else d for d, f in zip(dense, factors, strict=True)]
-        update, *states = _run_leaf(
-            fn, leaf, hyper, g, [k[path] for k in kept], slices_at_once
-        )
+        states = [open_boxes(where[path]) for where in kept]
+        update, *states = _run_leaf(fn, leaf, hyper, g, states, slices_at_once)
         results.append(update)
         for where, state in zip(kept, states, strict=True):
-            where[path] = state
+            boxes = jax.tree.structure(where[path])
+            where[path] = jax.tree.unflatten(boxes, jax.tree.leaves(state))
     trees = (
         jax.tree.unflatten(jax.tree.structure(tree), new.values())
         for (tree, _), new in zip(moments, dense, strict=True)
@@ -88,19 +89,15 @@ def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, slices_at_once):
         view = leaf.view
         if view is None:
             return on_matrix(hyper, g, *states)
-        # All but factors have the leaf's shape.
-        shaped = [not isinstance(x, tuple) for x in (g, *states)]
         matrices = [
-            view.to_matrix(x) if like_leaf else x
-            for x, like_leaf in zip((g, *states), shaped, strict=True)
+            view.fuse(x) if is_factors(x) else view.to_matrix(x) for x in (g, *states)
         ]
         one = functools.partial(on_matrix, hyper)
-        done = over_batch(one, len(view.batch), slices_at_once, leaf.batch_shards)(
-            *matrices
-        )
+        shards = leaf.batch_shards
+        mapped = over_batch(one, len(view.batch), slices_at_once, shards)
         return tuple(
-            view.from_matrix(x) if like_leaf else x
-            for x, like_leaf in zip(done, shaped, strict=True)
+            view.unfuse(x) if is_factors(x) else view.from_matrix(x)
+            for x in mapped(*matrices)
         )
 
     return with_auto_axes(on_leaf, g, states)(hyper, g, *states)

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import optax.contrib
@@ -112,6 +113,37 @@ class MatrixView:
         order = self._order
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return matrix.reshape(self._sizes(order)).transpose(inverse)
+
+    def factor_axes(self, sides: tuple[str, ...]) -> tuple[int | None, ...]:
+        """Which of the leaf's axes an array of a factored state has; None: the rank.
+
+        A factor is stored on the leaf's own axes, so that names and shardings of these
+        hold for it as they are: `(*batch, *rows, r)` for `("row", "rank")`.
+        """
+        axes = {"row": self.row_axes, "column": self.column_axes, "rank": (None,)}
+        return self.batch_axes + tuple(axis for side in sides for axis in axes[side])
+
+    def fuse(self, state: Any) -> Any:
+        """A factored state as it is stored -> of matrices, `(*batch, p, r)` say."""
+
+        def shape(x, sides) -> tuple[int, ...]:
+            sizes = {"row": self.p, "column": self.q, "rank": x.shape[-1]}
+            return self.batch + tuple(sizes[side] for side in sides)
+
+        kind = type(state)
+        shapes = map(shape, state, kind.sides)
+        return kind(*(x.reshape(to) for x, to in zip(state, shapes, strict=True)))
+
+    def unfuse(self, state: Any) -> Any:
+        """The inverse of `fuse`."""
+
+        def shape(x, sides) -> tuple[int, ...]:
+            axes = self.factor_axes(sides)
+            return tuple(x.shape[-1] if a is None else self.shape[a] for a in axes)
+
+        kind = type(state)
+        shapes = map(shape, state, kind.sides)
+        return kind(*(x.reshape(to) for x, to in zip(state, shapes, strict=True)))
 
     @property
     def _order(self) -> tuple[int, ...]:

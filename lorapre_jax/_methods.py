@@ -4,7 +4,7 @@ A method turns a gradient into a bias-corrected moment. Each function below sees
 matrix (`Dense`, whose state is an array like it, also any other leaf); batch axes are
 mapped outside.
 
-    init(batch, p, q, rank, dtype, seed)         -> state
+    init(batch, p, q, rank, dtype, seed)         -> state, of matrices (*batch, p, q)
     first_moment(state, g, decay, count, seed)   -> estimate of E[g], new state
     second_moment(state, g, decay, count, seed)  -> estimate of sqrt(E[g^2]), new state
 
@@ -18,37 +18,13 @@ import dataclasses
 import functools
 import math
 import numbers
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from lorapre_jax import _online_regression as regression
-
-
-class FactorPair(NamedTuple):
-    """The factors of `left @ right`."""
-
-    axes = (("row", "rank"), ("rank", "column"))  # After the batch axes.
-    left: jax.Array  # (*batch, p, r)
-    right: jax.Array  # (*batch, r, q)
-
-
-class RowColumn(NamedTuple):
-    """Root mean squares of the rows and of the columns."""
-
-    axes = (("row",), ("column",))
-    row: jax.Array  # (*batch, p)
-    column: jax.Array  # (*batch, q)
-
-
-class RotatedRowColumn(NamedTuple):
-    """Root mean squares of rows and columns, and of each direction of a left factor."""
-
-    axes = (("row",), ("column",), ("rank",))
-    row: jax.Array  # (*batch, p)
-    column: jax.Array  # (*batch, q)
-    direction: jax.Array  # (*batch, r)
+from lorapre_jax._factors import FactorPair, RotatedRowColumn, RowColumn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,22 +106,23 @@ class RotatedRankOne:
         return RotatedRowColumn(*(jnp.zeros((*batch, n), dtype) for n in (p, q, rank)))
 
     def rotated_moment(self, state, g, along, rest, decay, count):
-        """-> estimates of the roots for `along`, `B^T g`, and `rest`, R; new state."""
+        """-> estimates of the roots for `along`, `g^T B`, and `rest`, R; new state."""
         rms = regression.root_mean_square
         now = RotatedRowColumn(
             row=regression.hypot(rms(rest, 1), FLOOR * rms(g, 1)),
             column=rms(g, 0),
-            direction=regression.hypot(rms(along, 1), FLOOR * rms(g)),
+            direction=regression.hypot(rms(along, 0), FLOOR * rms(g)),
         )
         decay = unbiased_decay(decay, count, g.dtype)
         state = jax.tree.map(functools.partial(_blend, decay), state, now)
         column = relative(state.column)
-        return (state.direction[:, None] * column, state.row[:, None] * column), state
+        roots = column[:, None] * state.direction, state.row[:, None] * column
+        return roots, state
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A moment kept as a pair of thin factors, `m = left @ right`, `r (p + q)` numbers.
+    """A moment kept as a pair of thin factors, `m = B A`, `r (p + q)` numbers.
 
     At every step the factors take one subspace iteration towards `b m + (1-b) T`, in
     closed form (after LoRA-Pre, arXiv 2602.24283). With the decay
@@ -176,7 +153,7 @@ class LowRank:
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         del seed
-        left, right = (*batch, p, rank), (*batch, rank, q)
+        left, right = (*batch, p, rank), (*batch, q, rank)
         return FactorPair(jnp.zeros(left, dtype), jnp.zeros(right, dtype))
 
     def first_moment(self, state, g, decay, count, seed):
@@ -186,7 +163,7 @@ class LowRank:
         return _with_residual(1, gain, state, new, g, decay), new
 
     def split_moment(self, state, g, decay, count, seed):
-        """The new factors B and A; `B^T g`; and the residual of their fit,
+        """The new factors B and A; `g^T B`; and the residual of their fit,
 
             R = (X - B A) / (1 - b),  X = b m + (1 - b) g
 
@@ -203,12 +180,12 @@ class LowRank:
         target, decay = jnp.abs(g), jnp.asarray(decay, g.dtype)
         root_decay = unbiased_decay(jnp.sqrt(decay), count, g.dtype)
         decay = unbiased_decay(decay, count, g.dtype)
-        before = _blend(decay, state.left @ state.right, g)
+        before = _blend(decay, state.product, g)
         return before, self._step(state, target, root_decay, seed)[0]
 
     def _step(self, state, target, decay, seed) -> tuple[FactorPair, jax.Array]:
         left, right = state
-        noise = random_rows(seed, *right.shape).astype(target.dtype)
+        noise = random_columns(seed, *right.shape).astype(target.dtype)
         new, along = regression.subspace(left, right, target, decay, noise)
         return FactorPair(*new), along
 
@@ -226,20 +203,20 @@ class AlgorithmOne:
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         left = jnp.zeros((*batch, p, rank), dtype)
-        noise = random_rows(seed, rank, q).astype(at_least_float32(dtype))
+        noise = random_columns(seed, q, rank).astype(at_least_float32(dtype))
         right = (0.02 * noise).astype(dtype)
-        return FactorPair(left, jnp.broadcast_to(right, (*batch, rank, q)))
+        return FactorPair(left, jnp.broadcast_to(right, (*batch, q, rank)))
 
     def first_moment(self, state, g, decay, count, seed):
         del seed
         decay = jnp.asarray(decay, g.dtype)
-        before = decay * (state.left @ state.right) + (1 - decay) * g
+        before = decay * state.product + (1 - decay) * g
         return before / mass(decay, count), self._step(state, g, decay)
 
     def second_moment(self, state, g, decay, count, seed):
         del seed
         decay = jnp.asarray(decay, g.dtype)
-        before = _blend(decay, state.left @ state.right, g)
+        before = _blend(decay, state.product, g)
         new = self._step(state, jnp.abs(g), jnp.sqrt(decay))
         return before / jnp.sqrt(mass(decay, count)), new
 
@@ -249,6 +226,8 @@ class AlgorithmOne:
 
 FirstMoment = LowRank | AlgorithmOne | Dense
 SecondMoment = LowRank | AlgorithmOne | RotatedRankOne | RankOne | Dense
+Methods = FirstMoment | SecondMoment | Mapping[str, FirstMoment | SecondMoment]
+"""One for all leaves, or by pattern."""
 FACTORED = (LowRank, AlgorithmOne)
 """The methods whose state is a `FactorPair`."""
 
@@ -265,13 +244,13 @@ def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):
     they may be `gain` times larger than their difference.
     """
     left = jnp.concatenate([(weight - gain) * new.left, gain * decay * old.left], 1)
-    right = jnp.concatenate([new.right, old.right], axis=0)
-    return regression.dot(left, right) + gain * (1 - decay) * g
+    right = jnp.concatenate([new.right, old.right], axis=1)
+    return regression.dot(left, right.T) + gain * (1 - decay) * g
 
 
-def random_rows(seed, rank: int, q: int) -> jax.Array:
-    """Standard normal `(rank, q)` float32, the same for every leaf and slice."""
-    return jax.random.normal(jax.random.key(seed), (rank, q), jnp.float32)
+def random_columns(seed, q: int, rank: int) -> jax.Array:
+    """Standard normal `(q, rank)` float32, the same for every leaf and slice."""
+    return jax.random.normal(jax.random.key(seed), (rank, q), jnp.float32).T
 
 
 def at_least_float32(*dtypes) -> jnp.dtype:

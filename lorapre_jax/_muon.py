@@ -10,12 +10,16 @@ import optax
 
 from lorapre_jax import _checks
 from lorapre_jax._adam import decayed_weights, lorapre_adamw
+from lorapre_jax._boxes import unboxed
+from lorapre_jax._choice import choice
 from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import FirstMoment, LowRank
+from lorapre_jax._methods import LowRank, Methods
 from lorapre_jax._muon_rule import MuonRule
 from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients
+from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import Plan, init_moment, make_plan
-from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
+from lorapre_jax._roles import roles
+from lorapre_jax._selection import Matrices, resolve_axes
 from lorapre_jax._sharding import replicated_zero
 from lorapre_jax._shares import (
     orthogonalize_shares,
@@ -42,6 +46,9 @@ class ScaleByLorapreMuonState(NamedTuple):
     plan: Any
 
 
+_DEFAULT = LowRank(complement_gain=0.6)
+
+
 def scale_by_lorapre_muon(
     rank: int | Fraction,
     beta: jax.typing.ArrayLike = 0.95,
@@ -51,7 +58,7 @@ def scale_by_lorapre_muon(
     ns_coeffs: Coefficients = NS_COEFFS,
     eps: jax.typing.ArrayLike = 1e-8,
     consistent_rms: jax.typing.ArrayLike | None = None,
-    moment: FirstMoment = LowRank(complement_gain=0.6),  # noqa: B008 (frozen)
+    moment: Methods = _DEFAULT,
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
@@ -92,7 +99,7 @@ def scale_by_lorapre_muon(
         2024); a number, 0.2 say, by `sqrt(max(p, q))` times it, so that the update's
         root mean square does not depend on the shape (Liu et al., 2025). Where little
         of the gradients is held, it is up to `c / s` times the number.
-      moment: How the momentum is kept, `LowRank(...)` or `Dense()`.
+      moment: How the momentum is kept, `LowRank(...)` or `Dense()`, or by pattern.
       param_shardings: None leaves it to the compiler how a divided matrix is
         orthogonalised: up to about two and a half times the whole matrix comes to every
         device at every iteration (`benchmarks/traffic.py`). A tree of the parameters'
@@ -115,7 +122,8 @@ def scale_by_lorapre_muon(
     _checks.check_not_negative("update_scale", update_scale)
     if consistent_rms is not None:
         _checks.check_not_negative("consistent_rms", consistent_rms)
-    _checks.check_method("moment", moment, "first_moment")
+    kept = choice("moment", moment, _DEFAULT)
+    _checks.check_methods(kept, "first_moment")
     _checks.check_flag("nesterov", nesterov)
     _checks.check_count("ns_steps", ns_steps)
     _checks.check_ns_coeffs(ns_coeffs, ns_steps)
@@ -124,7 +132,7 @@ def scale_by_lorapre_muon(
     def init_fn(params):
         plan = make_plan(
             params,
-            (moment,),
+            (kept,),
             rank=rank,
             matrices=matrices,
             min_dim_size_to_factor=min_dim_size_to_factor,
@@ -139,14 +147,14 @@ def scale_by_lorapre_muon(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _checks.check_state(state, ScaleByLorapreMuonState)
-        count = optax.safe_increment(state.count)
+        count = jax.tree.map(optax.safe_increment, state.count)
 
         hyper = {
             "beta": beta,
             "eps": eps,
             "consistent_rms": consistent_rms,
             "update_scale": update_scale,
-            "count": count,
+            "count": unboxed(count),
             "seed": seed,
         }
         run = functools.partial(
@@ -184,7 +192,7 @@ def lorapre_muon(
     ns_coeffs: Coefficients = NS_COEFFS,
     eps: jax.typing.ArrayLike = 1e-8,
     consistent_rms: jax.typing.ArrayLike | None = None,
-    moment: FirstMoment = LowRank(complement_gain=0.6),  # noqa: B008
+    moment: Methods = _DEFAULT,
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
@@ -204,8 +212,9 @@ def lorapre_muon(
       rank: See `scale_by_lorapre_muon`, as for all arguments that are not named here.
       weight_decay: Of the matrices, as in `lorapre_adamw`.
       weight_decay_mask: Which of them decay, as `mask` of `optax.adamw`.
-      matrices: Which leaves are orthogonalised; the others go to Adam. None: those with
-        exactly two axes, as in `optax.contrib.muon`.
+      matrices: Which leaves are orthogonalised; the others go to Adam, which keeps
+        their moments densely. None: every matrix that is no embedding and no head;
+        these go to Adam with `lorapre_adamw`'s default.
       adam_learning_rate: Learning rate of Adam; None: `learning_rate`.
       adam_b1, adam_b2, adam_weight_decay: Of Adam, as in `optax.contrib.muon`; it
         shares `eps`, and unlike optax's it never looks a step ahead (no `nesterov`).
@@ -243,8 +252,14 @@ def lorapre_muon(
         leaves = named_leaves(params)
         for path, leaf in leaves:
             _checks.check_floating(path, leaf)
-        axes = resolve_axes(matrices, params)
-        labels = ["adam" if axes[path][0] is None else "muon" for path, _ in leaves]
+        by_role = roles(params)
+        axes = resolve_axes(matrices, params, by_role)
+
+        def label(path: str) -> str:
+            is_adams = matrices is None and by_role[path].is_end
+            return "adam" if axes[path][0] is None or is_adams else "muon"
+
+        labels = [label(path) for path, _ in leaves]
         return jax.tree.unflatten(jax.tree.structure(params), labels)
 
     return optax.partition(
@@ -254,7 +269,7 @@ def lorapre_muon(
                 decayed_weights(weight_decay, weight_decay_mask),
                 optax.scale_by_learning_rate(learning_rate),
             ),
-            # Of the leaves it gets, `matrices` selects none: it keeps all densely.
+            # Of the leaves it gets, `matrices` selects none, unless it is None.
             "adam": lorapre_adamw(
                 adam_learning_rate,
                 rank,
@@ -263,6 +278,10 @@ def lorapre_muon(
                 eps,
                 adam_weight_decay,
                 matrices=matrices,
+                min_dim_size_to_factor=min_dim_size_to_factor,
+                slices_at_once=slices_at_once,
+                factor_dtype=factor_dtype,
+                seed=seed,
             ),
         },
         labels,

@@ -49,9 +49,9 @@ class MuonRule(NamedTuple):
             gain = gain / _share_of_noise(beta, hyper["count"])
             # The left factor is orthonormal, where `right` is not rounding alone: it
             # stays outside.
-            right = self.look_ahead(hyper, mu.right, mu.left.T @ g)
+            right = self.look_ahead(hyper, mu.right, g.T @ mu.left)
             right = divided(right, frobenius_norm(right), hyper["eps"])
-            update = mu.left @ self.polar(right) + gain * orthogonal
+            update = mu.left @ self.polar(right).T + gain * orthogonal
         scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
         if leaf.is_factored:
             scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)

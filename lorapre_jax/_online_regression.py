@@ -3,7 +3,8 @@
 An exponential moving average `M <- b M + (1-b) T` is a gradient step of size `1-b` on
 `|M - T|^2 / 2`: an online linear regression of the target `T` (LoRA-Pre, arXiv
 2602.24283, section 3). With `M = B A`, `B: (p, r)`, `A: (r, q)`, a step moves the two
-factors instead. There are two such steps:
+factors instead. Code holds `left = B` and `right = A^T: (q, r)`, both tall. There are
+two such steps:
 
     subspace    one step of subspace iteration on X X^T, X = b B A + (1-b) T:
                 V = orth((B^T X)^T), B' = orth(X V), A' = B'^T X
@@ -31,26 +32,25 @@ _NOISE = 1e-3
 _DAMPING = 1e-6  # Of `jacobi`, d above (Appendix C.1).
 
 
-def subspace(b_, a_, target, decay, noise) -> tuple[Factors, jax.Array]:
-    """The new factors, and `B'^T T`.
+def subspace(left, right, target, decay, noise) -> tuple[Factors, jax.Array]:
+    """The new factors, and `T^T B'`, `(q, r)`.
 
-    `b_` is zero, or orthonormal as far as it has been found; the sketch of a zero one
-    is all `noise`, normal (r, q).
+    `left` is zero, or orthonormal as far as it has been found; the sketch of a zero
+    one is all `noise`, normal (q, r).
     """
-    rows = decay * a_ + (1 - decay) * (b_.T @ target)  # B^T X
-    directions = _normalized(rows) + _NOISE * _normalized(noise)
-    v = orthonormal_columns(directions.T)
-    y = decay * (b_ @ dot(a_, v)) + (1 - decay) * (target @ v)
-    left = orthonormal_columns(y)
-    overlap = dot(left.T, b_)
-    along = left.T @ target
-    return (left, decay * dot(overlap, a_) + (1 - decay) * along), along
+    columns = decay * right + (1 - decay) * (target.T @ left)  # X^T B
+    directions = _normalized(columns) + _NOISE * _normalized(noise)
+    v = orthonormal_columns(directions)
+    y = decay * (left @ dot(right.T, v)) + (1 - decay) * (target @ v)  # X V
+    new = orthonormal_columns(y)
+    along = target.T @ new
+    return (new, decay * dot(right, dot(left.T, new)) + (1 - decay) * along), along
 
 
-def jacobi(b_, a_, target, decay) -> Factors:
+def jacobi(left, right, target, decay) -> Factors:
     y = 1 - jnp.sqrt(decay)
-    new_b = (1 - y) * b_ + y * _times_pinv(target, a_)
-    return new_b, (1 - y) * a_ + y * _times_pinv(target.T, b_.T).T
+    new = (1 - y) * left + y * _times_pinv(target, right)
+    return new, (1 - y) * right + y * _times_pinv(target.T, left)
 
 
 def orthonormal_columns(x: jax.Array, passes: int = 3) -> jax.Array:
@@ -71,11 +71,11 @@ def orthonormal_columns(x: jax.Array, passes: int = 3) -> jax.Array:
     return x
 
 
-def _times_pinv(target, a_) -> jax.Array:
-    """`T A^T (A A^T + d I)^-1`, shapes `(p, q), (r, q) -> (p, r)`."""
-    gram = dot(a_, a_.T)
+def _times_pinv(target, right) -> jax.Array:
+    """`T A^T (A A^T + d I)^-1`, shapes `(p, q), (q, r) -> (p, r)`."""
+    gram = dot(right.T, right)
     inverse = inverse_cholesky(_shifted(gram, _DAMPING + _rounding(gram)))
-    return dot(dot(target @ a_.T, inverse.T), inverse)
+    return dot(dot(target @ right, inverse.T), inverse)
 
 
 @jax.jit  # So that op-by-op use compiles the loop once.

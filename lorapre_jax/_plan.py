@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -15,9 +16,13 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax import _checks
+from lorapre_jax._boxes import boxed_like, is_box, refilled, unboxed
+from lorapre_jax._choice import Choice
 from lorapre_jax._matrix_view import MatrixView, matrix_view
 from lorapre_jax._methods import Dense, at_least_float32, have_rank
-from lorapre_jax._selection import Matrices, named_leaves, resolve_axes
+from lorapre_jax._paths import is_masked, named_leaves, named_nodes
+from lorapre_jax._roles import roles, warn_of_unknown
+from lorapre_jax._selection import Matrices, resolve_axes
 from lorapre_jax._sharding import batch_shards, known_sharding, like_parameter
 
 
@@ -51,15 +56,37 @@ class LeafPlan:
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The decisions for a tree, as a pytree node without leaves."""
+class Plan(tuple):
+    """The decisions for a tree, as a pytree node without leaves.
+
+    An empty tuple too, for those who walk over a state by hand, as Levanter's
+    checkpoints do, and take a node of another type for a leaf.
+    """
 
     leaves: tuple[LeafPlan, ...]
 
-    def __hash__(self):
+    def __new__(cls, leaves: tuple[LeafPlan, ...]) -> "Plan":
+        plan = super().__new__(cls)
+        plan.leaves = leaves
+        return plan
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Plan) and self.leaves == other.leaves
+
+    def __ne__(self, other: Any) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
         # jit hashes the node at every call; the paths tell almost all plans apart.
         return hash(tuple((leaf.path, leaf.rank) for leaf in self.leaves))
+
+    def __repr__(self) -> str:
+        # It stands in the repr of every state, and in JAX's errors about these.
+        factored = sum(leaf.is_factored for leaf in self.leaves)
+        return f"Plan({len(self.leaves)} leaves, {factored} factored)"
+
+    def __reduce__(self) -> Any:
+        return Plan, (self.leaves,)
 
     def by_path(self, leaves: list[tuple[str, Any]]) -> dict[str, LeafPlan]:
         """The decisions, after a check that `leaves` are those decided on."""
@@ -102,28 +129,37 @@ def has_plan(node: Any) -> bool:
 
 def make_plan(
     params: optax.Params,
-    methods: tuple[Any, ...],
+    choices: tuple[Choice, ...],
     *,
     rank: int | Fraction,
     matrices: Matrices,
     min_dim_size_to_factor: Any,
-) -> Plan | optax.Params:
+) -> Plan | jax.Array:
     """Decides for every leaf of `params`, which may be abstract.
 
-    Returns `params` where they have no leaves, so that optax's placeholder for
-    parameters (`optax.tree_utils.tree_map_params`) comes back as itself.
+    Returns a leaf for optax's placeholder for parameters: `optax.tree_map_params` then
+    takes the plan for one of the state's leaves that are no parameters'.
     """
+    if _is_placeholder(params):
+        return jnp.zeros([])
     leaves = named_leaves(params)
     if not leaves:
-        return params
+        return Plan(())
     _let_flax_serialize()
     _checks.check_distinct([path for path, _ in leaves])
     for path, leaf in leaves:
         _checks.check_floating(path, leaf)
-    axes = resolve_axes(matrices, params)
+    by_role = roles(params)
+    axes = resolve_axes(matrices, params, by_role)
+    for each in choices:
+        each.check_patterns(path for path, _ in named_leaves(params, masked=True))
+    if matrices is None:
+        _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)
+        warn_of_unknown(by_role, dict(leaves), min_dim_size_to_factor)
 
     def decide(path, leaf) -> LeafPlan:
         shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
+        methods = tuple(each.of(path, by_role[path].is_end) for each in choices)
 
         def dense(why: str, view: MatrixView | None = None) -> LeafPlan:
             kept = () if 0 in shape else tuple(Dense() for _ in methods)
@@ -135,20 +171,28 @@ def make_plan(
         leaf_axes, why = axes[path]
         if leaf_axes is None:
             return dense(why)
+        if len(methods) == 2:
+            _checks.check_moments(*methods, path)
         view = matrix_view(shape, leaf_axes, path)
         if all(isinstance(method, Dense) for method in methods):
             return dense("Dense() moments", view)
         r, (p, q) = rank_of(rank, view), (view.p, view.q)
         if have_rank(methods) and r * (p + q) >= p * q:
             return dense(f"rank {r} does not pay: r(p+q) >= pq", view)
-        if matrices is None:
-            _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)
-            if min(p, q) < min_dim_size_to_factor:
-                return dense(f"a side is below {min_dim_size_to_factor}", view)
+        if matrices is None and min(p, q) < min_dim_size_to_factor:
+            return dense(f"a side is below {min_dim_size_to_factor}", view)
         shards = batch_shards(leaf, view)
         return LeafPlan(path, shape, dtype.name, view, r, "", methods, shards)
 
     return Plan(tuple(decide(path, leaf) for path, leaf in leaves))
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Whether it is one node that can hold nothing, and no empty container."""
+    empty = not jax.tree.leaves(params, is_leaf=is_masked)
+    containers = (Mapping, list, tuple, type(None))
+    is_one_node = jax.tree.structure(params).num_nodes == 1
+    return empty and is_one_node and not isinstance(params, containers)
 
 
 def rank_of(rank: int | Fraction, view: MatrixView) -> int:
@@ -160,26 +204,48 @@ def rank_of(rank: int | Fraction, view: MatrixView) -> int:
 def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]:
     """Zero state of moment number `index`: its dense tree, its factors by leaf path.
 
-    The tree is shaped like `params`, with `optax.MaskedNode` where the moment is not
-    kept densely. Dense moments are float32 at least.
+    The tree is shaped like `params`, with `optax.MaskedNode` in place of the array, or
+    of the box that it is in, where the moment is not kept densely. Dense moments are
+    float32 at least. With optax's placeholder for parameters, the tree is that, and the
+    factors are a leaf that is none: `tree_map_params` then leaves them to its
+    `transform_non_params`.
     """
     if not isinstance(plan, Plan):
-        return params, params
+        return params, jnp.zeros([])
+    plans = {leaf.path: leaf for leaf in plan.leaves}
     dense, factors = [], {}
-    for leaf, (_, param) in zip(plan.leaves, named_leaves(params), strict=True):
-        if not leaf.methods:
-            dense.append(optax.MaskedNode())
+    for path, node in named_nodes(params):
+        leaf, param = plans.get(path), unboxed(node)
+        if leaf is None or not leaf.methods:
+            dense.append(node if param is None else optax.MaskedNode())
         elif not leaf.is_factored or isinstance(leaf.methods[index], Dense):
             dtype, sharding = at_least_float32(param.dtype), known_sharding(param)
-            dense.append(jnp.zeros(leaf.shape, dtype, device=sharding))
+            zeros = jnp.zeros(leaf.shape, dtype, device=sharding)
+            dense.append(refilled(node, zeros))
         else:
             dense.append(optax.MaskedNode())
-            view: Any = leaf.view
             init = functools.partial(
-                leaf.methods[index].init,
-                *(view.batch, view.p, view.q, leaf.rank),
-                jnp.dtype(factor_dtype),
-                seed,
+                _init_factors, leaf, index, jnp.dtype(factor_dtype), seed
             )
-            factors[leaf.path] = like_parameter(init, param, leaf.path, view)
-    return jax.tree.unflatten(jax.tree.structure(params), dense), factors
+            view: Any = leaf.view
+            factors[path] = _boxed(like_parameter(init, param, view), node, view)
+    return jax.tree.unflatten(_structure(params), dense), factors
+
+
+def _init_factors(leaf: LeafPlan, index: int, dtype, seed) -> Any:
+    view: Any = leaf.view
+    method, rank = leaf.methods[index], leaf.rank
+    return view.unfuse(method.init(view.batch, view.p, view.q, rank, dtype, seed))
+
+
+def _boxed(state: Any, node: Any, view: Any) -> Any:
+    """Each array of a factored state in a box like the parameter's."""
+    kind = type(state)
+    axes = map(view.factor_axes, kind.sides)
+    return kind(*(boxed_like(node, x, a) for x, a in zip(state, axes, strict=True)))
+
+
+def _structure(params: Any) -> Any:
+    """With a leaf for each node of `named_nodes`."""
+    stop = lambda x: x is None or is_masked(x) or is_box(x)  # noqa: E731
+    return jax.tree.structure(params, is_leaf=stop)

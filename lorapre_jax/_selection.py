@@ -2,11 +2,9 @@
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import optax
 import optax.contrib
 
@@ -16,6 +14,8 @@ from lorapre_jax._matrix_view import (
     as_matrix_axes,
     matrix_view,
 )
+from lorapre_jax._paths import is_masked, named_leaves
+from lorapre_jax._roles import Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,49 +87,21 @@ def select_matrices(
     return selection
 
 
-def path_str(path: tuple[Any, ...]) -> str:
-    return "/".join(
-        str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a)))
-        for k in path
-    )
-
-
-def named_leaves(
-    tree: Any, masked: bool = False, is_leaf=None
-) -> list[tuple[str, Any]]:
-    """Leaves by path, in tree order; `optax.MaskedNode`s among them where asked for.
-
-    Flax boxes a parameter as the only child, `value`, of a node: that key is left out.
-    """
-    wanted = is_leaf or (lambda x: False)
-    stop = lambda x: x is None or _is_masked(x) or wanted(x)  # noqa: E731
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
-    children = Counter(path[:-1] for path, _ in flat)
-    flat = [(path, x) for path, x in flat if x is not None or wanted(x)]
-
-    def name(path) -> str:
-        boxed = path and getattr(path[-1], "name", None) == "value"
-        return path_str(path[:-1] if boxed and children[path[:-1]] == 1 else path)
-
-    return [(name(path), x) for path, x in flat if masked or not _is_masked(x)]
-
-
 Resolved = tuple[MatrixAxes | None, str]
 
 
-def resolve_axes(matrices: Matrices, params: optax.Params) -> dict[str, Resolved]:
+def resolve_axes(
+    matrices: Matrices, params: optax.Params, by_role: Mapping[str, Role]
+) -> dict[str, Resolved]:
     """Leaf path -> (its axes, ""), or (None, why it is not a matrix)."""
     leaves = named_leaves(params, masked=True)
     # Masked leaves have no shape, but a rule that is about them is not a mistake.
     paths = [path for path, _ in leaves]
-    shapes = {path: leaf.shape for path, leaf in leaves if not _is_masked(leaf)}
+    shapes = {path: leaf.shape for path, leaf in leaves if not is_masked(leaf)}
     if not shapes:
         return {}
     if matrices is None:
-        return {
-            path: (MatrixAxes(), "") if len(shape) == 2 else (None, "not two axes")
-            for path, shape in shapes.items()
-        }
+        return {path: (role.axes, role.why) for path, role in by_role.items()}
     if isinstance(matrices, (MatrixAxes, optax.contrib.MuonDimensionNumbers)):
         return _resolve_one(as_matrix_axes(matrices), shapes)
     if isinstance(matrices, MatrixSelection):
@@ -228,7 +200,7 @@ def _resolve_tree(tree: Any, shapes, paths, nones) -> dict[str, Resolved]:
             )
         if path not in shapes:
             continue
-        if spec is None or _is_masked(spec):
+        if spec is None or is_masked(spec):
             resolved[path] = None, "not selected"
         else:
             resolved[path] = as_matrix_axes(spec), ""
@@ -254,10 +226,6 @@ def _as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(value)
     return (value,)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _is_spec(x: Any) -> bool:

@@ -1,7 +1,7 @@
 """The state lies where its parameter lies.
 
-A left factor is sharded as the parameter's rows, a right factor as its columns, both as
-its batch axes; the rank axis is replicated.
+A left factor is sharded as the parameter's row axes, a right factor as its column axes,
+both as its batch axes; the rank axis is replicated.
 """
 
 import math
@@ -16,34 +16,30 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from lorapre_jax._matrix_view import MatrixView
 
 
-def like_parameter(
-    init: Callable[[], Any], param: Any, path: str, view: MatrixView
-) -> Any:
+def like_parameter(init: Callable[[], Any], param: Any, view: MatrixView) -> Any:
     """`init()`, a factored state, placed as `param` is where that is known."""
     sharding = known_sharding(param)
     if sharding is None:
         return init()
-    shardings = factor_shardings(sharding, path, view, type(jax.eval_shape(init)))
+    shardings = factor_shardings(sharding, view, type(jax.eval_shape(init)))
     if isinstance(param, jax.core.Tracer):
         return jax.tree.map(jax.sharding.reshard, init(), shardings)
     # Compiled, no device ever holds more than its shard.
     return jax.jit(init, out_shardings=shardings)()
 
 
-def factor_shardings(
-    sharding: Sharding, path: str, view: MatrixView, kind: type[Any]
-) -> Any:
+def factor_shardings(sharding: Sharding, view: MatrixView, kind: type[Any]) -> Any:
     """A `kind` of shardings, from that of the parameter."""
     if not isinstance(sharding, NamedSharding):
-        return kind(*[sharding] * len(kind.axes))
-    batch, row, column = entries_of(sharding, path, view)
-    side = {"row": row, "column": column, "rank": None}
-    return kind(
-        *(
-            sharding.update(spec=PartitionSpec(*batch, *map(side.get, axes)))
-            for axes in kind.axes
-        )
-    )
+        return kind(*[sharding] * len(kind.sides))
+    spec = _full_spec(sharding, view)
+
+    def of(sides) -> NamedSharding:
+        axes = view.factor_axes(sides)
+        entries = (None if axis is None else spec[axis] for axis in axes)
+        return sharding.update(spec=PartitionSpec(*entries))
+
+    return kind(*map(of, kind.sides))
 
 
 def entries_of(sharding: NamedSharding, path: str, view: MatrixView):

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lorapre_jax._matrix_view import MatrixView
 from lorapre_jax._methods import at_least_float32
+from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import LeafPlan, Plan
-from lorapre_jax._selection import named_leaves
 from lorapre_jax._sharding import entries_of, mesh_axes
 
 Polar = Callable[[jax.Array], jax.Array]  # Of one matrix.

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapre_jax._methods import have_rank
+from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import LeafPlan, has_plan
-from lorapre_jax._selection import named_leaves
 
 Record = Mapping[str, Mapping[str, Mapping[str, Any]]]
 

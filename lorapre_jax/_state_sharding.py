@@ -6,10 +6,10 @@ import jax
 import optax
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from lorapre_jax._memory import is_factors, parts
-from lorapre_jax._plan import LeafPlan
-from lorapre_jax._selection import named_leaves
+from lorapre_jax._factors import is_factors
+from lorapre_jax._paths import named_leaves
 from lorapre_jax._sharding import factor_shardings, known_sharding, replicated
+from lorapre_jax._state_parts import Part, parts
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -48,15 +48,16 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
     state = jax.eval_shape(tx.init, abstract)
 
-    def place(owner: str | None, plan: LeafPlan | None, node: Any) -> Any:
-        if owner is None:
+    def place(part: Part) -> Any:
+        if part.owner is None:
             return everywhere
-        if is_factors(node):
-            view: Any = plan and plan.view
-            return factor_shardings(shardings[owner], owner, view, type(node))
-        return shardings[owner] if node.shape == shapes[owner] else everywhere
+        own = shardings[part.owner]
+        if is_factors(part.node):
+            view: Any = part.plan and part.plan.view
+            return factor_shardings(own, view, type(part.node))
+        return own if part.node.shape == shapes[part.owner] else everywhere
 
-    placed = [place(*part) for part in parts(state, shapes)]
+    placed = [place(part) for part in parts(state, shapes)]
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(placed))
 
 

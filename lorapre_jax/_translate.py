@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax import _low_rank as low_rank
+from lorapre_jax._factors import FactorPair, is_factors
 from lorapre_jax._matrix_view import MatrixView
 from lorapre_jax._methods import (
     AlgorithmOne,
     Dense,
-    FactorPair,
     LowRank,
     RankOne,
     RotatedRankOne,
     at_least_float32,
     mass,
-    random_rows,
+    random_columns,
 )
 
 
@@ -71,7 +71,7 @@ def translated(old: Moment, new: Moment, decay: float | None) -> Any:
         (type(old.method), type(new.method)),
         new.kind,
         view,
-        new.value.right.shape[-2] if isinstance(new.value, FactorPair) else None,
+        new.value.right.shape[-1] if isinstance(new.value, FactorPair) else None,
         jax.tree.map(lambda x: x.dtype, new.value),
         jax.tree.map(lambda x: x.sharding, new.value),
     )
@@ -91,17 +91,23 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
     old, new = methods
     squared = kind == "second"
 
+    def as_matrices(x):
+        if x is None:
+            return None
+        return view.fuse(x) if is_factors(x) else view.to_matrix(x)
+
     def run(value, ratio, before, after):
         compute = at_least_float32(*(x.dtype for x in jax.tree.leaves(value)))
         everything = value, ratio, before, after
         value, ratio, before, after = jax.tree.map(
             lambda x: x.astype(compute), everything
         )
-        if old is Dense:
-            value = view.to_matrix(jnp.sqrt(value) if squared else value)
+        if old is Dense and squared:
+            value = jnp.sqrt(value)
+        value, before, after = map(as_matrices, (value, before, after))
         m = None
         if before is not None and not isinstance(before, FactorPair):
-            before, m = None, view.to_matrix(before)
+            before, m = None, before
 
         def on_matrix(each):
             x, before, after, m = each
@@ -118,6 +124,8 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
         value = over_batch((value, before, after, m))
         if new is Dense:
             value = view.from_matrix(jnp.square(value) if squared else value)
+        else:
+            value = view.unfuse(value)
         return jax.tree.map(lambda x, dtype: x.astype(dtype), value, dtypes)
 
     program: Any = run
@@ -146,10 +154,10 @@ def _kept_by(method: type, x: low_rank.Matrix, rank: int | None) -> low_rank.Mat
     pair = low_rank.as_factors(x, rank)
     if method is AlgorithmOne:
         # Its step cannot leave a pair of zeros.
-        noise = 0.02 * random_rows(0, *pair.right.shape).astype(pair.right.dtype)
-        empty = jnp.all(pair.right == 0, axis=1, keepdims=True)
+        noise = 0.02 * random_columns(0, *pair.right.shape).astype(pair.right.dtype)
+        empty = jnp.all(pair.right == 0, axis=0)
         return FactorPair(
-            jnp.where(empty.T, 0, pair.left), jnp.where(empty, noise, pair.right)
+            jnp.where(empty, 0, pair.left), jnp.where(empty, noise, pair.right)
         )
     return pair
 

@@ -55,6 +55,12 @@ LAYOUTS = {
         P(None, "tensor", "fsdp"),
         P("tensor", "fsdp"),
     ),
+    "behind": Layout(
+        {"fsdp": 2, "tensor": 4},
+        P("fsdp", None, "tensor"),
+        P(None, "fsdp", "tensor"),
+        P("fsdp", "tensor"),
+    ),
     "layers": Layout({"layers": 8}, P(), P("layers"), P()),
     "experts": Layout(
         {"expert": 2, "fsdp": 2, "tensor": 2},

@@ -48,6 +48,7 @@ def test_nothing_else_is_public():
         "RankOne",
         "RotatedRankOne",
         "check_state_record",
+        "check_state_sharding",
         "convert_state",
         "describe",
         "diagnostics",
@@ -55,6 +56,7 @@ def test_nothing_else_is_public():
         "lorapre_ema",
         "lorapre_muon",
         "rank_for_budget",
+        "register_box",
         "scale_by_lorapre_adam",
         "scale_by_lorapre_muon",
         "select_matrices",
@@ -211,7 +213,7 @@ def test_init_is_the_same_from_anything(case):
     assert shapes_of(jax.eval_shape(tx.init, abstract)) == shapes_of(state)
 
 
-def test_each_tree_field_is_optax_placeholder(case):
+def test_dense_trees_are_optax_placeholder(case):
     class Placeholder:
         pass
 
@@ -221,25 +223,54 @@ def test_each_tree_field_is_optax_placeholder(case):
     )
     placeholder = Placeholder()
     state = tx.init(placeholder)
-    for field in itertools.chain(*case.fields, ["plan"]):
-        for _, found in optax.tree_utils.tree_get_all_with_path(state, field):
-            assert isinstance(found, Placeholder), field
+    for tree, _ in case.fields:
+        for _, found in optax.tree_utils.tree_get_all_with_path(state, tree):
+            assert isinstance(found, Placeholder), tree
 
 
-def test_tree_map_params_reaches_all_moments(case):
-    """And nothing else: neither the count nor the learning rate's state."""
+def test_tree_map_params_reaches_dense_moments(case):
+    """And nothing else: no factors, no count, no state of the learning rate."""
     tx, params = case.make(), case.tree()
     _, state = run(tx, params, gradients(case, 1))
     same = optax.tree_utils.tree_map_params(tx, lambda x: x, state)
     assert_same(same, state)
     doubled = optax.tree_utils.tree_map_params(tx, lambda x: 2 * x, state)
+    trees = {"mu", "nu", "momentum", "ema"}
     for (path, was), now in zip(
         jax.tree_util.tree_leaves_with_path(state),
         jax.tree.leaves(doubled),
         strict=True,
     ):
-        factor = 1 if getattr(path[-1], "name", None) == "count" else 2
+        keys = {getattr(key, "name", None) for key in path}
+        factor = 2 if keys & trees else 1
         np.testing.assert_array_equal(np.asarray(now), factor * np.asarray(was))
+
+
+def test_tree_map_params_makes_specs_of_a_state(case):
+    """optax's documented way to them, with a tree of the parameters' specs."""
+    tx, params = case.make(), case.tree()
+    state = tx.init(params)
+    specs = {name: f"spec of {name}" for name in params}
+    found = optax.tree_utils.tree_map_params(
+        tx,
+        lambda x, spec: x if is_masked(x) else spec,
+        state,
+        specs,
+        transform_non_params=lambda _: "replicated",
+        is_leaf=is_masked,
+    )
+    trees = [
+        tree
+        for field in ("mu", "nu", "momentum", "ema")
+        for _, tree in optax.tree_utils.tree_get_all_with_path(state, field)
+    ]
+    dense = {f"spec of {n}" for tree in trees for n in tree if not is_masked(tree[n])}
+    assert set(jax.tree.leaves(found)) == {"replicated"} | dense
+    # As a prefix tree it says where to put the state.
+    everywhere = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    places = jax.tree.map(lambda _: everywhere, found)
+    placed = jax.device_put(state, places)
+    assert {x.sharding for x in jax.tree.leaves(placed)} == {everywhere}
 
 
 # Leaves that are not matrices.

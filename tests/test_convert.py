@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
 from lorapre_jax import _low_rank
-from lorapre_jax._methods import FactorPair, RowColumn
+from lorapre_jax._factors import FactorPair, RowColumn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lorapre_jax as lp
+from lorapre_jax._roles import UNKNOWN
 
 PARAMS = {
     "w": jnp.zeros((12, 8)),
@@ -102,16 +103,19 @@ def test_table():
     kept = "3 x 12 x 8 at rank 2: LowRank, RotatedRankOne"
     assert f"stack  3 x 12 x 8  {kept}" in text
     assert "dense: not included" in text
-    assert text.splitlines()[-1].split()[0] == "total"
+    total, words = text.splitlines()[-2:]
+    assert total.split()[0] == "total"
+    assert words == "98.0% of the parameters are factored; no large leaf is dense."
 
 
 def test_other_optimizers_are_reported_too():
     report = lp.describe(optax.adamw(1e-3), PARAMS)
     assert report.ratio == 1
     assert {leaf.dense for leaf in report.leaves} == {"another transform"}
-    muon = lp.describe(lp.lorapre_muon(1e-3, 2, min_dim_size_to_factor=1), PARAMS)
+    with pytest.warns(UserWarning, match=r"r\"\^stack\$\": lp.MatrixAxes"):
+        muon = lp.describe(lp.lorapre_muon(1e-3, 2, min_dim_size_to_factor=1), PARAMS)
     kept = {leaf.path: leaf.dense for leaf in muon.leaves}
-    assert kept == {"w": "", "stack": "not two axes", "bias": "not two axes"}
+    assert kept == {"w": "", "stack": UNKNOWN, "bias": "fewer than two axes"}
     assert muon.leaves[0].nbytes == 2 * 8 * 4
 
 

@@ -66,7 +66,7 @@ def regression(**kwargs: Any):
             TypeError,
             "Pass another second moment",
         ),
-        (lambda: adam(second_moment=None), TypeError, "keep a second moment"),
+        (lambda: adam(second_moment=3), TypeError, "keep a second moment"),
         (
             lambda: adam(second_moment=lp.LowRank(complement_gain=0.3)),
             ValueError,

@@ -117,7 +117,7 @@ def assert_follows(factors: Any):
     """They lie as kernels on ("x", "y") do; the rank axis is replicated."""
     assert set(factors) == KERNEL_PATHS
     for pair in factors.values():
-        for x, spec in ((pair.left, P("x", None)), (pair.right, P(None, "y"))):
+        for x, spec in ((pair.left, P("x", None)), (pair.right, P("y", None))):
             expected = NamedSharding(x.sharding.mesh, spec)
             assert x.sharding.is_equivalent_to(expected, 2), x.sharding
 
@@ -247,7 +247,14 @@ def test_linen_train_state(name, boxes):
     assert set(factors_of(state.opt_state)) == KERNEL_PATHS
     plain_losses, plain_state = train_linen(name, "ArrayImpl")
     np.testing.assert_allclose(losses, plain_losses, rtol=1e-5)
-    assert_close(factors_of(state.opt_state), factors_of(plain_state.opt_state))
+    factors = factors_of(state.opt_state)
+    if boxes != "ArrayImpl":
+        names = {"Partitioned": ("x", "y"), "LogicallyPartitioned": ("embed", "mlp")}
+        rows, columns = names[boxes]
+        left, right = factors["up/kernel"]
+        assert (left.names, right.names) == ((rows, None), (columns, None))
+        assert type(left).__name__ == boxes
+    assert_close(nn.unbox(factors), factors_of(plain_state.opt_state))
 
 
 def test_haiku(make_alias):

@@ -43,13 +43,16 @@ def why_dense(path, params: Any = PARAMS, rank: Any = 8, **kwargs: Any):
     return next(leaf.dense for leaf in report.leaves if leaf.path == path)
 
 
-def test_default_takes_large_matrices_with_two_axes():
+def test_default_takes_the_large_matrices_of_a_stack_too():
     assert factored() == {
         "embed/embedding": ((), 256, 128, 8),
+        "layers/attention/q": ((4,), 128, 128, 8),
+        "layers/attention/o": ((4,), 128, 128, 8),
+        "layers/mlp": ((4,), 128, 384, 8),
         "head": ((), 128, 256, 8),
     }
-    assert why_dense("layers/mlp") == "not two axes"
-    assert why_dense("layers/norm", rank=2) == "a side is below 128"
+    assert why_dense("layers/norm", rank=2) == "biases or scales of a stack"
+    assert why_dense("w", {"w": struct(127, 512)}) == "a side is below 128"
 
 
 def test_a_rank_that_does_not_pay_leaves_the_leaf_dense():

@@ -14,7 +14,7 @@ import optax
 
 import lorapre_jax as lp
 from benchmarks.quality.methods import B1, Method, our_muon, ours, rank_one
-from lorapre_jax import _adam_rule, _methods, _online_regression
+from lorapre_jax import _adam_rule, _factors, _methods, _online_regression
 
 GAINS = (0.5, 1.4, 2.0)
 _HIGH = (1e-3, 2e-3, 4e-3)
@@ -61,7 +61,7 @@ class _FromRandomDirections(lp.LowRank):
     def init(self, batch, p, q, rank, dtype, seed):
         noise = jax.random.normal(jax.random.key(seed), (p, rank), dtype)
         left, right = super().init(batch, p, q, rank, dtype, seed)
-        return _methods.FactorPair(left + jnp.linalg.qr(noise)[0], right)
+        return _factors.FactorPair(left + jnp.linalg.qr(noise)[0], right)
 
 
 def _along_the_width(width: int, b2: float) -> optax.GradientTransformation:
@@ -71,7 +71,9 @@ def _along_the_width(width: int, b2: float) -> optax.GradientTransformation:
         "^head/": lp.MatrixAxes(rows=-2, columns=-1),
     }
     matrices = lp.select_matrices(axes=axes)
-    return lp.scale_by_lorapre_adam(width // 8, B1, b2, matrices=matrices)
+    return lp.scale_by_lorapre_adam(
+        width // 8, B1, b2, matrices=matrices, second_moment=lp.RotatedRankOne()
+    )
 
 
 ABLATIONS: dict[str, Method] = {

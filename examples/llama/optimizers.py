@@ -4,7 +4,6 @@ All share schedule, clipping and weight decay, and treat the embedding, the head
 the norms alike: by Adam's moments. Only the rule for the matrices differs.
 """
 
-import functools
 import re
 from typing import Any, NamedTuple
 
@@ -137,25 +136,18 @@ def _adamw(config: OptimizerConfig, given: _Given) -> Any:
 
 
 def _lorapre_adamw(config: OptimizerConfig, given: _Given) -> Any:
-    rule = functools.partial(
-        lp.lorapre_adamw,
+    return lp.lorapre_adamw(
         given.rate,
         config.rank,
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
         mask=lambda params: _is_matrix(config, params),
+        matrices=_selection(*_patterns(config)),
         update_scale=config.update_scale,
         slices_at_once=config.layers_at_once,
+        **_moments(config, "first_moment", "second_moment"),
     )
-    moments: dict[str, Any] = _moments(config, "first_moment", "second_moment")
-    matrix_rule = rule(matrices=_selection(MATRICES), **moments)
-    if not config.factor_embeddings:
-        return matrix_rule
-    # Along the left factor, their second moments cost 0.05 nats (benchmarks/quality).
-    moments = {"second_moment": lp.RankOne()} | moments
-    embedding_rule = rule(matrices=_selection(EMBEDDINGS), **moments)
-    return _divided([EMBEDDINGS], {"embeddings": embedding_rule, "others": matrix_rule})
 
 
 def _lorapre_muon(config: OptimizerConfig, given: _Given) -> Any:

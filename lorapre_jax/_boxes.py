@@ -1,0 +1,182 @@
+"""Boxes: the containers in which frameworks keep an array with the names of its axes.
+
+Flax's `nnx.Variable` and Linen's `Partitioned` are such, and Haliax's `NamedArray`.
+Trainers read the sharding of an optimizer state off them, so what `init` makes for a
+boxed parameter comes back in a box of the same kind. Afterwards a box is a pytree node
+like any other, so `update` needs none of this.
+
+No framework is imported: only what is already loaded is looked for.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Axes = tuple[int | None, ...]
+"""Of a new array: which axis of the parameter each of its axes is; None: a new one."""
+
+_RANK = "lorapre_rank"  # Haliax names every axis; no mapping to mesh axes has this one.
+
+
+class _BoxKind(NamedTuple):
+    kind: type[Any]
+    axis_names: Callable[[Any], Sequence[Any] | None]
+    like: Callable[[Any, Any, Axes], Any]
+
+
+_registered: list[_BoxKind] = []
+
+
+def register_box(
+    kind: type[Any],
+    axis_names: Callable[[Any], Sequence[Any] | None],
+    like: Callable[[Any, Any, Axes], Any],
+) -> None:
+    """Teaches the library another kind of box around a parameter.
+
+    Flax's and Haliax's boxes are known. A box is a pytree node with one child, the
+    array.
+
+    Args:
+      kind: The box's class; its subclasses count too.
+      axis_names: `axis_names(box)` are the names of the array's axes, a string or None
+        for each, or None where it has no names. The default selection reads them.
+      like: `like(box, array, axes)` is a box of the same kind around another array.
+        `axes` has for each axis of `array` the number of the axis of the old array that
+        it is, or None for the rank. The array may be a tracer or abstract.
+
+    For example, for a class with the fields `value` and `names`::
+
+        lp.register_box(
+            Named,
+            lambda box: box.names,
+            lambda box, array, axes: Named(
+                array, tuple(None if i is None else box.names[i] for i in axes)
+            ),
+        )
+
+    Raises:
+      TypeError: `kind` is not a class.
+    """
+    if not isinstance(kind, type):
+        raise TypeError(f"register_box: `kind` must be a class, got {kind!r}.")
+    _registered[:] = [known for known in _registered if known.kind is not kind]
+    _registered.append(_BoxKind(kind, axis_names, like))
+
+
+def unboxed(node: Any) -> Any:
+    """The array in a box, an `optax.MaskedNode` or None; what is no box, itself."""
+    return node if _kind_of(node) is None else _children(node)[0]
+
+
+def is_box(node: Any) -> bool:
+    return _kind_of(node) is not None
+
+
+def axis_names(node: Any, ndim: int) -> tuple[Any, ...]:
+    """One for each axis; None where it has no name."""
+    kind = _kind_of(node)
+    names = None if kind is None else kind.axis_names(node)
+    return _padded(names or (), ndim)
+
+
+def boxed_like(node: Any, array: Any, axes: Axes) -> Any:
+    """`array` in a box like `node`, named by the axes of `node` that it has."""
+    kind = _kind_of(node)
+    return array if kind is None else kind.like(node, array, axes)
+
+
+def refilled(node: Any, array: Any) -> Any:
+    """The same box around another array of the same axes."""
+    return jax.tree.unflatten(jax.tree.structure(node), [array])
+
+
+def _kind_of(node: Any) -> _BoxKind | None:
+    for known in (*_registered, *_loaded()):
+        # A variable may hold a tree of arrays, and is no box then.
+        if isinstance(node, known.kind) and len(_children(node)) == 1:
+            return known
+    return None
+
+
+def _children(box: Any) -> list[Any]:
+    stop = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.leaves(box, is_leaf=stop)
+
+
+def _loaded() -> list[_BoxKind]:
+    """Of the frameworks that are in use."""
+    found = []
+    if (nnx := sys.modules.get("flax.nnx")) is not None:
+        found.append(_BoxKind(nnx.Variable, _names_of_variable, _variable_like))
+    if (meta := sys.modules.get("flax.core.meta")) is not None:
+        found.append(_BoxKind(meta.Partitioned, lambda box: box.names, _partitioned))
+    if (haliax := sys.modules.get("haliax")) is not None:
+        named = haliax.NamedArray
+        found.append(_BoxKind(named, _names_of_named_array, _named_array_like))
+    return found
+
+
+# Flax NNX. Names are metadata, under the first of these that is there.
+
+_SHARDING = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
+
+
+def _names_of_variable(variable: Any) -> Sequence[Any] | None:
+    metadata = variable.get_metadata()
+    entries = next((metadata[key] for key in _SHARDING if metadata.get(key)), None)
+    return tuple(entries.spec) if isinstance(entries, NamedSharding) else entries
+
+
+def _variable_like(variable: Any, array: Any, axes: Axes) -> Any:
+    metadata = dict(variable.get_metadata())
+    for key in _SHARDING:
+        if metadata.get(key):
+            metadata[key] = _selected(metadata[key], axes)
+    # Where MaxText has the layers of a scan; it adds their name there if it is missing.
+    scanned = metadata.get("param_scan_axis")
+    if scanned in axes:
+        metadata["param_scan_axis"] = axes.index(scanned)
+    return type(variable).from_metadata(array, metadata)
+
+
+def _selected(entries: Any, axes: Axes) -> Any:
+    if isinstance(entries, NamedSharding):
+        return entries.update(spec=_selected(entries.spec, axes))
+    if not isinstance(entries, (tuple, list, PartitionSpec)):
+        raise TypeError(
+            f"A parameter's sharding metadata is a {type(entries).__name__}: the axes "
+            "of its optimizer state cannot be told from that. Give a tuple of names, a "
+            "PartitionSpec or a NamedSharding."
+        )
+    old = tuple(entries)
+    new = [None if axis is None else _padded(old, axis + 1)[axis] for axis in axes]
+    return PartitionSpec(*new) if isinstance(entries, PartitionSpec) else tuple(new)
+
+
+def _padded(entries: Sequence[Any], ndim: int) -> tuple[Any, ...]:
+    return (*entries, *[None] * (ndim - len(entries)))
+
+
+# Flax Linen.
+
+
+def _partitioned(box: Any, array: Any, axes: Axes) -> Any:
+    return box.replace(value=array, names=_selected(tuple(box.names), axes))
+
+
+# Haliax.
+
+
+def _names_of_named_array(named: Any) -> Sequence[Any]:
+    return [axis.name for axis in named.axes]
+
+
+def _named_array_like(named: Any, array: Any, axes: Axes) -> Any:
+    names = _names_of_named_array(named)
+    new = tuple(_RANK if axis is None else names[axis] for axis in axes)
+    return type(named)(array, new)

@@ -1,0 +1,244 @@
+"""The selection of `matrices=None`, on leaves as frameworks name them."""
+
+import re
+import warnings
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lorapre_jax as lp
+
+ENDS = lp.RankOne()
+BLOCKS = lp.RotatedRankOne()
+
+
+def tree(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries of shapes, or of `(shape, names)` in Linen's boxes."""
+    nested: dict[str, Any] = {}
+    for path, given in leaves.items():
+        *keys, last = path.split("/")
+        node = nested
+        for key in keys:
+            node = node.setdefault(key, {})
+        shape, names = given if isinstance(given[0], tuple) else (given, None)
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+        node[last] = leaf if names is None else nn.Partitioned(leaf, names)
+    return nested
+
+
+def found(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Path -> (batch, rows, columns, second moment) of the leaves that are factored."""
+    tx = lp.scale_by_lorapre_adam(4, min_dim_size_to_factor=16)
+    state: Any = jax.eval_shape(tx.init, tree(leaves))
+    return {
+        leaf.path: (
+            leaf.view.batch_axes,
+            leaf.view.row_axes,
+            leaf.view.column_axes,
+            leaf.methods[1],
+        )
+        for leaf in state.plan.leaves
+        if leaf.is_factored
+    }
+
+
+# Scanned on the second axis, as MaxText has its layers.
+NAMED = {
+    "layers/mlp/wi_0/kernel": ((64, 3, 128), ("embed", "layers", "mlp")),
+    "layers/mlp/wo/kernel": ((128, 3, 64), ("mlp", "layers", "embed")),
+    "layers/mlp/wi/kernel": (
+        (64, 3, 2, 128),
+        ("embed", "layers", "num_activations", "mlp"),
+    ),
+    "layers/attn/query/kernel": (
+        (64, 3, 4, 16),
+        ("embed_attn", "layers", "q_heads", "kv"),
+    ),
+    "layers/attn/out/kernel": (
+        (4, 3, 16, 64),
+        ("heads", "layers", "kv", "embed_attn"),
+    ),
+    "layers/attn/wkv_b/kernel": (
+        (32, 3, 4, 16),
+        ("kv_lora", "layers", "kv_heads", "kv_head_dim"),
+    ),
+    "layers/attn/query/bias": ((16, 3, 16), ("q_heads", "layers", "kv")),
+    "layers/norm/scale": ((64, 32), ("norm", "layers")),
+    "moe/wi_0": ((4, 3, 64, 128), ("exp", "moe_layers", "embed_moe", "mlp_moe")),
+    "embedder/table": ((512, 64), ("vocab", "embed_vocab")),
+    "logits/kernel": ((64, 512), ("embed_vocab", "vocab")),
+}
+
+
+def test_names_of_axes():
+    assert found(NAMED) == {
+        "layers/mlp/wi_0/kernel": ((1,), (0,), (2,), BLOCKS),
+        "layers/mlp/wo/kernel": ((1,), (0,), (2,), BLOCKS),
+        "layers/mlp/wi/kernel": ((1, 2), (0,), (3,), BLOCKS),
+        "layers/attn/query/kernel": ((1,), (0,), (2, 3), BLOCKS),
+        "layers/attn/out/kernel": ((1,), (0, 2), (3,), BLOCKS),
+        "layers/attn/wkv_b/kernel": ((1,), (0,), (2, 3), BLOCKS),
+        "moe/wi_0": ((0, 1), (2,), (3,), BLOCKS),
+        "embedder/table": ((), (0,), (1,), ENDS),
+        "logits/kernel": ((), (0,), (1,), ENDS),
+    }
+
+
+# Named by mesh axes, which say nothing of what an axis is, as in Tunix.
+MESH = ("fsdp", "tp", None)
+BY_PATH = {
+    "layers/0/attn/q_proj/w": ((64, 4, 16), MESH),
+    "layers/0/attn/o_proj/w": ((4, 16, 64), ("tp", None, "fsdp")),
+    "layers/0/attn/q_einsum/w": ((4, 64, 16), ("tp", "fsdp", None)),
+    "layers/0/attn/kv_einsum/w": ((2, 4, 64, 16), (None, "tp", "fsdp", None)),
+    "layers/0/attn/attn_vec_einsum/w": ((4, 16, 64), ("tp", None, "fsdp")),
+    "layers/0/mlp/gate_proj/kernel": ((64, 128), ("fsdp", "tp")),
+    "layers/0/mlp/down_proj": ((4, 128, 64), ("fsdp", "tp", None)),
+    "layers/0/input_layernorm/w": ((64,), ("tp",)),
+    "embedder/input_embedding": ((512, 64), ("tp", "fsdp")),
+    "lm_head/w": ((64, 512), ("fsdp", "tp")),
+}
+
+
+def test_paths():
+    assert found(BY_PATH) == {
+        "layers/0/attn/q_proj/w": ((), (0,), (1, 2), BLOCKS),
+        "layers/0/attn/o_proj/w": ((), (0, 1), (2,), BLOCKS),
+        "layers/0/attn/q_einsum/w": ((), (1,), (0, 2), BLOCKS),
+        "layers/0/attn/kv_einsum/w": ((0,), (2,), (1, 3), BLOCKS),
+        "layers/0/attn/attn_vec_einsum/w": ((), (0, 1), (2,), BLOCKS),
+        "layers/0/mlp/gate_proj/kernel": ((), (0,), (1,), BLOCKS),
+        "layers/0/mlp/down_proj": ((0,), (1,), (2,), BLOCKS),
+        "embedder/input_embedding": ((), (0,), (1,), ENDS),
+        "lm_head/w": ((), (0,), (1,), ENDS),
+    }
+
+
+@pytest.mark.parametrize(
+    ("leaves", "expected"),
+    [
+        # A stack below `layers`: its first axis is as long for all.
+        (
+            {"layers/attn/q/kernel": (3, 64, 64), "layers/norm/scale": (3, 64)},
+            {"layers/attn/q/kernel": ((0,), (1,), (2,), BLOCKS)},
+        ),
+        # One layer that is called so: a kernel of two axes is no stack of vectors.
+        (
+            {"layers/q/kernel": (64, 64), "layers/norm/scale": (64,)},
+            {"layers/q/kernel": ((), (0,), (1,), BLOCKS)},
+        ),
+        (
+            {"blocks_0/Attn_0/query/kernel": (64, 4, 16), "pos_embed/w": (32, 64)},
+            {
+                "blocks_0/Attn_0/query/kernel": ((), (0,), (1, 2), BLOCKS),
+                "pos_embed/w": ((), (0,), (1,), ENDS),
+            },
+        ),
+        (
+            {"conv1/kernel": (3, 3, 32, 64), "stem/kernel": (5, 5, 32, 64)},
+            {
+                "conv1/kernel": ((), (0, 1, 2), (3,), BLOCKS),
+                "stem/kernel": ((), (0, 1, 2), (3,), BLOCKS),
+            },
+        ),
+        # PyTorch's way round.
+        ({"fc/weight": (128, 64)}, {"fc/weight": ((), (1,), (0,), BLOCKS)}),
+        # Lists without names: what is far from square has a vocabulary.
+        (
+            {"0": (64, 128), "1": (64, 1024), "2": (1024, 64)},
+            {
+                "0": ((), (0,), (1,), BLOCKS),
+                "1": ((), (0,), (1,), ENDS),
+                "2": ((), (0,), (1,), ENDS),
+            },
+        ),
+        # Heads of attention are no heads of a model.
+        (
+            {"attn/heads/kernel": (64, 64)},
+            {"attn/heads/kernel": ((), (0,), (1,), BLOCKS)},
+        ),
+        ({"head/kernel": (64, 64)}, {"head/kernel": ((), (0,), (1,), ENDS)}),
+    ],
+)
+def test_other_networks(leaves, expected):
+    assert found(leaves) == expected
+
+
+def test_a_stack_of_which_nothing_is_known_is_named_with_the_code_to_paste():
+    leaves = {"a": (3, 64, 128), "b": (64, 64), "c": (3, 64)}
+    with pytest.warns(UserWarning, match="neither their paths nor names") as caught:
+        assert found(leaves) == {"b": ((), (0,), (1,), BLOCKS)}
+    (message,) = {str(warning.message) for warning in caught}
+    code = re.search(r"matrices=(lp\.select_matrices\(.*\))", message, re.DOTALL)
+    assert code is not None
+    matrices = eval(code[1], {"lp": lp})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = lp.describe(
+            lp.scale_by_lorapre_adam(4, matrices=matrices), tree(leaves)
+        )
+    assert {leaf.path for leaf in report.leaves if leaf.is_factored} == {"a", "b"}
+    assert report.leaves[0].batch == (3,)
+
+
+@pytest.mark.parametrize("leaves", [NAMED, BY_PATH])
+def test_muon_gives_the_ends_to_adam(leaves):
+    """The two parts of the alias decide alike, though neither sees all leaves."""
+    tx = lp.lorapre_muon(0.1, 4, min_dim_size_to_factor=16)
+    report = lp.describe(tx, tree(leaves))
+    factored = {leaf.path: leaf.methods for leaf in report.leaves if leaf.is_factored}
+    expected = found(leaves)
+    assert factored.keys() == expected.keys()
+    for path, methods in factored.items():
+        assert (len(methods) == 2) == (expected[path][3] == ENDS), path
+
+
+def test_a_selection_by_hand_is_obeyed():
+    matrices = lp.select_matrices(include="embedder", axes=lp.MatrixAxes(-1, -2))
+    tx = lp.scale_by_lorapre_adam(4, matrices=matrices)
+    state: Any = jax.eval_shape(tx.init, tree(NAMED))
+    (leaf,) = (leaf for leaf in state.plan.leaves if leaf.is_factored)
+    assert (leaf.path, leaf.view.row_axes) == ("embedder/table", (1,))
+
+
+def test_methods_by_pattern():
+    second = {"mlp": lp.Dense(), "^embedder/": lp.RotatedRankOne()}
+    tx = lp.scale_by_lorapre_adam(4, second_moment=second, min_dim_size_to_factor=16)
+    state: Any = jax.eval_shape(tx.init, tree(NAMED))
+    methods = {leaf.path: leaf.methods[1] for leaf in state.plan.leaves}
+    assert methods["layers/mlp/wo/kernel"] == lp.Dense()
+    assert methods["embedder/table"] == BLOCKS
+    assert methods["logits/kernel"] == ENDS
+    assert methods["layers/attn/out/kernel"] == BLOCKS
+    assert set(state.nu_factors) < set(state.mu_factors)
+
+
+@pytest.mark.parametrize(
+    ("second", "error", "message"),
+    [
+        ({"nothing": lp.RankOne()}, ValueError, "pattern 'nothing' matches no leaf"),
+        (
+            {"mlp": lp.RankOne(), "wi_0": lp.Dense()},
+            ValueError,
+            "two patterns give leaf 'layers/mlp/wi_0/kernel' different methods",
+        ),
+        ({"(": lp.RankOne()}, ValueError, r"'\(' is not a regular expression"),
+        ({3: lp.RankOne()}, TypeError, "regular expressions as keys, got 3"),
+        ({"mlp": lp.RankOne}, TypeError, r"such as RankOne\(\), not the class"),
+        ({"mlp": "rank one"}, TypeError, "'rank one' cannot keep a second moment"),
+    ],
+)
+def test_methods_by_pattern_that_are_wrong(second, error, message):
+    with pytest.raises(error, match=message):
+        lp.scale_by_lorapre_adam(4, second_moment=second).init(tree(NAMED))
+
+
+def test_methods_of_one_leaf_that_do_not_go_together():
+    tx = lp.scale_by_lorapre_adam(
+        4, first_moment={"mlp": lp.Dense()}, min_dim_size_to_factor=16
+    )
+    with pytest.raises(TypeError, match=r"Leaf 'layers/mlp/wi/kernel': `second_mom"):
+        jax.eval_shape(tx.init, tree(NAMED))
