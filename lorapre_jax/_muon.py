@@ -248,7 +248,29 @@ def lorapre_muon(
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate
 
-    def labels(params):
+    parts = {
+        "muon": optax.chain(
+            scale_by_muon,
+            decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
+        # Of the leaves it gets, `matrices` selects none, unless it is None.
+        "adam": lorapre_adamw(
+            adam_learning_rate,
+            rank,
+            adam_b1,
+            adam_b2,
+            eps,
+            adam_weight_decay,
+            matrices=matrices,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            slices_at_once=slices_at_once,
+            factor_dtype=factor_dtype,
+            seed=seed,
+        ),
+    }
+
+    def decide(params):
         leaves = named_leaves(params)
         for path, leaf in leaves:
             _checks.check_floating(path, leaf)
@@ -256,36 +278,32 @@ def lorapre_muon(
         axes = resolve_axes(matrices, params, by_role)
 
         def label(path: str) -> str:
-            is_adams = matrices is None and by_role[path].is_end
-            return "adam" if axes[path][0] is None or is_adams else "muon"
+            is_adams = axes[path].by_default and by_role[path].is_end
+            return "adam" if axes[path].axes is None or is_adams else "muon"
 
         labels = [label(path) for path, _ in leaves]
         return jax.tree.unflatten(jax.tree.structure(params), labels)
 
-    return optax.partition(
-        {
-            "muon": optax.chain(
-                scale_by_muon,
-                decayed_weights(weight_decay, weight_decay_mask),
-                optax.scale_by_learning_rate(learning_rate),
-            ),
-            # Of the leaves it gets, `matrices` selects none, unless it is None.
-            "adam": lorapre_adamw(
-                adam_learning_rate,
-                rank,
-                adam_b1,
-                adam_b2,
-                eps,
-                adam_weight_decay,
-                matrices=matrices,
-                min_dim_size_to_factor=min_dim_size_to_factor,
-                slices_at_once=slices_at_once,
-                factor_dtype=factor_dtype,
-                seed=seed,
-            ),
-        },
-        labels,
-    )
+    def update_fn(updates, state, params=None, **extra_args):
+        divided = optax.partition(parts, functools.partial(_decided, state))
+        return divided.update(updates, state, params, **extra_args)
+
+    init_fn = optax.partition(parts, decide).init
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _decided(state: Any, updates: optax.Updates) -> Any:
+    """Which part has each leaf: what `init` decided, for updates may be in no boxes."""
+    try:
+        plan = state.inner_states["muon"].inner_state[0].plan
+    except (AttributeError, KeyError, TypeError):
+        _checks.check_state(state, optax.PartitionState)
+        raise
+    of_muon = {leaf.path for leaf in plan.leaves}
+    labels = [
+        "muon" if path in of_muon else "adam" for path, _ in named_leaves(updates)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(updates), labels)
 
 
 def _refuse_other_than_matrices(plan: Plan) -> None:

@@ -153,9 +153,11 @@ def make_plan(
     axes = resolve_axes(matrices, params, by_role)
     for each in choices:
         each.check_patterns(path for path, _ in named_leaves(params, masked=True))
-    if matrices is None:
+    by_default = [path for path, found in axes.items() if found.by_default]
+    if by_default:
         _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)
-        warn_of_unknown(by_role, dict(leaves), min_dim_size_to_factor)
+        unknown = {path: dict(leaves)[path].shape for path in by_default}
+        warn_of_unknown(by_role, unknown, min_dim_size_to_factor)
 
     def decide(path, leaf) -> LeafPlan:
         shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
@@ -168,7 +170,7 @@ def make_plan(
 
         if 0 in shape:
             return dense("no elements")
-        leaf_axes, why = axes[path]
+        leaf_axes, why, is_default = axes[path]
         if leaf_axes is None:
             return dense(why)
         if len(methods) == 2:
@@ -179,7 +181,7 @@ def make_plan(
         r, (p, q) = rank_of(rank, view), (view.p, view.q)
         if have_rank(methods) and r * (p + q) >= p * q:
             return dense(f"rank {r} does not pay: r(p+q) >= pq", view)
-        if matrices is None and min(p, q) < min_dim_size_to_factor:
+        if is_default and min(p, q) < min_dim_size_to_factor:
             return dense(f"a side is below {min_dim_size_to_factor}", view)
         shards = batch_shards(leaf, view)
         return LeafPlan(path, shape, dtype.name, view, r, "", methods, shards)
@@ -228,7 +230,8 @@ def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]
                 _init_factors, leaf, index, jnp.dtype(factor_dtype), seed
             )
             view: Any = leaf.view
-            factors[path] = _boxed(like_parameter(init, param, view), node, view)
+            state = like_parameter(init, param, view)
+            factors[path] = _boxed(path, state, node, view)
     return jax.tree.unflatten(_structure(params), dense), factors
 
 
@@ -238,11 +241,15 @@ def _init_factors(leaf: LeafPlan, index: int, dtype, seed) -> Any:
     return view.unfuse(method.init(view.batch, view.p, view.q, rank, dtype, seed))
 
 
-def _boxed(state: Any, node: Any, view: Any) -> Any:
+def _boxed(path: str, state: Any, node: Any, view: Any) -> Any:
     """Each array of a factored state in a box like the parameter's."""
     kind = type(state)
     axes = map(view.factor_axes, kind.sides)
-    return kind(*(boxed_like(node, x, a) for x, a in zip(state, axes, strict=True)))
+    try:
+        boxes = [boxed_like(node, x, a) for x, a in zip(state, axes, strict=True)]
+    except TypeError as error:
+        raise TypeError(f"Leaf '{path}': {error}") from error
+    return kind(*boxes)
 
 
 def _structure(params: Any) -> Any:

@@ -133,7 +133,8 @@ def _mend(leaf: LeafReport) -> str:
     if leaf.dense == UNKNOWN:
         return (
             "Say which axes are rows and columns: matrices=lp.select_matrices(axes={"
-            f'r"^{re.escape(leaf.path)}$": lp.MatrixAxes(rows=-2, columns=-1)}}).'
+            f'r"^{re.escape(leaf.path)}$": lp.MatrixAxes(rows=-2, columns=-1)}}, '
+            "extend_default=True)."
         )
     if leaf.dense.startswith("a side is below"):
         return "To factor smaller matrices, lower min_dim_size_to_factor=."

@@ -6,6 +6,7 @@ its axes are inputs (Haliax's and Equinox's `Linear`); and its path ("attn/q_pro
 Where none of them does, a leaf with more than two axes is left dense, with a warning.
 """
 
+import math
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -84,30 +85,32 @@ def roles(params: Any) -> dict[str, Role]:
 
 
 def warn_of_unknown(
-    by_role: Mapping[str, Role], leaves: Mapping[str, Any], least: int
+    by_role: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], least: int
 ) -> None:
     """Names the leaves of which nothing is known, with what to write.
 
     Args:
+      shapes: Of the leaves that the default decides on.
       least: Side of a square matrix; smaller leaves are not worth a word.
     """
     unknown = [
         path
-        for path, role in by_role.items()
-        if role.why == UNKNOWN and leaves[path].size >= least**2
+        for path, shape in shapes.items()
+        if by_role[path].why == UNKNOWN and math.prod(shape) >= least**2
     ]
     if not unknown:
         return
     rules = "\n".join(
         f'        r"^{re.escape(path)}$": lp.MatrixAxes(rows=-2, columns=-1),'
-        f"  # {tuple(leaves[path].shape)}"
+        f"  # {shapes[path]}"
         for path in unknown[:8]
     )
     more = f"\n        # and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     warnings.warn(
         f"lorapre_jax keeps {len(unknown)} large leaves densely, for neither their "
         "paths nor names of their axes say which axes are rows and columns. Say it:\n"
-        f"    matrices=lp.select_matrices(axes={{\n{rules}{more}\n    }})",
+        f"    matrices=lp.select_matrices(axes={{\n{rules}{more}\n    }}, "
+        "extend_default=True)",
         stacklevel=2,
     )
 
@@ -205,7 +208,8 @@ def _batch_axes(leaf: _Leaf, stacked: bool) -> set[int]:
     if not batch and stacked:
         batch.add(0)
     left = len(leaf.shape) - len(batch)
-    is_of_experts = _EXPERTS.search(leaf.path) and not _ATTENTION.search(leaf.path)
+    is_other = _ATTENTION.search(leaf.path) or _CONV.search(leaf.path)
+    is_of_experts = _EXPERTS.search(leaf.path) and not is_other
     if left == 3 and is_of_experts and not _named(leaf, _EMBED):
         batch.add(min({*range(len(leaf.shape))} - batch))
     return batch

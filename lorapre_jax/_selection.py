@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 import optax.contrib
@@ -25,6 +25,7 @@ class MatrixSelection:
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     axes: MatrixAxes | tuple[tuple[str, MatrixAxes], ...] | None
+    extend_default: bool = False
 
 
 Matrices = MatrixSelection | AxesLike | None | Any  # Any: a tree of AxesLike and None.
@@ -34,6 +35,8 @@ def select_matrices(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     axes: AxesLike | Mapping[str, AxesLike] | None = None,
+    *,
+    extend_default: bool = False,
 ) -> MatrixSelection:
     """Selects the leaves to factor by regular expressions on their paths.
 
@@ -50,13 +53,17 @@ def select_matrices(
       axes: The matrix axes of the selected leaves, or a mapping from patterns to axes.
         A selected leaf that no pattern matches must have exactly two axes. None: the
         last two axes of every leaf that `include` selects, `MatrixAxes()`.
+      extend_default: Whether leaves that no pattern of `axes` matches are selected as
+        by `matrices=None`, to which the patterns then add what it does not understand,
+        and from which `exclude` takes. Not with `include`.
 
     Returns:
       A frozen, hashable, non-callable value for the `matrices=` of a transform.
 
     Raises:
       TypeError: A pattern is not a string, or axes are not `MatrixAxes`.
-      ValueError: A pattern is not a regular expression. At `init`: a pattern matches no
+      ValueError: A pattern is not a regular expression, or `extend_default` is given
+        with what leaves no default. At `init`: a pattern matches no
         leaf, two patterns of `axes` give one leaf different axes, or a selected leaf
         does not have the axes. The message names the pattern and the leaf.
     """
@@ -69,8 +76,16 @@ def select_matrices(
         )
     elif axes is not None:
         rules = as_matrix_axes(axes, "select_matrices: axes")
+    if extend_default and (include is not None or isinstance(rules, MatrixAxes)):
+        raise ValueError(
+            "select_matrices: `extend_default` goes with a mapping as `axes` and with "
+            "`exclude`; `include`, or one `MatrixAxes` for all, leaves no default."
+        )
     selection = MatrixSelection(
-        None if include is None else _as_patterns(include), _as_patterns(exclude), rules
+        None if include is None else _as_patterns(include),
+        _as_patterns(exclude),
+        rules,
+        extend_default,
     )
     for role, pattern in _patterns(selection):
         if not isinstance(pattern, str):
@@ -87,13 +102,22 @@ def select_matrices(
     return selection
 
 
-Resolved = tuple[MatrixAxes | None, str]
+class Resolved(NamedTuple):
+    """Attributes:
+    axes: The leaf's; None where it is not seen as a matrix.
+    why: Why not; empty where it is.
+    by_default: Whether nothing but its role says so.
+    """
+
+    axes: MatrixAxes | None
+    why: str = ""
+    by_default: bool = False
 
 
 def resolve_axes(
     matrices: Matrices, params: optax.Params, by_role: Mapping[str, Role]
 ) -> dict[str, Resolved]:
-    """Leaf path -> (its axes, ""), or (None, why it is not a matrix)."""
+    """By leaf path."""
     leaves = named_leaves(params, masked=True)
     # Masked leaves have no shape, but a rule that is about them is not a mistake.
     paths = [path for path, _ in leaves]
@@ -101,11 +125,11 @@ def resolve_axes(
     if not shapes:
         return {}
     if matrices is None:
-        return {path: (role.axes, role.why) for path, role in by_role.items()}
+        return {path: _of_role(role) for path, role in by_role.items()}
     if isinstance(matrices, (MatrixAxes, optax.contrib.MuonDimensionNumbers)):
         return _resolve_one(as_matrix_axes(matrices), shapes)
     if isinstance(matrices, MatrixSelection):
-        return _resolve_selection(matrices, shapes, paths)
+        return _resolve_selection(matrices, shapes, paths, by_role)
     if callable(matrices):
         raise TypeError(
             "matrices: callables are not accepted, since optax.inject_hyperparams "
@@ -115,9 +139,14 @@ def resolve_axes(
     return _resolve_tree(matrices, shapes, paths, _nones(params))
 
 
+def _of_role(role: Role) -> Resolved:
+    return Resolved(role.axes, role.why, by_default=True)
+
+
 def _resolve_one(axes: MatrixAxes, shapes) -> dict[str, Resolved]:
+    lacking = Resolved(None, "lacks the matrix axes")
     return {
-        path: (axes, "") if _fits(axes, len(shape)) else (None, "lacks the matrix axes")
+        path: Resolved(axes) if _fits(axes, len(shape)) else lacking
         for path, shape in shapes.items()
     }
 
@@ -128,7 +157,7 @@ def _fits(axes: MatrixAxes, ndim: int) -> bool:
 
 
 def _resolve_selection(
-    selection: MatrixSelection, shapes, paths
+    selection: MatrixSelection, shapes, paths, by_role
 ) -> dict[str, Resolved]:
     for role, pattern in _patterns(selection):
         if not any(re.search(pattern, path) for path in paths):
@@ -136,26 +165,31 @@ def _resolve_selection(
                 f"select_matrices: {role} pattern {pattern!r} matches no leaf. The "
                 f"leaves are {_listed(paths)}."
             )
-    return {path: _resolve_leaf(selection, path, shapes[path]) for path in shapes}
+    return {
+        path: _resolve_leaf(selection, path, shape, by_role[path])
+        for path, shape in shapes.items()
+    }
 
 
 def _resolve_leaf(
-    selection: MatrixSelection, path: str, shape: tuple[int, ...]
+    selection: MatrixSelection, path: str, shape: tuple[int, ...], role: Role
 ) -> Resolved:
     if any(re.search(pattern, path) for pattern in selection.exclude):
-        return None, "excluded"
+        return Resolved(None, "excluded")
     include, rules = selection.include, selection.axes
     if include is not None and not any(re.search(each, path) for each in include):
-        return None, "not included"
+        return Resolved(None, "not included")
     if isinstance(rules, MatrixAxes):
         if include is None and not _fits(rules, len(shape)):
-            return None, "lacks the matrix axes"
-        return rules, ""
+            return Resolved(None, "lacks the matrix axes")
+        return Resolved(rules)
     if rules is None and include is not None:
-        return MatrixAxes(), ""
+        return Resolved(MatrixAxes())
     matching = [axes for pattern, axes in rules or () if re.search(pattern, path)]
+    if selection.extend_default and not matching:
+        return _of_role(role)
     if include is None and not matching and len(shape) != 2:
-        return None, "not two axes"
+        return Resolved(None, "not two axes")
     # Compared as they are meant: on two axes, (0, 1) is (-2, -1).
     found = {matrix_view(shape, axes, path): axes for axes in matching}
     if len(found) > 1:
@@ -168,7 +202,7 @@ def _resolve_leaf(
             f"select_matrices: leaf '{path}' of shape {shape} is selected, but no "
             "pattern of axes= says which of its axes are rows and columns."
         )
-    return next(iter(found.values()), MatrixAxes()), ""
+    return Resolved(next(iter(found.values()), MatrixAxes()))
 
 
 def _nones(tree: Any) -> set[str]:
@@ -201,9 +235,9 @@ def _resolve_tree(tree: Any, shapes, paths, nones) -> dict[str, Resolved]:
         if path not in shapes:
             continue
         if spec is None or is_masked(spec):
-            resolved[path] = None, "not selected"
+            resolved[path] = Resolved(None, "not selected")
         else:
-            resolved[path] = as_matrix_axes(spec), ""
+            resolved[path] = Resolved(as_matrix_axes(spec))
     unused = [path for path in specs if path not in used | nones]
     if unused:
         raise ValueError(

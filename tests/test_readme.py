@@ -24,6 +24,10 @@ def blocks(section: str) -> list[str]:
 
 PAGES = [
     "README.md",
+    "docs/recipes/flax.md",
+    "docs/recipes/haliax.md",
+    "docs/recipes/maxtext.md",
+    "docs/recipes/tunix.md",
     "CONTRIBUTING.md",
     "benchmarks/README.md",
     "examples/llama/README.md",
@@ -45,17 +49,46 @@ def test_links_lead_somewhere(page):
 
 
 def test_choosing_leaves_and_rank():
-    model = PureLlama(ModelConfig(width=128, ffn_width=256, num_layers=2), 256)
+    config = ModelConfig(width=256, ffn_width=512, num_layers=2)
+    model = PureLlama(config, 512)
     params = jax.eval_shape(model.init, jax.random.key(0))
     names: dict[str, Any] = {"lp": lp, "optax": optax, "params": params}
-    select, embeddings, budget, _ = blocks("Choosing leaves and rank")
-    exec(select + embeddings + budget.split("found =")[0], names)
-    kept = {leaf.path: leaf for leaf in lp.describe(names["tx"], params).leaves}
-    assert kept["embed/embedding"].methods[1] == lp.RankOne()
-    assert kept["layers/mlp/up/kernel"].methods[1] == lp.RotatedRankOne()
-    assert kept["layers/mlp/up/kernel"].rank == kept["head/kernel"].rank == 64
-    assert not kept["norm/scale"].is_factored
-    assert names["rank"] <= 1
+    select, by_pattern, budget, _ = blocks("Choosing leaves and rank")
+
+    def kept(code: str) -> dict[str, Any]:
+        exec(code, names)
+        report = lp.describe(names["tx"], params)
+        return {x.path: x.methods[1] for x in report.leaves if x.is_factored}
+
+    by_hand = kept(select)
+    assert by_hand["embed/embedding"] == lp.RankOne()
+    assert by_hand["layers/mlp/up/kernel"] == lp.RotatedRankOne()
+    assert "head/kernel" not in by_hand
+    chosen = kept(by_pattern)
+    assert chosen["layers/mlp/down/kernel"] == lp.Dense()
+    assert chosen["layers/attention/q/kernel"] == lp.RankOne()
+    assert chosen["layers/mlp/up/kernel"] == lp.RotatedRankOne()
+    assert chosen["head/kernel"] == lp.RankOne()
+    assert not any("norm" in path for path in chosen)
+    exec(budget.split("found =")[0], names)
+    tx = lp.scale_by_lorapre_adam(names["rank"], matrices=names["matrices"])
+    assert lp.describe(tx, params).total_bytes <= 2 * 2**30
+
+
+def test_the_first_example():
+    """A Llama by default: all but the norms, ends and blocks each in their own way."""
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+    config = ModelConfig(width=256, ffn_width=512, num_layers=2)
+    model = PureLlama(config, 512)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    names: dict[str, Any] = {"params": params}
+    exec(code.replace("rank=128", "rank=32"), names)
+    leaves = lp.describe(names["tx"], params).leaves
+    kept = {leaf.path: leaf.methods[1] for leaf in leaves if leaf.is_factored}
+    norms = {leaf.path for leaf in leaves if "norm" in leaf.path}
+    assert kept.keys() == {leaf.path for leaf in leaves} - norms
+    ends = {path for path, method in kept.items() if method == lp.RankOne()}
+    assert ends == {"embed/embedding", "head/kernel"}
 
 
 def test_on_a_pod(tmp_path, monkeypatch):

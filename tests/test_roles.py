@@ -7,6 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import lorapre_jax as lp
@@ -29,9 +31,9 @@ def tree(leaves: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def found(leaves: dict[str, Any]) -> dict[str, Any]:
+def found(leaves: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Path -> (batch, rows, columns, second moment) of the leaves that are factored."""
-    tx = lp.scale_by_lorapre_adam(4, min_dim_size_to_factor=16)
+    tx = lp.scale_by_lorapre_adam(4, min_dim_size_to_factor=16, **options)
     state: Any = jax.eval_shape(tx.init, tree(leaves))
     return {
         leaf.path: (
@@ -168,9 +170,11 @@ def test_other_networks(leaves, expected):
 
 
 def test_a_stack_of_which_nothing_is_known_is_named_with_the_code_to_paste():
-    leaves = {"a": (3, 64, 128), "b": (64, 64), "c": (3, 64)}
+    known = {"layers/q/kernel": (3, 64, 64), "layers/norm/scale": (3, 64)}
+    leaves = known | {"a": (3, 64, 128), "b": (64, 64), "c": (3, 64)}
     with pytest.warns(UserWarning, match="neither their paths nor names") as caught:
-        assert found(leaves) == {"b": ((), (0,), (1,), BLOCKS)}
+        by_default = found(leaves)
+    assert by_default.keys() == {"layers/q/kernel", "b"}
     (message,) = {str(warning.message) for warning in caught}
     code = re.search(r"matrices=(lp\.select_matrices\(.*\))", message, re.DOTALL)
     assert code is not None
@@ -194,6 +198,36 @@ def test_muon_gives_the_ends_to_adam(leaves):
     assert factored.keys() == expected.keys()
     for path, methods in factored.items():
         assert (len(methods) == 2) == (expected[path][3] == ENDS), path
+
+
+def test_muon_goes_on_without_the_names_it_began_with():
+    """Flax's optimizers hand over boxed parameters at `init`, and arrays afterwards."""
+    leaves = {"a": ((3, 64, 128), ("layers", "embed", "mlp")), "b": ((64,), ("embed",))}
+    boxed = jax.tree.map(lambda x: jnp.ones(x.shape), tree(leaves))
+    tx = lp.lorapre_muon(0.1, 4, min_dim_size_to_factor=16)
+    expected = tx.update(boxed, tx.init(boxed), boxed)
+    plain, state = nn.unbox((boxed, tx.init(boxed)))
+    updates, state = tx.update(plain, state, plain)
+    assert state.inner_states["muon"].inner_state[0].plan.leaves[0].is_factored
+    jax.tree.map(np.testing.assert_array_equal, (updates, state), nn.unbox(expected))
+    with pytest.raises(TypeError, match="update got a ScaleByAdamState"):
+        tx.update(plain, optax.scale_by_adam().init(plain))
+
+
+def test_what_extends_the_default():
+    axes = {"pos_embed": lp.MatrixAxes(1, 0), "x": lp.MatrixAxes()}
+    leaves = {"pos_embed/w": (32, 64), "x": (3, 64, 64), "head/kernel": (64, 512)}
+    matrices = lp.select_matrices(axes=axes, exclude="^head", extend_default=True)
+    assert found(leaves, matrices=matrices) == {
+        "pos_embed/w": ((), (1,), (0,), ENDS),
+        "x": ((0,), (1,), (2,), BLOCKS),
+    }
+    small = {"layers/q/kernel": (3, 15, 64), "x": (3, 12, 12), "pos_embed/w": (32, 64)}
+    matrices = lp.select_matrices(axes=axes, extend_default=True)
+    assert found(small, matrices=matrices).keys() == {"x", "pos_embed/w"}
+    for options in ({"include": "x", "axes": axes}, {"axes": lp.MatrixAxes()}):
+        with pytest.raises(ValueError, match="leaves no default"):
+            lp.select_matrices(**options, extend_default=True)
 
 
 def test_a_selection_by_hand_is_obeyed():
