@@ -248,7 +248,7 @@ def lorapre_muon(
     if adam_learning_rate is None:
         adam_learning_rate = learning_rate
 
-    parts = {
+    parts: dict[Any, Any] = {
         "muon": optax.chain(
             scale_by_muon,
             decayed_weights(weight_decay, weight_decay_mask),

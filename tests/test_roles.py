@@ -181,11 +181,8 @@ def test_a_stack_of_which_nothing_is_known_is_named_with_the_code_to_paste():
     matrices = eval(code[1], {"lp": lp})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = lp.describe(
-            lp.scale_by_lorapre_adam(4, matrices=matrices), tree(leaves)
-        )
-    assert {leaf.path for leaf in report.leaves if leaf.is_factored} == {"a", "b"}
-    assert report.leaves[0].batch == (3,)
+        pasted = found(leaves, matrices=matrices)
+    assert pasted == by_default | {"a": ((0,), (1,), (2,), BLOCKS)}
 
 
 @pytest.mark.parametrize("leaves", [NAMED, BY_PATH])
@@ -206,6 +203,8 @@ def test_muon_goes_on_without_the_names_it_began_with():
     boxed = jax.tree.map(lambda x: jnp.ones(x.shape), tree(leaves))
     tx = lp.lorapre_muon(0.1, 4, min_dim_size_to_factor=16)
     expected = tx.update(boxed, tx.init(boxed), boxed)
+    plain: Any
+    state: Any
     plain, state = nn.unbox((boxed, tx.init(boxed)))
     updates, state = tx.update(plain, state, plain)
     assert state.inner_states["muon"].inner_state[0].plan.leaves[0].is_factored
@@ -225,6 +224,7 @@ def test_what_extends_the_default():
     small = {"layers/q/kernel": (3, 15, 64), "x": (3, 12, 12), "pos_embed/w": (32, 64)}
     matrices = lp.select_matrices(axes=axes, extend_default=True)
     assert found(small, matrices=matrices).keys() == {"x", "pos_embed/w"}
+    options: dict[str, Any]
     for options in ({"include": "x", "axes": axes}, {"axes": lp.MatrixAxes()}):
         with pytest.raises(ValueError, match="leaves no default"):
             lp.select_matrices(**options, extend_default=True)
