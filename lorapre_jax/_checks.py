@@ -92,6 +92,12 @@ def check_distinct(paths: list[str]) -> None:
 
 
 def check_array(path: str, leaf: Any) -> None:
+    if isinstance(getattr(leaf, "dtype", None), str):  # An array's is no text.
+        raise TypeError(
+            f"Leaf '{path}' is a {type(leaf).__name__}, not an array. Of a Keras "
+            "model, pass the arrays by path: {v.path: v.value for v in "
+            "model.trainable_variables}."
+        )
     if not hasattr(leaf, "dtype"):
         raise TypeError(
             f"Leaf '{path}' is a {type(leaf).__name__}, not an array; make it one with "

@@ -50,7 +50,9 @@ _EMBED = re.compile(r"(embed|embedding|emb|d_?model|model_dim|hidden(_size)?)(_.
 
 # Keys of paths, each between slashes or underscores.
 _VECTOR = re.compile(r"(.*_)?(bias|biases|scale|gamma|beta|sinks?)")
-_NORM = re.compile(r"norm|(^|/)ln(_|/|$)", re.IGNORECASE)
+_NORM = re.compile(r"norm|(^|/)ln\d*(_|/|$)", re.IGNORECASE)
+# Of PyTorch and those who follow it: outputs first.
+_OUT_FIRST = re.compile(r"weight(_[ih]h(_l\d+)?)?")
 _STACK_KEY = re.compile(r"(.*_)?(layers?|blocks?|stack(ed)?|scan(ned)?|h)")
 _END = re.compile(
     r"embed|(^|/)w[tp]e(/|$)|vocab|logits|(^|/)shared(/|$)"
@@ -126,13 +128,15 @@ def _role(leaf: _Leaf, sides: Any, stacked: bool, width: int | None) -> Role:
         return Role(None, "biases or scales of a stack")
     batch = _batch_axes(leaf, stacked)
     is_end = _is_end(leaf, batch, width)
-    if sides is not None and (of_layer := sides(leaf)) is not None:
-        return Role(_axes(*of_layer), is_end=is_end)
+    if sides is not None and (known := sides(leaf)) is not None:
+        rows, columns, is_embedding = known
+        return Role(_axes(rows, columns), is_end=is_end or is_embedding)
     inner = [axis for axis in range(ndim) if axis not in batch]
     if len(inner) < 2:
         return Role(None, "fewer than two axes in a slice")
     if len(inner) == 2:
-        rows, columns = reversed(inner) if leaf.last_key == "weight" else inner
+        out_first = _OUT_FIRST.fullmatch(leaf.last_key)
+        rows, columns = reversed(inner) if out_first else inner
         return Role(_axes([rows], [columns]), is_end=is_end)
     split = _split(leaf, inner, width)
     return Role(None, UNKNOWN) if split is None else Role(_axes(*split))
@@ -263,7 +267,7 @@ def _width(leaves: list[_Leaf]) -> int | None:
 
 
 def _sides_in_layers(params: Any) -> dict[str, Any]:
-    """By the path of a weight: a function from its leaf to (rows, columns)."""
+    """By the path of a weight: a function from its leaf to what is known of it."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: _sides(x) is not None
     )
@@ -275,30 +279,37 @@ def _sides_in_layers(params: Any) -> dict[str, Any]:
 
 
 def _sides(node: Any) -> Any:
+    """A function of the weight's leaf: its rows, its columns, is it an embedding."""
     if is_box(node) or isinstance(node, (jax.Array, Mapping, str)):
         return None
     fields = getattr(node, "__dict__", {})
     if "weight" not in fields:
         return None
     if {"In", "Out"} <= fields.keys():  # Haliax
-        return lambda leaf: _named_sides(leaf, node.In, node.Out)
+        return lambda leaf: _named_sides(leaf, node.In, node.Out, False)
     if {"Vocab", "Embed"} <= fields.keys():
-        return lambda leaf: _named_sides(leaf, node.Vocab, node.Embed)
+        return lambda leaf: _named_sides(leaf, node.Vocab, node.Embed, True)
     if {"in_features", "out_features"} <= fields.keys():  # Equinox
-        return lambda leaf: ([len(leaf.shape) - 1], [len(leaf.shape) - 2])
+        return lambda leaf: ([len(leaf.shape) - 1], [len(leaf.shape) - 2], False)
+    if {"num_embeddings", "embedding_size"} <= fields.keys():
+        return lambda leaf: ([len(leaf.shape) - 2], [len(leaf.shape) - 1], True)
     if {"in_channels", "out_channels", "num_spatial_dims"} <= fields.keys():
         return lambda leaf: _of_convolution(leaf, node.num_spatial_dims)
     return None
 
 
-def _named_sides(leaf: _Leaf, *sides: Any) -> list[list[int]] | None:
+def _named_sides(leaf: _Leaf, rows: Any, columns: Any, is_embedding: bool) -> Any:
     """None where the weight is in no box, or one side has no axes."""
-    named = [side if isinstance(side, (tuple, list)) else (side,) for side in sides]
-    if not all(named) or not any(leaf.names):
+
+    def axes(side: Any) -> list[int]:
+        named = side if isinstance(side, (tuple, list)) else (side,)
+        return [leaf.names.index(axis.name) for axis in named]
+
+    if not any(leaf.names) or () in (rows, columns):
         return None
-    return [[leaf.names.index(axis.name) for axis in side] for side in named]
+    return axes(rows), axes(columns), is_embedding
 
 
-def _of_convolution(leaf: _Leaf, spatial: int) -> tuple[list[int], list[int]]:
+def _of_convolution(leaf: _Leaf, spatial: int) -> tuple[list[int], list[int], bool]:
     out = len(leaf.shape) - spatial - 2
-    return list(range(out + 1, len(leaf.shape))), [out]
+    return list(range(out + 1, len(leaf.shape))), [out], False

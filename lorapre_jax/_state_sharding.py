@@ -6,6 +6,7 @@ import jax
 import optax
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from lorapre_jax import _checks
 from lorapre_jax._factors import is_factors
 from lorapre_jax._paths import named_leaves
 from lorapre_jax._sharding import factor_shardings, known_sharding, replicated
@@ -36,11 +37,14 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
     Raises:
       ValueError: A parameter carries no sharding, or one of which a factor cannot have
         its share; the message names the leaf and the mesh axis.
+      TypeError: A parameter is no array; the message names the leaf.
       What `tx.init` raises.
     """
     leaves = named_leaves(params)
     if not leaves:
         raise ValueError("The parameters have no leaves, so nothing says where to be.")
+    for path, leaf in leaves:
+        _checks.check_array(path, leaf)
     everywhere = replicated(filter(None, (known_sharding(x) for _, x in leaves)))
     shardings = {path: _known(path, leaf, everywhere) for path, leaf in leaves}
     everywhere = everywhere or next(iter(shardings.values()))

@@ -252,3 +252,25 @@ def test_rules_about_masked_leaves_are_no_mistake():
         {"layer": {"w": True, "b": False}},
     )
     tx.init(TREE)
+
+
+class KerasVariable:
+    """As Keras keeps a parameter: its dtype is a text."""
+
+    dtype = "float32"
+    shape = (16, 32)
+    value = jnp.zeros((16, 32))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda params: adam().init(params),
+        lambda params: lp.describe(adam(), params),
+        lambda params: lp.state_sharding(adam(), params),
+        lambda params: lp.lorapre_muon(0.1, 2).init(params),
+    ],
+)
+def test_variables_of_keras(ask):
+    with pytest.raises(TypeError, match="Leaf '0' is a KerasVariable, not an array"):
+        ask([KerasVariable()])
