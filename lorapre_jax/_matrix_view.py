@@ -25,7 +25,8 @@ class MatrixAxes:
 
     Attributes:
       rows: The reduction (input) axis or axes; several are fused in the given order.
-        Negative numbers count from the end.
+        Negative numbers count from the end. Of several, name the one first that is
+        sharded: behind another one, the gradient is gathered along it.
       columns: The output axis or axes, likewise.
 
     Raises:

@@ -56,37 +56,20 @@ class LeafPlan:
 
 
 @jax.tree_util.register_static
-class Plan(tuple):
-    """The decisions for a tree, as a pytree node without leaves.
-
-    An empty tuple too, for those who walk over a state by hand, as Levanter's
-    checkpoints do, and take a node of another type for a leaf.
-    """
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan:
+    """The decisions for a tree, as a pytree node without leaves."""
 
     leaves: tuple[LeafPlan, ...]
 
-    def __new__(cls, leaves: tuple[LeafPlan, ...]) -> "Plan":
-        plan = super().__new__(cls)
-        plan.leaves = leaves
-        return plan
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Plan) and self.leaves == other.leaves
-
-    def __ne__(self, other: Any) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
+    def __hash__(self):
         # jit hashes the node at every call; the paths tell almost all plans apart.
         return hash(tuple((leaf.path, leaf.rank) for leaf in self.leaves))
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         # It stands in the repr of every state, and in JAX's errors about these.
         factored = sum(leaf.is_factored for leaf in self.leaves)
         return f"Plan({len(self.leaves)} leaves, {factored} factored)"
-
-    def __reduce__(self) -> Any:
-        return Plan, (self.leaves,)
 
     def by_path(self, leaves: list[tuple[str, Any]]) -> dict[str, LeafPlan]:
         """The decisions, after a check that `leaves` are those decided on."""
@@ -153,11 +136,11 @@ def make_plan(
     axes = resolve_axes(matrices, params, by_role)
     for each in choices:
         each.check_patterns(path for path, _ in named_leaves(params, masked=True))
-    by_default = [path for path, found in axes.items() if found.by_default]
+    by_default = {path for path, found in axes.items() if found.by_default}
     if by_default:
         _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)
-        unknown = {path: dict(leaves)[path].shape for path in by_default}
-        warn_of_unknown(by_role, unknown, min_dim_size_to_factor)
+        shapes = {path: leaf.shape for path, leaf in leaves if path in by_default}
+        warn_of_unknown(by_role, shapes, min_dim_size_to_factor)
 
     def decide(path, leaf) -> LeafPlan:
         shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)

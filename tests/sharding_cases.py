@@ -55,12 +55,6 @@ LAYOUTS = {
         P(None, "tensor", "fsdp"),
         P("tensor", "fsdp"),
     ),
-    "behind": Layout(
-        {"fsdp": 2, "tensor": 4},
-        P("fsdp", None, "tensor"),
-        P(None, "fsdp", "tensor"),
-        P("fsdp", "tensor"),
-    ),
     "layers": Layout({"layers": 8}, P(), P("layers"), P()),
     "experts": Layout(
         {"expert": 2, "fsdp": 2, "tensor": 2},
@@ -70,6 +64,13 @@ LAYOUTS = {
     ),
     "replicated": Layout({"data": 2}, P(), P(), P()),
 }
+# The heads' columns are fused of two axes, and sharded over the second.
+BEHIND = Layout(
+    {"fsdp": 2, "tensor": 4},
+    P("fsdp", None, "tensor"),
+    P(None, "fsdp", "tensor"),
+    P("fsdp", "tensor"),
+)
 METHODS = ("adam", "adam_paper", "scale_by_muon", "ema")
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 

@@ -51,8 +51,11 @@ def matrices(name, x):
     return np.asarray(x, np.float64).reshape(-1, 16, 32)
 
 
-def product(pair):
-    return np.asarray(pair.left, np.float64) @ np.asarray(pair.right, np.float64)
+def product(pair, p=16, q=32):
+    """`(batch, p, q)`; the sides of a stored pair may be several axes."""
+    rank = pair.left.shape[-1]
+    left, right = float64(pair.left, p, rank), float64(pair.right, q, rank)
+    return left @ right.swapaxes(-1, -2)
 
 
 def truncated(x, rank):
@@ -82,7 +85,7 @@ def test_another_rank_is_the_best_one(rank):
 
 
 def test_nothing_of_the_size_of_a_matrix_is_formed_to_change_a_rank():
-    pair = FactorPair(jnp.ones((100, 6)), jnp.ones((6, 90)))
+    pair = FactorPair(jnp.ones((100, 6)), jnp.ones((90, 6)))
     for fn in (lambda x: _low_rank.as_factors(x, 4), _low_rank.as_row_column):
         assert "100,90" not in str(jax.make_jaxpr(fn)(pair))
     assert "100,90" in str(jax.make_jaxpr(_low_rank.as_dense)(pair))
@@ -100,7 +103,7 @@ def test_a_dense_moment_becomes_nearly_the_best_factors(fall, excess):
     x = (u * s) @ vt
     pair = _low_rank.as_factors(jnp.asarray(x, jnp.float32), 32)
     least = np.sqrt(np.sum(s[32:] ** 2))
-    assert 0.9999 < np.linalg.norm(x - product(pair)) / least < 1 + excess
+    assert 0.9999 < np.linalg.norm(x - product(pair, 256, 688)[0]) / least < 1 + excess
 
 
 def averages(tx):
@@ -148,13 +151,13 @@ def squares(row, left, direction):
 def assert_rotated(found, pair, m, root):
     """Entries are taken as uncorrelated, unless the first moment has more."""
     rank = pair.left.shape[-1]
-    left, right = float64(pair.left, 16, rank), float64(pair.right, rank, 32)
+    left, right = float64(pair.left, 16, rank), float64(pair.right, 32, rank)
     row = np.sqrt((root**2).mean(-1))
     direction = np.sqrt(np.einsum("nik,ni->nk", left**2, row**2))
     part = np.linalg.norm(np.einsum("nik,nij->nkj", left, m), axis=-1)
     part = part / np.linalg.norm(m, axis=(-2, -1))[:, None]
     energy = np.linalg.norm(row, axis=-1)[:, None]
-    for least in (np.sqrt((right**2).mean(-1)), part * energy):
+    for least in (np.sqrt((right**2).mean(-2)), part * energy):
         direction = np.maximum(direction, least)
     rest = np.maximum(row**2 - squares(0.0, left, direction), 0) + 0.05**2 * row**2
     column = np.sqrt((root**2).mean(-2))

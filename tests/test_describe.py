@@ -139,3 +139,68 @@ def test_an_abstract_7b_model_is_described_without_computing():
     factored = 32 * 4 * (257 * (4 * 8192 + 3 * 15104) + 7 * 256)
     expected = factored + 2 * 4 * (2 * 32000 * 4096 + 65 * 4096)
     assert report.total_bytes - report.other_bytes == expected
+
+
+@pytest.mark.filterwarnings("ignore:lorapre_jax keeps")
+@pytest.mark.parametrize(
+    ("shapes", "options", "words"),
+    [
+        (
+            {"w": (12, 8), "scale": (3, 40)},
+            {"min_dim_size_to_factor": 8},
+            "44.4% of the parameters are factored. Large and dense: 'scale' (biases or "
+            "scales of a stack).",
+        ),
+        (
+            {"w": (12, 8), "v": (4, 8)},
+            {"min_dim_size_to_factor": 8},
+            "75.0% of the parameters are factored. Large and dense: 'v' (a side is "
+            "below 8).\nTo factor smaller matrices, lower min_dim_size_to_factor=.",
+        ),
+        (
+            {"w": (12, 8)},
+            {"min_dim_size_to_factor": 8, "rank": 5},
+            "Nothing is factored, and no state is saved. Large and dense: 'w' (rank 5 "
+            "does not pay: r(p+q) >= pq).\n"
+            "A smaller rank= would factor what this one does not pay for.",
+        ),
+        (
+            {"w": (12, 8), "s": (3, 12, 8)},
+            {"min_dim_size_to_factor": 8},
+            f"25.0% of the parameters are factored. Large and dense: 's' ({UNKNOWN}).\n"
+            "Say which axes are rows and columns: matrices=lp.select_matrices("
+            'axes={r"^s$": lp.MatrixAxes(rows=-2, columns=-1)}, extend_default=True).',
+        ),
+        (
+            {"w_lora_a": (128, 8), "w_lora_b": (8, 128)},
+            {"rank": 16},
+            "Nothing is factored, and no state is saved. Large and dense: 'w_lora_a' "
+            "(rank 16 does not pay: r(p+q) >= pq), 'w_lora_b' (rank 16 does not pay: "
+            "r(p+q) >= pq).\n"
+            "A smaller rank= would factor what this one does not pay for.",
+        ),
+    ],
+)
+def test_the_last_lines_judge(shapes, options, words):
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    tx = lp.scale_by_lorapre_adam(**{"rank": 2} | options)
+    assert str(lp.describe(tx, params)).endswith(f"\n{words}")
+
+
+def test_a_state_tells_bytes_on_a_device():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    params = {"w": jax.device_put(jnp.zeros((16, 32)), place)}
+    tx = lp.scale_by_lorapre_adam(3, matrices=lp.MatrixAxes())
+    for state in (tx.init(params), lp.state_sharding(tx, params)):
+        report = lp.describe(tx, params, state)
+        # left (4, 3), right (16, 3); row 4, column 16, direction 3; the count.
+        assert report.device_bytes == 4 * (12 + 48 + 4 + 16 + 3) + 4
+        assert report.leaves[0].device_nbytes == report.device_bytes - 4
+        assert not report.replicated
+        assert str(report).splitlines()[0].endswith("on a device")
+    other = lp.scale_by_lorapre_adam(2, matrices=lp.MatrixAxes())
+    with pytest.raises(
+        ValueError, match=r"'mu_factors/w/left' has shape \(16, 3\) in "
+    ):
+        lp.describe(other, params, tx.init(params))

@@ -71,8 +71,8 @@ def expected(left, right, g):
     """Captured share, effective rank and condition, of one matrix."""
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     outside = (np.eye(len(g)) - projector(left)) @ g
-    outside = outside @ (np.eye(g.shape[1]) - projector(right.T))
-    s = np.linalg.svd(left @ right, compute_uv=False)[: left.shape[1]]
+    outside = outside @ (np.eye(g.shape[1]) - projector(right))
+    s = np.linalg.svd(left @ right.T, compute_uv=False)[: left.shape[1]]
     energy = s**2 / np.sum(s**2)
     return (
         1 - np.sum(outside**2) / np.sum(g**2),
@@ -84,8 +84,10 @@ def expected(left, right, g):
 def check(found, factors, grads, names=SHAPES, absolute=False):
     for name in names:
         pair, g = factors[name], to_matrices(name, grads[name])
-        lefts = np.asarray(pair.left).reshape(-1, *pair.left.shape[-2:])
-        rights = np.asarray(pair.right).reshape(-1, *pair.right.shape[-2:])
+        lefts, rights = (
+            np.asarray(x).reshape(len(g), side, -1)
+            for x, side in zip(pair, g.shape[1:], strict=True)
+        )
         rows = zip(lefts, rights, np.abs(g) if absolute else g, strict=True)
         values = np.array([expected(*row) for row in rows]).T
         for field, value in zip(found[name]._fields, values, strict=True):
@@ -113,7 +115,7 @@ def test_permuted_and_fused_axes():
     """`(columns, batch, rows, columns)` is seen as the transposed matrices it holds."""
     g = random_tree({"w": (4, 2, 12, 2)}, 5)["w"]
     axes = lp.MatrixAxes(rows=2, columns=(3, 0))
-    left, right = (random_tree({"x": s}, 6)["x"] for s in ((2, 12, 3), (2, 3, 8)))
+    left, right = (random_tree({"x": s}, 6)["x"] for s in ((2, 12, 3), (2, 2, 4, 3)))
     state = with_factors(adam(matrices=axes), g, left, right)
     found = diagnose(state, {"w": g})["w"]["mu"]
     matrices = jnp.transpose(g, (1, 2, 3, 0)).reshape(2, 12, 8)
@@ -140,7 +142,7 @@ def test_low_rank_and_unrelated_gradients():
     for g in (
         same_space["w"],
         left @ unrelated[0][:rank],  # One side suffices.
-        unrelated[0][:, :rank] @ right,
+        unrelated[0][:, :rank] @ right.T,
     ):
         np.testing.assert_allclose(captured(g), 1, rtol=1e-5)
     baseline = 1 - (1 - rank / p) * (1 - rank / q)
@@ -156,7 +158,7 @@ def test_known_singular_values():
 
     def measure(*values, scale=1.0):
         left = jnp.asarray(u * np.array(values) * scale, jnp.float32)
-        state = with_factors(tx, g, left, jnp.asarray(v.T * scale, jnp.float32))
+        state = with_factors(tx, g, left, jnp.asarray(v * scale, jnp.float32))
         _, effective_rank, condition = diagnose(state, {"w": g})["w"]["mu"]
         return float(effective_rank), float(condition)
 

@@ -367,7 +367,7 @@ def test_directions_that_died_come_back(method):
     stream = [np.zeros((12, 8))] * 2 + [first] * 5 + [target] * 150
     for t, g in enumerate(stream, 1):
         _, state = step(state, g, 0.9, t)
-    held = np.asarray(state.left @ state.right)
+    held = np.asarray(state.product)
     assert np.linalg.norm(held - target) < 1e-2 * np.linalg.norm(target)
 
 
@@ -390,7 +390,7 @@ def test_the_weights_of_a_gradient_add_up(gain, i, j, in_parts):
         g = base + impulse * (t == 100)
         if in_parts:  # As Adam and Muon see it.
             state, _, rest = step(state, g, 0.9, t)
-            m = state.left @ state.right + gain * rest
+            m = state.product + gain * rest
         else:
             m, state = step(state, g, 0.9, t)
         passed += float(m[i, j]) - base[i, j]

@@ -13,6 +13,7 @@ from contract_cases import CASES, assert_close, factored_paths, random_tree, run
 from jax.sharding import PartitionSpec as P
 from sharding_cases import (
     AUTO,
+    BEHIND,
     EXPLICIT,
     LAYOUTS,
     METHODS,
@@ -38,7 +39,10 @@ def test_every_array_has_its_place():
     spec = jax.tree.map(lambda x: x.spec, found)
     assert spec.count == P()
     assert spec.mu["bias"] == P()
-    assert spec.mu_factors["heads"] == (P("fsdp", None), P(None, "tensor"))
+    assert spec.mu_factors["heads"] == (
+        P("fsdp", None),
+        P("tensor", None, None),
+    )
     assert spec.mu_factors["stack"].left == P("expert", "fsdp", None)
     assert spec.nu_factors["stack"].right == P("expert", "tensor", None)
     assert spec.nu_factors["w"].left == P(("expert", "fsdp"), None)
@@ -122,10 +126,11 @@ def test_two_views_of_one_leaf():
 
 
 # Every pair of method, layout and kind of axes occurs.
+EVERY = LAYOUTS | {"behind": BEHIND}
 PAIRS = [
     (name, layout, (AUTO, EXPLICIT)[(i + j) % 2])
     for i, name in enumerate(METHODS)
-    for j, layout in enumerate(LAYOUTS)
+    for j, layout in enumerate(EVERY)
 ]
 
 
@@ -135,7 +140,7 @@ def test_trajectories_are_those_of_one_device(name, layout, kind):
     params, *grads = (tree_of(case, seed) for seed in range(4))
     assert factored_paths(tx, params) == set(SHAPES)
     all_expected, expected_state = run(tx, params, grads, jit=True)
-    params, *grads = (LAYOUTS[layout].shard(x, kind) for x in (params, *grads))
+    params, *grads = (EVERY[layout].shard(x, kind) for x in (params, *grads))
     places = lp.state_sharding(tx, params)
     updates, state = train(tx, params, grads, places)
     assert_lies(state, places)
@@ -146,7 +151,7 @@ def test_trajectories_are_those_of_one_device(name, layout, kind):
 
 @pytest.mark.parametrize("method", [lp.state_sharding, lambda tx, p: tx.init(p)])
 def test_the_second_axis_of_a_fused_side_is_followed(method):
-    params = LAYOUTS["behind"].shard(random_tree(SHAPES), AUTO)
+    params = BEHIND.shard(random_tree(SHAPES), AUTO)
     right = method(make("adam"), params).mu_factors["heads"].right
     sharding = getattr(right, "sharding", right)
     assert sharding.spec == P(None, "tensor", None)

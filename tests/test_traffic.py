@@ -8,6 +8,7 @@ import pytest
 from contract_cases import CASES, random_tree
 from sharding_cases import (
     AUTO,
+    BEHIND,
     LARGE,
     LAYOUTS,
     RANK,
@@ -40,6 +41,16 @@ def test_no_more_than_a_factor_crosses(name, layout):
     assert {x.kind for x in found} <= {"all-reduce"}
     largest = largest_factor_shard(tx, LAYOUTS[layout])
     assert all(math.prod(x.shape) <= largest for x in found), found
+
+
+def test_the_sharded_axis_of_a_fused_side_is_named_first():
+    """Behind another one, no shard is a contiguous part of the side."""
+    heads = {"heads": LARGE["heads"]}
+    for columns in ((1, 2), (2, 1)):
+        matrices = lp.select_matrices(axes={"heads": lp.MatrixAxes(0, columns)})
+        tx = make("adam", matrices=matrices)
+        kinds = {x.kind for x in collectives(compiled_update(tx, BEHIND, heads))}
+        assert ("all-gather" in kinds) == (columns == (1, 2))
 
 
 @pytest.mark.parametrize("kind", ["muon", "dense"])
