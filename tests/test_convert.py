@@ -327,7 +327,7 @@ def test_from_factors_of_transposed_matrices_to_dense():
         matrices=lp.MatrixAxes(1, 0),
     )
     new = lp.convert_state(state, new_tx, params, **BETAS)
-    expected = product(state.mu_factors["w"]) * (1 - 0.9**STEPS)
+    expected = product(state.mu_factors["w"])[0] * (1 - 0.9**STEPS)
     np.testing.assert_allclose(new.mu["w"], expected, rtol=1e-4, atol=1e-5)
 
 
