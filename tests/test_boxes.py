@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = ("layers", "embed", "heads", None)
 SHAPES = {"w": (2, 12, 4, 3), "bias": (12,)}
 MATRICES = lp.select_matrices("^w$", axes=lp.MatrixAxes(rows=1, columns=(2, 3)))

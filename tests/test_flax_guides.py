@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RANK = 8
 OPTIONS: dict[str, Any] = {"rank": RANK, "min_dim_size_to_factor": 16}
 OPTIMIZERS = {
@@ -210,49 +212,6 @@ def test_linen_logical_axes(tx, mesh):
     assert losses[-1] < losses[0]
     assert_sharded(state.opt_state)
     lp.check_state_sharding(tx, state.params, state.opt_state)
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_nanodo(tx, mesh, every, tmp_path):
-    """Boxes, `nn.get_sharding`, MultiSteps, Orbax's manager; resumed bit for bit."""
-    tx = optax.MultiSteps(tx, every).gradient_transformation()
-
-    class Partitioned(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            init: Any = nn.initializers.lecun_normal()
-            up: Any = nn.with_partitioning(init, ("fsdp", "tensor"))
-            down: Any = nn.with_partitioning(init, ("tensor", "fsdp"))
-            x = nn.Dense(128, kernel_init=up, name="up")(x)
-            return nn.Dense(64, kernel_init=down, name="down")(jnp.tanh(x))
-
-    net = Partitioned()
-
-    def init(key):
-        params = net.init(key, X)["params"]
-        return TrainState.create(apply_fn=net.apply, params=params, tx=tx)
-
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    where: Any = nn.get_sharding(abstract, mesh)
-    state = jax.jit(init, out_shardings=where)(jax.random.key(0))
-    step = jax.jit(linen_update, out_shardings=(where, None))
-    for _ in range(2):
-        state, _ = step(state)
-    assert_sharded(state.opt_state)
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(2, args=ocp.args.StandardSave(state))  # pyright: ignore
-        manager.wait_until_finished()
-        leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(where), strict=True)
-        target = jax.tree.unflatten(
-            jax.tree.structure(abstract),
-            [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p) for x, p in leaves],
-        )
-        back = manager.restore(2, args=ocp.args.StandardRestore(target))  # pyright: ignore
-    for _ in range(2):
-        state, loss = step(state)
-        back, again = step(back)
-        assert loss == again
-    jax.tree.map(np.testing.assert_array_equal, back.params, state.params)
 
 
 def test_a_replicated_state_is_named(mesh):
