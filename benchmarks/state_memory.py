@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import lorapre_jax as lp
 from benchmarks import _record
@@ -22,7 +21,6 @@ SIZES = {
     "7B": (4096, 11008, 32, 1024),
 }
 VOCABULARY = 32_000
-ENDS = ("embed", "head")
 PAPER = lp.AlgorithmOne()
 MATRICES = lp.select_matrices("attention|mlp", axes=lp.MatrixAxes(-2, -1))
 
@@ -37,19 +35,6 @@ def llama(width, ffn, layers, dtype=jnp.float32):
     return {name: jax.ShapeDtypeStruct(s, dtype) for name, s in shapes.items()}
 
 
-def with_ends(rank):
-    """The embedding and the head too, as `default_all` of the race."""
-    rules: Any = {
-        "blocks": lp.scale_by_lorapre_adam(rank, matrices=MATRICES),
-        "ends": lp.scale_by_lorapre_adam(rank, second_moment=lp.RankOne()),
-    }
-
-    def labels(params):
-        return {name: "ends" if name in ENDS else "blocks" for name in params}
-
-    return optax.partition(rules, labels)
-
-
 def transforms(rank):
     shared: dict[str, Any] = {"matrices": MATRICES}
     return {
@@ -58,7 +43,10 @@ def transforms(rank):
         ),
         f"default, r = {rank}": lp.scale_by_lorapre_adam(rank, **shared),
         f"default, r = {rank // 8}": lp.scale_by_lorapre_adam(rank // 8, **shared),
-        f"default, r = {rank // 8}, embedding and head too": with_ends(rank // 8),
+        # Left alone: the embedding and the head too, as `default_all` of the race.
+        f"default, r = {rank // 8}, embedding and head too": lp.scale_by_lorapre_adam(
+            rank // 8
+        ),
     }
 
 

@@ -65,6 +65,7 @@ _INTO_HEADS = re.compile(
     r"(^|[/_])(to_)?w?(q|k|v|kv|qkv|query|key|value)(_?proj|_?einsum)?([/_]|$)"
 )
 _OUT_OF_HEADS = re.compile(r"(^|[/_])(to_)?(w?o|out|output|vec)([/_]|$)")
+_NAMES_SIDE = re.compile(f"{_INTO_HEADS.pattern}|{_OUT_OF_HEADS.pattern}")
 _EXPERTS = re.compile(r"mlp|ffn|feed_?forward|moe|expert", re.IGNORECASE)
 
 _TALL = 8  # Over this, one side to the other, a matrix is taken to have a vocabulary.
@@ -78,8 +79,8 @@ def roles(params: Any) -> dict[str, Role]:
         if unboxed(node) is not None and not is_masked(unboxed(node))
     ]
     layers = _sides_in_layers(params)
-    stacked = _stacked(leaves)
     width = _width(leaves)
+    stacked = _stacked(leaves, width)
     return {
         leaf.path: _role(leaf, layers.get(leaf.path), leaf.path in stacked, width)
         for leaf in leaves
@@ -167,14 +168,11 @@ def _split(leaf: _Leaf, inner: list[int], width: int | None):
             # Matrices of experts, one behind the other.
             return ([inner[-2]], [last]) if _EXPERTS.search(path) else None
         of_width = [axis for axis in inner if leaf.shape[axis] == width]
-        if "einsum" in path and len(of_width) == 1:
+        ends = [last] if _OUT_OF_HEADS.search(path) else [first]
+        if ("einsum" in path or not _NAMES_SIDE.search(path)) and len(of_width) == 1:
             embed = of_width
-        elif _OUT_OF_HEADS.search(path):
-            embed = [last]
-        elif _INTO_HEADS.search(path):
-            embed = [first]
-        elif len(of_width) == 1:
-            embed = of_width
+        elif _NAMES_SIDE.search(path) and (not of_width or ends[0] in of_width):
+            embed = ends
         else:
             return None
     axis = embed[0] if embed else first
@@ -231,10 +229,11 @@ def _is_end(leaf: _Leaf, batch: set[int], width: int | None) -> bool:
     return max(p, q) > _TALL * min(p, q) and not in_block
 
 
-def _stacked(leaves: list[_Leaf]) -> set[str]:
-    """Leaves below a key such as `layers` whose first axis goes over the layers.
+def _stacked(leaves: list[_Leaf], width: int | None) -> set[str]:
+    """Leaves whose first axis goes over the layers.
 
-    Where it does, it is as long for all of them, and none is a single matrix.
+    Either all below a key such as `layers`: it is as long for all of them, and none is
+    a single matrix. Or all with more than two axes, where that is not the width.
     """
     below: defaultdict[str, list[_Leaf]] = defaultdict(list)
     for leaf in leaves:
@@ -249,6 +248,11 @@ def _stacked(leaves: list[_Leaf]) -> set[str]:
         matrices = [leaf for leaf in group if not _is_vector(leaf)]
         if len(lengths) == 1 and all(len(leaf.shape) > 2 for leaf in matrices):
             found.update(leaf.path for leaf in group)
+    deep = [leaf for leaf in leaves if len(leaf.shape) > 2 and not _is_vector(leaf)]
+    lengths = {leaf.shape[0] for leaf in deep}
+    is_window = any(_CONV.search(leaf.path) for leaf in deep)
+    if len(deep) > 1 and len(lengths) == 1 and width not in lengths and not is_window:
+        found.update(leaf.path for leaf in deep)
     return found
 
 

@@ -127,6 +127,15 @@ def test_paths():
             {"layers/attn/q/kernel": (3, 64, 64), "layers/norm/scale": (3, 64)},
             {"layers/attn/q/kernel": ((0,), (1,), (2,), BLOCKS)},
         ),
+        # A stack by what all its leaves share.
+        (
+            {"attn/q": (3, 64, 64), "attn/o": (3, 64, 64), "mlp/up": (3, 64, 128)},
+            {
+                "attn/q": ((0,), (1,), (2,), BLOCKS),
+                "attn/o": ((0,), (1,), (2,), BLOCKS),
+                "mlp/up": ((0,), (1,), (2,), BLOCKS),
+            },
+        ),
         # One layer that is called so: a kernel of two axes is no stack of vectors.
         (
             {"layers/q/kernel": (64, 64), "layers/norm/scale": (64,)},
@@ -169,9 +178,15 @@ def test_other_networks(leaves, expected):
     assert found(leaves) == expected
 
 
+def test_heads_that_do_not_fit_the_width_are_not_guessed():
+    leaves = {"attn/q": (3, 64, 64), "up": (64, 128), "down": (128, 64)}
+    with pytest.warns(UserWarning, match="attn/q"):
+        assert found(leaves).keys() == {"up", "down"}
+
+
 def test_a_stack_of_which_nothing_is_known_is_named_with_the_code_to_paste():
     known = {"layers/q/kernel": (3, 64, 64), "layers/norm/scale": (3, 64)}
-    leaves = known | {"a": (3, 64, 128), "b": (64, 64), "c": (3, 64)}
+    leaves = known | {"a": (5, 64, 128), "b": (64, 64), "c": (3, 64)}
     with pytest.warns(UserWarning, match="neither their paths nor names") as caught:
         by_default = found(leaves)
     assert by_default.keys() == {"layers/q/kernel", "b"}

@@ -106,7 +106,9 @@ ABLATIONS: dict[str, Method] = {
     "bfloat16 factors": _adam(factor_dtype="bfloat16"),
     "bfloat16 factors, twice the rank": Method(ours(4, factor_dtype="bfloat16"), _HIGH),
     # Embedding and head factored too, otherwise than in `default_all/8`.
-    "embeddings, v along the factor": Method(ours(8), _HIGH, embeddings=ours(8)),
+    "embeddings, v along the factor": Method(
+        ours(8), _HIGH, embeddings=ours(8, second_moment=lp.RotatedRankOne())
+    ),
     "embeddings, v along the width": Method(
         ours(8), _HIGH, embeddings=_along_the_width
     ),

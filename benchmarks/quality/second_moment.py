@@ -43,7 +43,7 @@ def start(g: jax.Array, rank: int) -> dict[str, Any]:
         name: method.init((), *g.shape, rank, jnp.float32, 0)
         for name, method in methods.items()
     }
-    shapes = {"g": g.shape, "B^T g": (rank, g.shape[1]), "R": g.shape}
+    shapes = {"g": g.shape, "B^T g": (g.shape[1], rank), "R": g.shape}
     return states | {name: jnp.zeros(shape) for name, shape in shapes.items()}
 
 
