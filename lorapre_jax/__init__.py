@@ -15,7 +15,8 @@ from lorapre_jax._methods import (
     RankOne,
     RotatedRankOne,
 )
-from lorapre_jax._muon import lorapre_muon, scale_by_lorapre_muon
+from lorapre_jax._muon import scale_by_lorapre_muon
+from lorapre_jax._muon_alias import lorapre_muon
 from lorapre_jax._selection import select_matrices
 from lorapre_jax._state_record import check_state_record, state_record
 from lorapre_jax._state_sharding import state_sharding

@@ -25,11 +25,11 @@ class ScaleByLorapreAdamState(NamedTuple):
       count: Steps taken, `()`, int32.
       mu, nu: First and second moments of the leaves that keep them densely, a tree like
         the parameters with `optax.MaskedNode` elsewhere, in float32 at least.
-      mu_factors, nu_factors: The others, by leaf path. Of matrices `(*batch, p, q)`,
-        a regression's are `left (*batch, p, r)` and `right (*batch, r, q)` in
-        `factor_dtype`; those of `RankOne()` and `RotatedRankOne()` are `row (*batch,
-        p)`, `column (*batch, q)` and, of the latter, `direction (*batch, r)`, in
-        float32 at least.
+      mu_factors, nu_factors: The others, by leaf path, on the leaf's own axes and in
+        boxes as the parameters are. `LowRank()` has `left (*batch, *rows, r)` and
+        `right (*batch, *columns, r)` in `factor_dtype`; `RankOne()` and
+        `RotatedRankOne()` have `row (*batch, *rows)`, `column (*batch, *columns)` and,
+        the latter, `direction (*batch, r)`, in float32 at least.
       plan: The decision per leaf; static, without leaves.
     """
 
@@ -104,7 +104,8 @@ def scale_by_lorapre_adam(
         `r (p+q) >= p q` stays dense. None: every matrix with sides of at least
         `min_dim_size_to_factor` for which the rank pays. Stacks of layers and experts,
         heads and convolutions are told by the names of axes in the parameters' boxes
-        (`register_box`) and by paths; a large leaf of which neither tells anything
+        (`register_box`) and by paths, of the tree that `init` gets: in a part of a tree
+        (`optax.masked`) they may tell less. A large leaf of which they tell nothing
         stays dense, with a warning that names it. `describe` shows the outcome.
       min_dim_size_to_factor: See `matrices`. Static.
       update_scale: Multiplies the update of factored leaves; 0.25 in the published

@@ -24,8 +24,8 @@ class LorapreEmaState(NamedTuple):
       count: Steps taken, `()`, int32.
       ema: The averages of leaves that keep them densely, as `mu` in
         `ScaleByLorapreAdamState`.
-      ema_factors: The others, by leaf path: `left (*batch, p, r)` and `right
-        (*batch, r, q)` in `factor_dtype`.
+      ema_factors: The others, by leaf path: `left (*batch, *rows, r)` and `right
+        (*batch, *columns, r)` in `factor_dtype`, in boxes as the parameters are.
       plan: The decision per leaf; static, without leaves.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from lorapre_jax import _checks
 from lorapre_jax._factors import is_factors
@@ -94,9 +94,15 @@ def check_state_sharding(
       state: The state as it lies, or its shardings; see `describe`.
 
     Raises:
-      ValueError: The message names every such factor.
+      ValueError: The message names every such factor. Or no parameter is on a mesh.
       What `describe` raises.
     """
+    known = (known_sharding(leaf) for _, leaf in named_leaves(params))
+    if not any(isinstance(sharding, NamedSharding) for sharding in known):
+        raise ValueError(
+            "check_state_sharding: no parameter carries a NamedSharding to compare "
+            "with. Pass arrays on a mesh, or jax.ShapeDtypeStructs with sharding=."
+        )
     replicated = describe(tx, params, state).replicated
     if replicated:
         raise ValueError(
@@ -144,12 +150,16 @@ def _bytes_by_owner(
 def _placed(found: list[Part], state: Any) -> dict[str, Sharding]:
     """By path in the state of the transform: where each array is."""
     given = dict(named_leaves(state))
+    # What something is around, such as `nnx.state(optimizer)`, has longer paths.
+    by_end: dict[str, str] = {}
+    for path in sorted(given, key=len):
+        keys = path.split("/")
+        for i in range(len(keys)):
+            by_end.setdefault("/".join(keys[i:]), path)
     placed = {}
     for part in found:
         for name, array in part.arrays():
-            ends = [path for path in given if f"/{path}".endswith(f"/{name}")]
-            # A state that something is around, such as `nnx.state(optimizer)`.
-            leaf: Any = given[min(ends, key=len)] if ends else None
+            leaf: Any = given.get(by_end.get(name, ""))
             sharding = leaf if isinstance(leaf, Sharding) else _sharding_of(leaf)
             if sharding is None:
                 raise ValueError(

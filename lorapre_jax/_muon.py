@@ -1,7 +1,6 @@
 """LoRA-Pre Muon."""
 
 import functools
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -9,17 +8,14 @@ import jax
 import optax
 
 from lorapre_jax import _checks
-from lorapre_jax._adam import decayed_weights, lorapre_adamw
 from lorapre_jax._boxes import unboxed
 from lorapre_jax._choice import choice
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import LowRank, Methods
 from lorapre_jax._muon_rule import MuonRule
 from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients
-from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import Plan, init_moment, make_plan
-from lorapre_jax._roles import roles
-from lorapre_jax._selection import Matrices, resolve_axes
+from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
 from lorapre_jax._shares import (
     orthogonalize_shares,
@@ -35,8 +31,8 @@ class ScaleByLorapreMuonState(NamedTuple):
       count: Steps taken, `()`, int32.
       momentum: Of the leaves that keep it densely, as `mu` in
         `ScaleByLorapreAdamState`.
-      momentum_factors: The others, by leaf path: `left (*batch, p, r)` and `right
-        (*batch, r, q)` in `factor_dtype`.
+      momentum_factors: The others, by leaf path: `left (*batch, *rows, r)` and `right
+        (*batch, *columns, r)` in `factor_dtype`, in boxes as the parameters are.
       plan: The decision per leaf; static, without leaves.
     """
 
@@ -46,7 +42,7 @@ class ScaleByLorapreMuonState(NamedTuple):
     plan: Any
 
 
-_DEFAULT = LowRank(complement_gain=0.6)
+DEFAULT_MOMENT = LowRank(complement_gain=0.6)
 
 
 def scale_by_lorapre_muon(
@@ -58,7 +54,7 @@ def scale_by_lorapre_muon(
     ns_coeffs: Coefficients = NS_COEFFS,
     eps: jax.typing.ArrayLike = 1e-8,
     consistent_rms: jax.typing.ArrayLike | None = None,
-    moment: Methods = _DEFAULT,
+    moment: Methods = DEFAULT_MOMENT,
     matrices: Matrices = None,
     min_dim_size_to_factor: int = 128,
     update_scale: jax.typing.ArrayLike = 1.0,
@@ -122,7 +118,7 @@ def scale_by_lorapre_muon(
     _checks.check_not_negative("update_scale", update_scale)
     if consistent_rms is not None:
         _checks.check_not_negative("consistent_rms", consistent_rms)
-    kept = choice("moment", moment, _DEFAULT)
+    kept = choice("moment", moment, DEFAULT_MOMENT)
     _checks.check_methods(kept, "first_moment")
     _checks.check_flag("nesterov", nesterov)
     _checks.check_count("ns_steps", ns_steps)
@@ -178,132 +174,6 @@ def scale_by_lorapre_muon(
         return updates, ScaleByLorapreMuonState(count, mu, factors, state.plan)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def lorapre_muon(
-    learning_rate: optax.ScalarOrSchedule,
-    rank: int | Fraction,
-    beta: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = True,
-    ns_steps: int = 5,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    *,
-    ns_coeffs: Coefficients = NS_COEFFS,
-    eps: jax.typing.ArrayLike = 1e-8,
-    consistent_rms: jax.typing.ArrayLike | None = None,
-    moment: Methods = _DEFAULT,
-    matrices: Matrices = None,
-    min_dim_size_to_factor: int = 128,
-    update_scale: jax.typing.ArrayLike = 1.0,
-    slices_at_once: int | None = None,
-    factor_dtype: jax.typing.DTypeLike = "float32",
-    seed: jax.typing.ArrayLike = 0,
-    param_shardings: Any | None = None,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_weight_decay: optax.ScalarOrSchedule = 0.0,
-) -> optax.GradientTransformationExtraArgs:
-    """Muon with a low-rank momentum for the matrices, Adam for all other leaves.
-
-    Args:
-      learning_rate: A number or a schedule.
-      rank: See `scale_by_lorapre_muon`, as for all arguments that are not named here.
-      weight_decay: Of the matrices, as in `lorapre_adamw`.
-      weight_decay_mask: Which of them decay, as `mask` of `optax.adamw`.
-      matrices: Which leaves are orthogonalised; the others go to Adam, which keeps
-        their moments densely. None: every matrix that is no embedding and no head;
-        these go to Adam with `lorapre_adamw`'s default.
-      adam_learning_rate: Learning rate of Adam; None: `learning_rate`.
-      adam_b1, adam_b2, adam_weight_decay: Of Adam, as in `optax.contrib.muon`; it
-        shares `eps`, and unlike optax's it never looks a step ahead (no `nesterov`).
-
-    Returns:
-      The `optax.GradientTransformationExtraArgs`.
-
-    Raises:
-      TypeError, ValueError: As `scale_by_lorapre_muon`; and by `update`, where weights
-        decay and there are no `params`.
-    """
-    _checks.check_decay("adam_b1", adam_b1)
-    _checks.check_decay("adam_b2", adam_b2)
-    scale_by_muon = scale_by_lorapre_muon(
-        rank,
-        beta,
-        nesterov,
-        ns_steps,
-        ns_coeffs=ns_coeffs,
-        eps=eps,
-        consistent_rms=consistent_rms,
-        moment=moment,
-        matrices=matrices,
-        min_dim_size_to_factor=min_dim_size_to_factor,
-        update_scale=update_scale,
-        slices_at_once=slices_at_once,
-        factor_dtype=factor_dtype,
-        seed=seed,
-        param_shardings=param_shardings,
-    )
-    if adam_learning_rate is None:
-        adam_learning_rate = learning_rate
-
-    parts: dict[Any, Any] = {
-        "muon": optax.chain(
-            scale_by_muon,
-            decayed_weights(weight_decay, weight_decay_mask),
-            optax.scale_by_learning_rate(learning_rate),
-        ),
-        # Of the leaves it gets, `matrices` selects none, unless it is None.
-        "adam": lorapre_adamw(
-            adam_learning_rate,
-            rank,
-            adam_b1,
-            adam_b2,
-            eps,
-            adam_weight_decay,
-            matrices=matrices,
-            min_dim_size_to_factor=min_dim_size_to_factor,
-            slices_at_once=slices_at_once,
-            factor_dtype=factor_dtype,
-            seed=seed,
-        ),
-    }
-
-    def decide(params):
-        leaves = named_leaves(params)
-        for path, leaf in leaves:
-            _checks.check_floating(path, leaf)
-        by_role = roles(params)
-        axes = resolve_axes(matrices, params, by_role)
-
-        def label(path: str) -> str:
-            is_adams = axes[path].by_default and by_role[path].is_end
-            return "adam" if axes[path].axes is None or is_adams else "muon"
-
-        labels = [label(path) for path, _ in leaves]
-        return jax.tree.unflatten(jax.tree.structure(params), labels)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        divided = optax.partition(parts, functools.partial(_decided, state))
-        return divided.update(updates, state, params, **extra_args)
-
-    init_fn = optax.partition(parts, decide).init
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _decided(state: Any, updates: optax.Updates) -> Any:
-    """Which part has each leaf: what `init` decided, for updates may be in no boxes."""
-    try:
-        plan = state.inner_states["muon"].inner_state[0].plan
-    except (AttributeError, KeyError, TypeError):
-        _checks.check_state(state, optax.PartitionState)
-        raise
-    of_muon = {leaf.path for leaf in plan.leaves}
-    labels = [
-        "muon" if path in of_muon else "adam" for path, _ in named_leaves(updates)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(updates), labels)
 
 
 def _refuse_other_than_matrices(plan: Plan) -> None:

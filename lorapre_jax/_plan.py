@@ -22,7 +22,7 @@ from lorapre_jax._matrix_view import MatrixView, matrix_view
 from lorapre_jax._methods import Dense, at_least_float32, have_rank
 from lorapre_jax._paths import is_masked, named_leaves, named_nodes
 from lorapre_jax._roles import roles, warn_of_unknown
-from lorapre_jax._selection import Matrices, resolve_axes
+from lorapre_jax._selection import Decided, Matrices, resolve_axes
 from lorapre_jax._sharding import batch_shards, known_sharding, like_parameter
 
 
@@ -132,7 +132,7 @@ def make_plan(
     _checks.check_distinct([path for path, _ in leaves])
     for path, leaf in leaves:
         _checks.check_floating(path, leaf)
-    by_role = roles(params)
+    by_role = matrices.by_role if isinstance(matrices, Decided) else roles(params)
     axes = resolve_axes(matrices, params, by_role)
     for each in choices:
         each.check_patterns(path for path, _ in named_leaves(params, masked=True))

@@ -133,7 +133,7 @@ def _mend(leaf: LeafReport) -> str:
     if leaf.dense == UNKNOWN:
         return (
             "Say which axes are rows and columns: matrices=lp.select_matrices(axes={"
-            f'r"^{re.escape(leaf.path)}$": lp.MatrixAxes(rows=-2, columns=-1)}}, '
+            f'r"^{re.escape(leaf.path)}$": lp.MatrixAxes(rows=..., columns=...)}}, '
             "extend_default=True)."
         )
     if leaf.dense.startswith("a side is below"):

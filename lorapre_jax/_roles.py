@@ -13,11 +13,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-
-from lorapre_jax._boxes import axis_names, is_box, unboxed
+from lorapre_jax._boxes import axis_names, unboxed
+from lorapre_jax._layers import Leaf, sides_in_layers
 from lorapre_jax._matrix_view import MatrixAxes
-from lorapre_jax._paths import is_masked, named_nodes, path_str
+from lorapre_jax._paths import is_masked, named_nodes
 
 
 class Role(NamedTuple):
@@ -32,16 +31,6 @@ class Role(NamedTuple):
     is_end: bool = False
 
 
-class _Leaf(NamedTuple):
-    path: str
-    shape: tuple[int, ...]
-    names: tuple[Any, ...]
-
-    @property
-    def last_key(self) -> str:
-        return self.path.rpartition("/")[2]
-
-
 # Names of axes.
 _STACK = re.compile(r"(.*_)?(layers?|blocks?|stack|stages?|repeats?|layers_per_stage)")
 _EXPERT = re.compile(r"(num_)?(exp|experts?)(_.*)?|num_activations")
@@ -49,8 +38,8 @@ _VOCAB = re.compile(r"vocab(ulary)?(_size)?")
 _EMBED = re.compile(r"(embed|embedding|emb|d_?model|model_dim|hidden(_size)?)(_.*)?")
 
 # Keys of paths, each between slashes or underscores.
-_VECTOR = re.compile(r"(.*_)?(bias|biases|scale|gamma|beta|sinks?)")
-_NORM = re.compile(r"norm|(^|/)ln\d*(_|/|$)", re.IGNORECASE)
+_VECTOR = re.compile(r"(.*_)?(bias|biases|scale|gamma|beta|sinks?|A_log)")
+_NORM = re.compile(r"(.*[_a-z])?norm(alization)?(_?\d+)?|ln\d*(_\w+)?", re.IGNORECASE)
 # Of PyTorch and those who follow it: outputs first.
 _OUT_FIRST = re.compile(r"weight(_[ih]h(_l\d+)?)?")
 _STACK_KEY = re.compile(r"(.*_)?(layers?|blocks?|stack(ed)?|scan(ned)?|h)")
@@ -60,12 +49,11 @@ _END = re.compile(
     re.IGNORECASE,
 )
 _CONV = re.compile(r"conv|patch", re.IGNORECASE)
-_ATTENTION = re.compile(r"att(e)?n|einsum", re.IGNORECASE)
+_ATTENTION = re.compile(r"att(e)?n|(^|[/_])mha|einsum", re.IGNORECASE)
 _INTO_HEADS = re.compile(
     r"(^|[/_])(to_)?w?(q|k|v|kv|qkv|query|key|value)(_?proj|_?einsum)?([/_]|$)"
 )
 _OUT_OF_HEADS = re.compile(r"(^|[/_])(to_)?(w?o|out|output|vec)([/_]|$)")
-_NAMES_SIDE = re.compile(f"{_INTO_HEADS.pattern}|{_OUT_OF_HEADS.pattern}")
 _EXPERTS = re.compile(r"mlp|ffn|feed_?forward|moe|expert", re.IGNORECASE)
 
 _TALL = 8  # Over this, one side to the other, a matrix is taken to have a vocabulary.
@@ -74,17 +62,21 @@ _TALL = 8  # Over this, one side to the other, a matrix is taken to have a vocab
 def roles(params: Any) -> dict[str, Role]:
     """Of every leaf that is not masked, by path."""
     leaves = [
-        _Leaf(path, tuple(unboxed(node).shape), axis_names(node, unboxed(node).ndim))
+        Leaf(path, tuple(unboxed(node).shape), axis_names(node, unboxed(node).ndim))
         for path, node in named_nodes(params)
         if unboxed(node) is not None and not is_masked(unboxed(node))
     ]
-    layers = _sides_in_layers(params)
+    layers = sides_in_layers(params)
     width = _width(leaves)
     stacked = _stacked(leaves, width)
-    return {
-        leaf.path: _role(leaf, layers.get(leaf.path), leaf.path in stacked, width)
-        for leaf in leaves
-    }
+    times = Counter(map(_place, leaves))
+    found = {}
+    for leaf in leaves:
+        is_alone = times[_place(leaf)] == 1
+        batch = _batch_axes(leaf, leaf.path in stacked, width)
+        sides = layers.get(leaf.path)
+        found[leaf.path] = _role(leaf, batch, sides, width, is_alone)
+    return found
 
 
 def warn_of_unknown(
@@ -104,14 +96,15 @@ def warn_of_unknown(
     if not unknown:
         return
     rules = "\n".join(
-        f'        r"^{re.escape(path)}$": lp.MatrixAxes(rows=-2, columns=-1),'
+        f'        r"^{re.escape(path)}$": lp.MatrixAxes(rows=..., columns=...),'
         f"  # {shapes[path]}"
         for path in unknown[:8]
     )
     more = f"\n        # and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     warnings.warn(
         f"lorapre_jax keeps {len(unknown)} large leaves densely, for neither their "
-        "paths nor names of their axes say which axes are rows and columns. Say it:\n"
+        "paths nor names of their axes say which axes are rows (inputs) and which are "
+        "columns. Fill in, for example rows=-2, columns=-1 for a stack of matrices:\n"
         f"    matrices=lp.select_matrices(axes={{\n{rules}{more}\n    }}, "
         "extend_default=True)",
         stacklevel=2,
@@ -121,14 +114,15 @@ def warn_of_unknown(
 UNKNOWN = "more than two axes, and nothing says which are rows and columns"
 
 
-def _role(leaf: _Leaf, sides: Any, stacked: bool, width: int | None) -> Role:
+def _role(
+    leaf: Leaf, batch: set[int], sides: Any, width: int | None, is_alone: bool
+) -> Role:
     ndim = len(leaf.shape)
     if ndim < 2:
         return Role(None, "fewer than two axes")
     if _is_vector(leaf):
-        return Role(None, "biases or scales of a stack")
-    batch = _batch_axes(leaf, stacked)
-    is_end = _is_end(leaf, batch, width)
+        return Role(None, "a bias or a scale, by its name")
+    is_end = _is_end(leaf, batch, is_alone)
     if sides is not None and (known := sides(leaf)) is not None:
         rows, columns, is_embedding = known
         return Role(_axes(rows, columns), is_end=is_end or is_embedding)
@@ -140,7 +134,9 @@ def _role(leaf: _Leaf, sides: Any, stacked: bool, width: int | None) -> Role:
         rows, columns = reversed(inner) if out_first else inner
         return Role(_axes([rows], [columns]), is_end=is_end)
     split = _split(leaf, inner, width)
-    return Role(None, UNKNOWN) if split is None else Role(_axes(*split))
+    if split is None:
+        return Role(None, UNKNOWN)
+    return Role(_axes(*split), is_end=is_end)
 
 
 def _axes(rows: Iterable[int], columns: Iterable[int]) -> MatrixAxes:
@@ -151,41 +147,63 @@ def _axes(rows: Iterable[int], columns: Iterable[int]) -> MatrixAxes:
     )
 
 
-def _split(leaf: _Leaf, inner: list[int], width: int | None):
+def _split(leaf: Leaf, inner: list[int], width: int | None):
     """Of three axes or more that are no batch axes: those of rows, those of columns.
 
     Kernels have their inputs first, and the model's width is one axis of either side.
     """
-    path = leaf.path
-    embed = _named(leaf, _EMBED)
     first, last = inner[0], inner[-1]
-    if not embed and (_CONV.search(path) or _is_small_window(leaf, inner)):
+    in_attention = _is_in_attention(leaf)
+    embed = _named(leaf, _EMBED)
+    if not embed and not in_attention and _is_convolution(leaf, inner):
         out = first if leaf.last_key == "weight" else last
         return [axis for axis in inner if axis != out], [out]
-    if not embed and not any(_known(name) for name in leaf.names if name):
-        in_attention = _ATTENTION.search(path) or _INTO_HEADS.search(path)
-        if not in_attention:
-            # Matrices of experts, one behind the other.
-            return ([inner[-2]], [last]) if _EXPERTS.search(path) else None
-        of_width = [axis for axis in inner if leaf.shape[axis] == width]
-        ends = [last] if _OUT_OF_HEADS.search(path) else [first]
-        if ("einsum" in path or not _NAMES_SIDE.search(path)) and len(of_width) == 1:
-            embed = of_width
-        elif _NAMES_SIDE.search(path) and (not of_width or ends[0] in of_width):
-            embed = ends
-        else:
-            return None
-    axis = embed[0] if embed else first
+    if not embed and in_attention:
+        axis = _width_in_attention(leaf, inner, width)
+    elif not embed and not any(map(_known, filter(None, leaf.names))):
+        # Matrices of experts, one behind the other.
+        return ([inner[-2]], [last]) if _EXPERTS.search(leaf.path) else None
+    else:
+        axis = embed[0] if embed else first
+    if axis is None:
+        return None
     others = [other for other in inner if other != axis]
-    if "einsum" in path and len(inner) == 4:
-        others.remove(first)  # Queries, keys and values are matrices of their own.
+    if "einsum" in leaf.path and len(inner) == 4:
+        others.remove(min(others))  # Queries, keys, values: matrices of their own.
     return (others, [axis]) if axis == last else ([axis], others)
 
 
-def _is_small_window(leaf: _Leaf, inner: list[int]) -> bool:
-    """Four axes, the first two as long as the sides of a convolution's window."""
-    height, width = (leaf.shape[axis] for axis in inner[:2])
-    return len(inner) == 4 and height == width and height in (1, 3, 5, 7, 9, 11)
+def _width_in_attention(leaf: Leaf, inner: list[int], width: int | None) -> int | None:
+    """The axis that is the model's width; None where that is not clear."""
+    sides = [
+        (match.start(), axis)
+        for axis, pattern in ((inner[0], _INTO_HEADS), (inner[-1], _OUT_OF_HEADS))
+        for match in pattern.finditer(leaf.path)
+    ]
+    of_width = [axis for axis in inner if leaf.shape[axis] == width]
+    if ("einsum" in leaf.path or not sides) and len(of_width) == 1:
+        return of_width[0]
+    if not sides:
+        return None
+    _, axis = max(sides)  # The innermost name tells.
+    return axis if not of_width or axis in of_width else None
+
+
+def _is_in_attention(leaf: Leaf) -> bool:
+    own = "/".join(leaf.path.split("/")[-4:])
+    return bool(_ATTENTION.search(own) or _INTO_HEADS.search(own))
+
+
+def _is_convolution(leaf: Leaf, inner: list[int]) -> bool:
+    """By its name; or four axes, the first two as long as the sides of a window."""
+    if _CONV.search(leaf.path):
+        return True
+    if len(inner) != 4:
+        return False
+    height, width, p, q = (leaf.shape[axis] for axis in inner)
+    # The windows of patches are larger, and their inputs few.
+    is_window = height in (1, 3, 5, 7, 9, 11) or (height <= 32 and p <= 4 < q)
+    return height == width and is_window
 
 
 def _known(name: str) -> bool:
@@ -194,69 +212,94 @@ def _known(name: str) -> bool:
     )
 
 
-def _named(leaf: _Leaf, pattern: re.Pattern[str]) -> list[int]:
+def _named(leaf: Leaf, pattern: re.Pattern[str]) -> list[int]:
     names = enumerate(leaf.names)
     return [i for i, name in names if isinstance(name, str) and pattern.fullmatch(name)]
 
 
-def _is_vector(leaf: _Leaf) -> bool:
-    named_norm = any(name == "norm" for name in leaf.names)
-    is_vector = _VECTOR.fullmatch(leaf.last_key) or _NORM.search(leaf.path)
-    return named_norm or bool(is_vector)
+def _is_vector(leaf: Leaf) -> bool:
+    if "norm" in leaf.names or _VECTOR.fullmatch(leaf.last_key):
+        return True
+    # The layer that holds it, not one around that: `norm1/linear/kernel` is a matrix.
+    own = leaf.path.split("/")[-2:]
+    return "kernel" not in leaf.last_key and any(map(_NORM.fullmatch, own))
 
 
-def _batch_axes(leaf: _Leaf, stacked: bool) -> set[int]:
+def _batch_axes(leaf: Leaf, is_stacked: bool, width: int | None) -> set[int]:
     batch = {*_named(leaf, _STACK), *_named(leaf, _EXPERT)}
-    if not batch and stacked:
+    if not batch and is_stacked:
         batch.add(0)
-    left = len(leaf.shape) - len(batch)
-    is_other = _ATTENTION.search(leaf.path) or _CONV.search(leaf.path)
-    is_of_experts = _EXPERTS.search(leaf.path) and not is_other
-    if left == 3 and is_of_experts and not _named(leaf, _EMBED):
-        batch.add(min({*range(len(leaf.shape))} - batch))
+    inner = [axis for axis in range(len(leaf.shape)) if axis not in batch]
+    if not any(leaf.names):
+        batch.update(axis for axis in inner[:-2] if leaf.shape[axis] == 1)
+    if len(inner) != 3 or _named(leaf, _EMBED) or not _EXPERTS.search(leaf.path):
+        return batch
+    begins_with_width = [leaf.shape[axis] == width for axis in inner] == [1, 0, 0]
+    if not (_is_in_attention(leaf) or _CONV.search(leaf.path) or begins_with_width):
+        batch.add(inner[0])
     return batch
 
 
-def _is_end(leaf: _Leaf, batch: set[int], width: int | None) -> bool:
+def _is_end(leaf: Leaf, batch: set[int], is_alone: bool) -> bool:
     if _named(leaf, _VOCAB):
         return True
     if batch or len(leaf.shape) != 2:
         return False
-    if _END.search(leaf.path):
+    in_block = _ATTENTION.search(leaf.path) or _EXPERTS.search(leaf.path)
+    own = "/".join(leaf.path.split("/")[-2:])
+    if _END.search(own if in_block else leaf.path):
         return True
     p, q = leaf.shape
-    in_block = _ATTENTION.search(leaf.path) or _EXPERTS.search(leaf.path)
-    return max(p, q) > _TALL * min(p, q) and not in_block
+    return max(p, q) > _TALL * min(p, q) and not in_block and is_alone
 
 
-def _stacked(leaves: list[_Leaf], width: int | None) -> set[str]:
+def _place(leaf: Leaf) -> Any:
+    """The same for leaves of different layers that are alike."""
+    return re.sub(r"\d+", "", leaf.path), leaf.shape
+
+
+def _stacked(leaves: list[Leaf], width: int | None) -> set[str]:
     """Leaves whose first axis goes over the layers.
 
-    Either all below a key such as `layers`: it is as long for all of them, and none is
-    a single matrix. Or all with more than two axes, where that is not the width.
+    It is as long for all that are below a key, biases and scales too, and shorter than
+    the sides of their matrices; without biases and scales, the key has to be called so
+    (`layers`). Or it is as long for all leaves with more than two axes.
     """
-    below: defaultdict[str, list[_Leaf]] = defaultdict(list)
+    below: defaultdict[str, list[Leaf]] = defaultdict(list)
     for leaf in leaves:
         keys = leaf.path.split("/")
-        for i, key in enumerate(keys[:-1]):
-            if _STACK_KEY.fullmatch(key) and not keys[i + 1].isdigit():
-                below["/".join(keys[: i + 1])].append(leaf)
-                break
+        for i, key in enumerate(keys[1:], 1):
+            if not key.isdigit():
+                below["/".join(keys[:i])].append(leaf)
     found: set[str] = set()
-    for group in below.values():
-        lengths = {leaf.shape[0] if leaf.shape else None for leaf in group}
+    for prefix, group in below.items():
+        vectors = [leaf for leaf in group if _is_vector(leaf)]
         matrices = [leaf for leaf in group if not _is_vector(leaf)]
-        if len(lengths) == 1 and all(len(leaf.shape) > 2 for leaf in matrices):
+        is_named = _STACK_KEY.fullmatch(prefix.rpartition("/")[2])
+        says_so = all(len(leaf.shape) > 1 for leaf in vectors)
+        if (vectors or is_named) and says_so and _may_be_stacked(group, matrices):
             found.update(leaf.path for leaf in group)
     deep = [leaf for leaf in leaves if len(leaf.shape) > 2 and not _is_vector(leaf)]
-    lengths = {leaf.shape[0] for leaf in deep}
-    is_window = any(_CONV.search(leaf.path) for leaf in deep)
-    if len(deep) > 1 and len(lengths) == 1 and width not in lengths and not is_window:
+    if len(deep) > 1 and _may_be_stacked(deep, deep) and deep[0].shape[0] != width:
         found.update(leaf.path for leaf in deep)
     return found
 
 
-def _width(leaves: list[_Leaf]) -> int | None:
+def _may_be_stacked(group: list[Leaf], matrices: list[Leaf]) -> bool:
+    lengths = {leaf.shape[:1] for leaf in group}
+    return (
+        len(lengths) == 1
+        and bool(matrices)
+        and all(
+            len(leaf.shape) > 2
+            and leaf.shape[0] < max(leaf.shape[1:])
+            and not _is_convolution(leaf, list(range(len(leaf.shape))))
+            for leaf in matrices
+        )
+    )
+
+
+def _width(leaves: list[Leaf]) -> int | None:
     """The model's: the size that most matrices have an axis of."""
     counts = Counter(
         size
@@ -265,55 +308,3 @@ def _width(leaves: list[_Leaf]) -> int | None:
         for size in set(leaf.shape)
     )
     return max(counts, key=lambda size: (counts[size], size), default=None)
-
-
-# Layers that say which axes of their weight are inputs.
-
-
-def _sides_in_layers(params: Any) -> dict[str, Any]:
-    """By the path of a weight: a function from its leaf to what is known of it."""
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda x: _sides(x) is not None
-    )
-    return {
-        f"{path_str(path)}/weight".lstrip("/"): _sides(node)
-        for path, node in nodes
-        if _sides(node) is not None
-    }
-
-
-def _sides(node: Any) -> Any:
-    """A function of the weight's leaf: its rows, its columns, is it an embedding."""
-    if is_box(node) or isinstance(node, (jax.Array, Mapping, str)):
-        return None
-    fields = getattr(node, "__dict__", {})
-    if "weight" not in fields:
-        return None
-    if {"In", "Out"} <= fields.keys():  # Haliax
-        return lambda leaf: _named_sides(leaf, node.In, node.Out, False)
-    if {"Vocab", "Embed"} <= fields.keys():
-        return lambda leaf: _named_sides(leaf, node.Vocab, node.Embed, True)
-    if {"in_features", "out_features"} <= fields.keys():  # Equinox
-        return lambda leaf: ([len(leaf.shape) - 1], [len(leaf.shape) - 2], False)
-    if {"num_embeddings", "embedding_size"} <= fields.keys():
-        return lambda leaf: ([len(leaf.shape) - 2], [len(leaf.shape) - 1], True)
-    if {"in_channels", "out_channels", "num_spatial_dims"} <= fields.keys():
-        return lambda leaf: _of_convolution(leaf, node.num_spatial_dims)
-    return None
-
-
-def _named_sides(leaf: _Leaf, rows: Any, columns: Any, is_embedding: bool) -> Any:
-    """None where the weight is in no box, or one side has no axes."""
-
-    def axes(side: Any) -> list[int]:
-        named = side if isinstance(side, (tuple, list)) else (side,)
-        return [leaf.names.index(axis.name) for axis in named]
-
-    if not any(leaf.names) or () in (rows, columns):
-        return None
-    return axes(rows), axes(columns), is_embedding
-
-
-def _of_convolution(leaf: _Leaf, spatial: int) -> tuple[list[int], list[int], bool]:
-    out = len(leaf.shape) - spatial - 2
-    return list(range(out + 1, len(leaf.shape))), [out], False

@@ -114,6 +114,14 @@ class Resolved(NamedTuple):
     by_default: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What was decided on a whole tree, for a transform that gets a part of it."""
+
+    by_role: Mapping[str, Role]
+    axes: Mapping[str, Resolved]
+
+
 def resolve_axes(
     matrices: Matrices, params: optax.Params, by_role: Mapping[str, Role]
 ) -> dict[str, Resolved]:
@@ -124,6 +132,8 @@ def resolve_axes(
     shapes = {path: leaf.shape for path, leaf in leaves if not is_masked(leaf)}
     if not shapes:
         return {}
+    if isinstance(matrices, Decided):
+        return {path: matrices.axes[path] for path in shapes}
     if matrices is None:
         return {path: _of_role(role) for path, role in by_role.items()}
     if isinstance(matrices, (MatrixAxes, optax.contrib.MuonDimensionNumbers)):

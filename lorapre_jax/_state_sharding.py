@@ -35,8 +35,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
       A tree like the state, of `jax.sharding.Sharding`s.
 
     Raises:
-      ValueError: A parameter carries no sharding, or one of which a factor cannot have
-        its share; the message names the leaf and the mesh axis.
+      ValueError: A parameter carries no sharding; the message names the leaf.
       TypeError: A parameter is no array; the message names the leaf.
       What `tx.init` raises.
     """

@@ -148,8 +148,8 @@ def test_an_abstract_7b_model_is_described_without_computing():
         (
             {"w": (12, 8), "scale": (3, 40)},
             {"min_dim_size_to_factor": 8},
-            "44.4% of the parameters are factored. Large and dense: 'scale' (biases or "
-            "scales of a stack).",
+            "44.4% of the parameters are factored. Large and dense: 'scale' (a bias or "
+            "a scale, by its name).",
         ),
         (
             {"w": (12, 8), "v": (4, 8)},
@@ -169,7 +169,8 @@ def test_an_abstract_7b_model_is_described_without_computing():
             {"min_dim_size_to_factor": 8},
             f"25.0% of the parameters are factored. Large and dense: 's' ({UNKNOWN}).\n"
             "Say which axes are rows and columns: matrices=lp.select_matrices("
-            'axes={r"^s$": lp.MatrixAxes(rows=-2, columns=-1)}, extend_default=True).',
+            'axes={r"^s$": lp.MatrixAxes(rows=..., columns=...)}, '
+            "extend_default=True).",
         ),
         (
             {"w_lora_a": (128, 8), "w_lora_b": (8, 128)},

@@ -155,6 +155,108 @@ def test_paths():
                 "stem/kernel": ((), (0, 1, 2), (3,), BLOCKS),
             },
         ),
+        # A scanned block, whatever it is called, by its scales and biases.
+        (
+            {
+                "encoderblock/mha/query/kernel": (6, 48, 4, 12),
+                "encoderblock/mha/out/kernel": (6, 4, 12, 48),
+                "encoderblock/mlp/fc/kernel": (6, 48, 96),
+                "encoderblock/mlp/fc/bias": (6, 96),
+                "head/kernel": (48, 100),
+            },
+            {
+                "encoderblock/mha/query/kernel": ((0,), (1,), (2, 3), BLOCKS),
+                "encoderblock/mha/out/kernel": ((0,), (1, 2), (3,), BLOCKS),
+                "encoderblock/mlp/fc/kernel": ((0,), (1,), (2,), BLOCKS),
+                "head/kernel": ((), (0,), (1,), ENDS),
+            },
+        ),
+        # Lone leaves below a key such as `block` are no stack.
+        (
+            {
+                "block/conv1/kernel": (3, 3, 32, 64),
+                "block/conv2/kernel": (3, 3, 64, 64),
+            },
+            {
+                "block/conv1/kernel": ((), (0, 1, 2), (3,), BLOCKS),
+                "block/conv2/kernel": ((), (0, 1, 2), (3,), BLOCKS),
+            },
+        ),
+        (
+            {"layer/attn/query/kernel": (64, 4, 16), "up/kernel": (64, 128)},
+            {
+                "layer/attn/query/kernel": ((), (0,), (1, 2), BLOCKS),
+                "up/kernel": ((), (0,), (1,), BLOCKS),
+            },
+        ),
+        # Queries, keys and values behind the width.
+        (
+            {"attn/qkv_einsum/w": (64, 3, 4, 16), "up/w": (64, 128)},
+            {
+                "attn/qkv_einsum/w": ((1,), (0,), (2, 3), BLOCKS),
+                "up/w": ((), (0,), (1,), BLOCKS),
+            },
+        ),
+        # A norm is what holds the scale, not what stands around a kernel.
+        (
+            {
+                "PreNorm_0/to_qkv/kernel": (64, 96),
+                "norm1/linear/kernel": (64, 128),
+                "LayerNormMLP_0/wo_kernel": (128, 64),
+                "norm1/scale": (32, 64),
+                "ln1/weight": (32, 64),
+            },
+            {
+                "PreNorm_0/to_qkv/kernel": ((), (0,), (1,), BLOCKS),
+                "norm1/linear/kernel": ((), (0,), (1,), BLOCKS),
+                "LayerNormMLP_0/wo_kernel": ((), (0,), (1,), BLOCKS),
+            },
+        ),
+        # The innermost names tell.
+        (
+            {
+                "output_blocks_3/attn/query/kernel": (64, 4, 16),
+                "conv_transformer/layer_0/attn/key/kernel": (64, 4, 16),
+                "mha/out/kernel": (4, 16, 64),
+            },
+            {
+                "output_blocks_3/attn/query/kernel": ((), (0,), (1, 2), BLOCKS),
+                "conv_transformer/layer_0/attn/key/kernel": ((), (0,), (1, 2), BLOCKS),
+                "mha/out/kernel": ((), (0, 1), (2,), BLOCKS),
+            },
+        ),
+        (
+            {"attn/out/kernel": ((4, 16, 64), ("heads", "kv", None))},
+            {"attn/out/kernel": ((), (0, 1), (2,), BLOCKS)},
+        ),
+        # Patches, and an axis of one element.
+        (
+            {"embedding/kernel": (16, 16, 3, 48), "pos_embed": (1, 32, 48)},
+            {
+                "embedding/kernel": ((), (0, 1, 2), (3,), BLOCKS),
+                "pos_embed": ((0,), (1,), (2,), BLOCKS),
+            },
+        ),
+        # What repeats is no vocabulary, and neither is what attention or MLP hold.
+        (
+            {
+                "layers_0/dt_proj/kernel": (16, 160),
+                "layers_1/dt_proj/kernel": (16, 160),
+                "mlp/shared/gate/kernel": (64, 32),
+                "text_embedder/layers_0/attn/query/kernel": (64, 64),
+                "layers_0/A_log": (160, 16),
+            },
+            {
+                "layers_0/dt_proj/kernel": ((), (0,), (1,), BLOCKS),
+                "layers_1/dt_proj/kernel": ((), (0,), (1,), BLOCKS),
+                "mlp/shared/gate/kernel": ((), (0,), (1,), BLOCKS),
+                "text_embedder/layers_0/attn/query/kernel": ((), (0,), (1,), BLOCKS),
+            },
+        ),
+        (
+            {"x": ((8, 96, 64), (None, "vocab", "embed"))},
+            {"x": ((), (0, 1), (2,), ENDS)},
+        ),
         # PyTorch's way round.
         ({"fc/weight": (128, 64)}, {"fc/weight": ((), (1,), (0,), BLOCKS)}),
         # Lists without names: what is far from square has a vocabulary.
@@ -193,23 +295,42 @@ def test_a_stack_of_which_nothing_is_known_is_named_with_the_code_to_paste():
     (message,) = {str(warning.message) for warning in caught}
     code = re.search(r"matrices=(lp\.select_matrices\(.*\))", message, re.DOTALL)
     assert code is not None
-    matrices = eval(code[1], {"lp": lp})
+    completed = code[1].replace("rows=..., columns=...", "rows=-2, columns=-1")
+    matrices = eval(completed, {"lp": lp})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pasted = found(leaves, matrices=matrices)
     assert pasted == by_default | {"a": ((0,), (1,), (2,), BLOCKS)}
 
 
-@pytest.mark.parametrize("leaves", [NAMED, BY_PATH])
+ALONE = {
+    "embed/embedding": (500, 64),
+    "attn/query/kernel": (64, 4, 16),
+    "attn/query/bias": (4, 16),
+    "attn/out/kernel": (4, 16, 64),
+    "block/conv1/kernel": (3, 3, 64, 64),
+    "block/conv1/bias": (64,),
+    "mlp/gating_einsum": (2, 64, 128),
+    "mlp/linear": (128, 64),
+    "head/w": (64, 500),
+}
+
+
+@pytest.mark.parametrize("leaves", [NAMED, BY_PATH, ALONE])
 def test_muon_gives_the_ends_to_adam(leaves):
     """The two parts of the alias decide alike, though neither sees all leaves."""
     tx = lp.lorapre_muon(0.1, 4, min_dim_size_to_factor=16)
-    report = lp.describe(tx, tree(leaves))
-    factored = {leaf.path: leaf.methods for leaf in report.leaves if leaf.is_factored}
-    expected = found(leaves)
+    params = tree(leaves)
+    report = lp.describe(tx, params)
+    factored = {leaf.path: leaf for leaf in report.leaves if leaf.is_factored}
+    whole = lp.describe(lp.scale_by_lorapre_adam(4, min_dim_size_to_factor=16), params)
+    expected = {leaf.path: leaf for leaf in whole.leaves if leaf.is_factored}
     assert factored.keys() == expected.keys()
-    for path, methods in factored.items():
-        assert (len(methods) == 2) == (expected[path][3] == ENDS), path
+    for path, leaf in factored.items():
+        is_end = expected[path].methods[1] == ENDS
+        assert (len(leaf.methods) == 2) == is_end, path
+        assert leaf.batch == expected[path].batch
+        assert (leaf.p, leaf.q) == (expected[path].p, expected[path].q)
 
 
 def test_muon_goes_on_without_the_names_it_began_with():
@@ -224,8 +345,13 @@ def test_muon_goes_on_without_the_names_it_began_with():
     updates, state = tx.update(plain, state, plain)
     assert state.inner_states["muon"].inner_state[0].plan.leaves[0].is_factored
     jax.tree.map(np.testing.assert_array_equal, (updates, state), nn.unbox(expected))
-    with pytest.raises(TypeError, match="update got a ScaleByAdamState"):
-        tx.update(plain, optax.scale_by_adam().init(plain))
+    theirs = optax.contrib.muon(0.1).init(plain)
+    for other, name in (
+        (optax.scale_by_adam().init(plain), "ScaleByAdamState"),
+        (theirs, "MuonState"),
+    ):
+        with pytest.raises(TypeError, match=f"update got a {name}"):
+            tx.update(plain, other)
 
 
 def test_what_extends_the_default():

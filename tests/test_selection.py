@@ -51,7 +51,7 @@ def test_default_takes_the_large_matrices_of_a_stack_too():
         "layers/mlp": ((4,), 128, 384, 8),
         "head": ((), 128, 256, 8),
     }
-    assert why_dense("layers/norm", rank=2) == "biases or scales of a stack"
+    assert why_dense("layers/norm", rank=2) == "a bias or a scale, by its name"
     assert why_dense("w", {"w": struct(127, 512)}) == "a side is below 128"
 
 

@@ -1,0 +1,149 @@
+"""LoRA-Pre Muon with Adam for what is no matrix."""
+
+import functools
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import jax
+import optax
+
+from lorapre_jax import _checks
+from lorapre_jax._adam import decayed_weights, lorapre_adamw
+from lorapre_jax._methods import Methods
+from lorapre_jax._muon import (
+    DEFAULT_MOMENT,
+    ScaleByLorapreMuonState,
+    scale_by_lorapre_muon,
+)
+from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients
+from lorapre_jax._paths import named_leaves
+from lorapre_jax._roles import roles
+from lorapre_jax._selection import Decided, Matrices, resolve_axes
+
+
+def lorapre_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | Fraction,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    ns_coeffs: Coefficients = NS_COEFFS,
+    eps: jax.typing.ArrayLike = 1e-8,
+    consistent_rms: jax.typing.ArrayLike | None = None,
+    moment: Methods = DEFAULT_MOMENT,
+    matrices: Matrices = None,
+    min_dim_size_to_factor: int = 128,
+    update_scale: jax.typing.ArrayLike = 1.0,
+    slices_at_once: int | None = None,
+    factor_dtype: jax.typing.DTypeLike = "float32",
+    seed: jax.typing.ArrayLike = 0,
+    param_shardings: Any | None = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_weight_decay: optax.ScalarOrSchedule = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon with a low-rank momentum for the matrices, Adam for all other leaves.
+
+    Args:
+      learning_rate: A number or a schedule.
+      rank: See `scale_by_lorapre_muon`, as for all arguments that are not named here.
+      weight_decay: Of the matrices, as in `lorapre_adamw`.
+      weight_decay_mask: Which of them decay, as `mask` of `optax.adamw`.
+      matrices: Which leaves are orthogonalised; the others go to Adam, which keeps
+        their moments densely. None: every matrix that is no embedding and no head;
+        these go to Adam and are factored as by `lorapre_adamw`. So they are where a
+        selection extends the default.
+      adam_learning_rate: Learning rate of Adam; None: `learning_rate`.
+      adam_b1, adam_b2, adam_weight_decay: Of Adam, as in `optax.contrib.muon`; it
+        shares `eps`, and unlike optax's it never looks a step ahead (no `nesterov`).
+
+    Returns:
+      The `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError, ValueError: As `scale_by_lorapre_muon`; and by `update`, where weights
+        decay and there are no `params`.
+    """
+    _checks.check_decay("adam_b1", adam_b1)
+    _checks.check_decay("adam_b2", adam_b2)
+    scale_by_muon = functools.partial(
+        scale_by_lorapre_muon,
+        rank,
+        beta,
+        nesterov,
+        ns_steps,
+        ns_coeffs=ns_coeffs,
+        eps=eps,
+        consistent_rms=consistent_rms,
+        moment=moment,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        update_scale=update_scale,
+        slices_at_once=slices_at_once,
+        factor_dtype=factor_dtype,
+        seed=seed,
+        param_shardings=param_shardings,
+    )
+    adam = functools.partial(
+        lorapre_adamw,
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        rank,
+        adam_b1,
+        adam_b2,
+        eps,
+        adam_weight_decay,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        slices_at_once=slices_at_once,
+        factor_dtype=factor_dtype,
+        seed=seed,
+    )
+
+    def parts(matrices: Any) -> dict[Any, Any]:
+        muon = optax.chain(
+            scale_by_muon(matrices=matrices),
+            decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        return {"muon": muon, "adam": adam(matrices=matrices)}
+
+    def init_fn(params):
+        # Decided once: names and shapes say less in a part of a tree than in the whole.
+        by_role = roles(params)
+        decided = Decided(by_role, resolve_axes(matrices, params, by_role))
+        divided = optax.partition(parts(decided), _labels(decided, params))
+        return divided.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        divided = optax.partition(parts(matrices), _labels_in(state, updates))
+        return divided.update(updates, state, params, **extra_args)
+
+    parts(matrices)  # Checks the arguments.
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _labels(decided: Decided, params: optax.Params) -> Any:
+    """Which part gets each leaf."""
+
+    def label(path: str) -> str:
+        axes, _, by_default = decided.axes[path]
+        is_adams = by_default and decided.by_role[path].is_end
+        return "adam" if axes is None or is_adams else "muon"
+
+    labels = [label(path) for path, _ in named_leaves(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), labels)
+
+
+def _labels_in(state: Any, updates: optax.Updates) -> Any:
+    """The same, from the state: updates may have lost their boxes and their names."""
+    _checks.check_state(state, optax.PartitionState)
+    muon = state.inner_states["muon"].inner_state[0]
+    _checks.check_state(muon, ScaleByLorapreMuonState)
+    of_muon = {leaf.path for leaf in muon.plan.leaves}
+    labels = [
+        "muon" if path in of_muon else "adam" for path, _ in named_leaves(updates)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(updates), labels)
