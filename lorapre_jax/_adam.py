@@ -50,7 +50,7 @@ def scale_by_lorapre_adam(
     first_moment: Methods = LowRank(),  # noqa: B008 (frozen)
     second_moment: Methods | None = None,
     matrices: Matrices = None,
-    min_dim_size_to_factor: int = 128,
+    min_dim_size_to_factor: int | None = None,
     update_scale: jax.typing.ArrayLike = 1.0,
     slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
@@ -107,7 +107,7 @@ def scale_by_lorapre_adam(
         (`register_box`) and by paths, of the tree that `init` gets: in a part of a tree
         (`optax.masked`) they may tell less. A large leaf of which they tell nothing
         stays dense, with a warning that names it. `describe` shows the outcome.
-      min_dim_size_to_factor: See `matrices`. Static.
+      min_dim_size_to_factor: See `matrices`; None: 128. Static.
       update_scale: Multiplies the update of factored leaves; 0.25 in the published
         recipe.
       slices_at_once: How many slices along a leaf's first batch axis are in flight at
@@ -188,7 +188,7 @@ def lorapre_adamw(
     first_moment: Methods = LowRank(),  # noqa: B008
     second_moment: Methods | None = None,
     matrices: Matrices = None,
-    min_dim_size_to_factor: int = 128,
+    min_dim_size_to_factor: int | None = None,
     update_scale: jax.typing.ArrayLike = 1.0,
     slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",

@@ -42,7 +42,7 @@ def lorapre_ema(
     *,
     moment: Methods = LowRank(),  # noqa: B008 (frozen)
     matrices: Matrices = None,
-    min_dim_size_to_factor: int = 128,
+    min_dim_size_to_factor: int | None = None,
     slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,

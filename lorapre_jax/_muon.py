@@ -56,7 +56,7 @@ def scale_by_lorapre_muon(
     consistent_rms: jax.typing.ArrayLike | None = None,
     moment: Methods = DEFAULT_MOMENT,
     matrices: Matrices = None,
-    min_dim_size_to_factor: int = 128,
+    min_dim_size_to_factor: int | None = None,
     update_scale: jax.typing.ArrayLike = 1.0,
     slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",

@@ -36,7 +36,7 @@ def lorapre_muon(
     consistent_rms: jax.typing.ArrayLike | None = None,
     moment: Methods = DEFAULT_MOMENT,
     matrices: Matrices = None,
-    min_dim_size_to_factor: int = 128,
+    min_dim_size_to_factor: int | None = None,
     update_scale: jax.typing.ArrayLike = 1.0,
     slices_at_once: int | None = None,
     factor_dtype: jax.typing.DTypeLike = "float32",
@@ -111,6 +111,8 @@ def lorapre_muon(
         return {"muon": muon, "adam": adam(matrices=matrices)}
 
     def init_fn(params):
+        for path, leaf in named_leaves(params):
+            _checks.check_floating(path, leaf)
         # Decided once: names and shapes say less in a part of a tree than in the whole.
         by_role = roles(params)
         decided = Decided(by_role, resolve_axes(matrices, params, by_role))

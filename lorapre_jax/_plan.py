@@ -25,6 +25,8 @@ from lorapre_jax._roles import roles, warn_of_unknown
 from lorapre_jax._selection import Decided, Matrices, resolve_axes
 from lorapre_jax._sharding import batch_shards, known_sharding, like_parameter
 
+_MIN_DIM_SIZE = 128  # Of a side, where nothing but the default selects a leaf.
+
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
@@ -116,7 +118,7 @@ def make_plan(
     *,
     rank: int | Fraction,
     matrices: Matrices,
-    min_dim_size_to_factor: Any,
+    min_dim_size_to_factor: int | None,
 ) -> Plan | jax.Array:
     """Decides for every leaf of `params`, which may be abstract.
 
@@ -137,10 +139,13 @@ def make_plan(
     for each in choices:
         each.check_patterns(path for path, _ in named_leaves(params, masked=True))
     by_default = {path for path, found in axes.items() if found.by_default}
+    # None by default: optax.inject_hyperparams makes arrays of numbers.
+    least = min_dim_size_to_factor
+    least = _MIN_DIM_SIZE if least is None else least
     if by_default:
-        _checks.check_count("min_dim_size_to_factor", min_dim_size_to_factor, 0)
+        _checks.check_count("min_dim_size_to_factor", least, 0)
         shapes = {path: leaf.shape for path, leaf in leaves if path in by_default}
-        warn_of_unknown(by_role, shapes, min_dim_size_to_factor)
+        warn_of_unknown(by_role, shapes, least)
 
     def decide(path, leaf) -> LeafPlan:
         shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
@@ -164,8 +169,8 @@ def make_plan(
         r, (p, q) = rank_of(rank, view), (view.p, view.q)
         if have_rank(methods) and r * (p + q) >= p * q:
             return dense(f"rank {r} does not pay: r(p+q) >= pq", view)
-        if is_default and min(p, q) < min_dim_size_to_factor:
-            return dense(f"a side is below {min_dim_size_to_factor}", view)
+        if is_default and min(p, q) < least:
+            return dense(f"a side is below {least}", view)
         shards = batch_shards(leaf, view)
         return LeafPlan(path, shape, dtype.name, view, r, "", methods, shards)
 

@@ -226,10 +226,18 @@ def test_the_state_of_another_transform():
 
 @pytest.mark.parametrize("name", ["rank", "min_dim_size_to_factor"])
 def test_static_arguments_under_inject_hyperparams(name):
-    static = {"rank", "min_dim_size_to_factor"} - {name}
-    factory = optax.inject_hyperparams(lp.lorapre_adamw, static_args=static)
+    given = {"rank": 2, "min_dim_size_to_factor": 8}
+    factory = optax.inject_hyperparams(
+        lp.lorapre_adamw, static_args=given.keys() - {name}
+    )
     with pytest.raises(TypeError, match=rf"static_args=\('{name}', ...\)"):
-        factory(1e-3, 2).init(MATRIX)
+        factory(1e-3, **given).init(MATRIX)
+
+
+def test_what_nobody_gave_is_no_hyperparameter():
+    factory = optax.inject_hyperparams(lp.lorapre_adamw, static_args="rank")
+    state: Any = factory(1e-3, rank=2).init({"w": jnp.zeros((128, 256))})
+    assert state.inner_state[0].plan.leaves[0].is_factored
 
 
 def test_paths_that_collide():
