@@ -20,7 +20,7 @@ MATRICES = lp.select_matrices(
     axes={"^heads$": lp.MatrixAxes(0, (1, 2)), "^(stack|w)$": lp.MatrixAxes()}
 )
 FACTORED = frozenset(SHAPES)
-STATIC_ARGS = ("rank", "ns_steps", "min_dim_size_to_factor")
+STATIC_ARGS = ("rank", "ns_steps")
 
 
 @dataclasses.dataclass(frozen=True)

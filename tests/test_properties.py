@@ -346,10 +346,10 @@ def test_so_it_does_in_the_basis_of_the_left_factor(seed, decay):
     for t in range(1, 40):
         parts = (
             jnp.asarray(x * rng.choice([-1, 1], x.shape), "float32")
-            for x in (rest, along, rest)
+            for x in (rest, along.T, rest)
         )
         roots, state = step(state, *parts, decay, jnp.int32(t))
-        for root, magnitude in zip(roots, (along, rest), strict=True):
+        for root, magnitude in zip(roots, (along.T, rest), strict=True):
             np.testing.assert_allclose(root, magnitude, rtol=2e-2)
 
 
