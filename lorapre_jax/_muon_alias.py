@@ -116,11 +116,13 @@ def lorapre_muon(
         # Decided once: names and shapes say less in a part of a tree than in the whole.
         by_role = roles(params)
         decided = Decided(by_role, resolve_axes(matrices, params, by_role))
-        divided = optax.partition(parts(decided), _labels(decided, params))
-        return divided.init(params)
+        # As a function: a tree of labels that is an Equinox module is callable too.
+        labels = functools.partial(_labels, decided)
+        return optax.partition(parts(decided), labels).init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        divided = optax.partition(parts(matrices), _labels_in(state, updates))
+        labels = functools.partial(_labels_in, state)
+        divided = optax.partition(parts(matrices), labels)
         return divided.update(updates, state, params, **extra_args)
 
     parts(matrices)  # Checks the arguments.

@@ -367,3 +367,12 @@ def test_numpyro_svi(guide):
         back = travel(state)
         assert plan_of(back.optim_state) == plan_of(state.optim_state)
         assert_same(update(back, X, Y), expected)
+
+
+def test_a_module_that_can_be_called_is_no_function_of_labels():
+    """Muon's labels have the parameters' structure, and so may be callable."""
+    mlp = eqx.nn.MLP(16, 16, 32, 1, key=jax.random.key(0))
+    params = eqx.filter(mlp, eqx.is_inexact_array)
+    tx = lp.lorapre_muon(0.1, 4, min_dim_size_to_factor=8)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
