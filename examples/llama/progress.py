@@ -3,6 +3,7 @@
 import time
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,7 +34,7 @@ def opening_lines(config: Config, text: Text, data: TextData, start: int) -> lis
         lines.append(
             f"extended from {config.steps} to {config.extend_to} steps: after step "
             f"{config.steps} the learning rate stays at its last value, "
-            f"{float(rate(config.steps)):.3g}"
+            f"{np.asarray(rate(config.steps)).item():.3g}"
         )
     return lines
 

@@ -76,10 +76,10 @@ def abstract_state(
 
     shapes = jax.eval_shape(partial(init_state, model, tx), jax.random.key(0))
     params = place(shapes.params, layout.param_shardings(mesh, shapes.params))
-    return TrainState(
-        params,
-        place(shapes.opt_state, lp.state_sharding(tx, params)),
-        *place(shapes[2:], jax.tree.map(lambda _: layout.replicated(mesh), shapes[2:])),
+    counts = place(shapes, jax.tree.map(lambda _: layout.replicated(mesh), shapes))
+    return counts._replace(
+        params=params,
+        opt_state=place(shapes.opt_state, lp.state_sharding(tx, params)),
     )
 
 
@@ -153,10 +153,13 @@ def _unless_nonfinite(
 ) -> TrainState:
     """``new``, or ``old`` with one step more that was skipped."""
     good = all_finite((metrics["train_loss"], metrics["grad_norm"], *new[:2]))
-    kept = jax.tree.map(lambda x, y: jnp.where(good, x, y), new[:2], old[:2])
+    params, opt_state = jax.tree.map(
+        lambda x, y: jnp.where(good, x, y), new[:2], old[:2]
+    )
     in_a_row, in_all = old.skipped
     bad = (~good).astype(jnp.int32)
-    return TrainState(*kept, new.step, Skipped(bad * (in_a_row + 1), in_all + bad))
+    skipped = Skipped(bad * (in_a_row + 1), in_all + bad)
+    return TrainState(params, opt_state, new.step, skipped)
 
 
 def make_diagnosis(
