@@ -9,6 +9,7 @@ parameters into `results/quality/front_page.png`.
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
@@ -79,7 +80,7 @@ def _row(name: str, line: Line, times: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def draw(by_method: Mapping[str, Line], path: Path) -> None:
+def draw(by_method: Mapping[str, Line], path: Path) -> Axes:
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -112,6 +113,7 @@ def draw(by_method: Mapping[str, Line], path: Path) -> None:
     note = "lower and further left is better"
     axes.text(0.02, 0.03, note, color="0.45", style="italic", transform=axes.transAxes)
     figure.savefig(path, dpi=130)
+    return axes
 
 
 def committed() -> dict[str, Line]:
