@@ -30,6 +30,7 @@ LOW_RANK = {
     "galore_published/4": "GaLore",
     "q_galore/4": "Q-GaLore",
     "apollo/4": "APOLLO",
+    "apollo_mini": "APOLLO-Mini",
     "flora/4": "Flora",
     "mlorc/8": "MLorc",
     "dct/4": "DCT basis",
