@@ -11,7 +11,8 @@ from examples.llama.config import DataConfig
 from examples.llama.data.documents import BadLines, DataError
 from examples.llama.data.library import StandardLibrary
 from examples.llama.data.shards import Shards
-from examples.llama.data.text import open_source, open_text, read_texts
+from examples.llama.data.text import Text, open_source, open_text, read_texts
+from examples.llama.data.tokenizers import ByteTokenizer
 
 QUIET = Console(quiet=True)
 SPLITS = ("train", "validation")
@@ -182,6 +183,19 @@ def test_a_cache_that_is_a_file_is_named(tmp_path, text_folder):
     (tmp_path / "cache").touch()
     with pytest.raises(DataError, match=r"--token-cache .*/cache: not a folder"):
         open_text(DataConfig(text_folder, cache=tmp_path / "cache"), QUIET)
+
+
+@pytest.mark.parametrize("batching", ["packed", "one-per-row"])
+def test_text_that_the_tokenizer_drops_is_refused(tmp_path, text_folder, batching):
+    class Deaf(ByteTokenizer):
+        def encode(self, texts):
+            return (np.empty(0, np.uint8) for _ in texts)
+
+    config = DataConfig(text_folder, batching=batching, cache=tmp_path)
+    text = Text(config, open_source(config), Deaf(), QUIET)
+    for part, what in ((text.train, "training"), (text.held_out, "held-out")):
+        with pytest.raises(DataError, match=f"no ids for any of the {what} text"):
+            part()
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "fingerprint"])

@@ -151,7 +151,7 @@ NO_FILE, EMPTY = "not a regular file", "an empty file, so a gzip file that ends 
         (make_dangling, NO_FILE),
         (make_empty, EMPTY),
         (holding(b""), "no document in it"),
-        (holding(b"\n \n"), "no document in it, its lines are blank"),
+        (holding(b"\n \n"), "no document in it, its lines are all blank"),
     ],
     ids=["folder", "pipe", "dangling", "no bytes", "no text", "blank"],
 )
@@ -168,7 +168,7 @@ def test_a_shard_that_gives_nothing_is_named(tmp_path, make, message, skip):
 def test_a_shard_of_bad_lines_alone_is_named(tmp_path):
     holding(b'{"text": " "}\n[1]\n')(tmp_path / "a-train.json.gz")
     bad = BadLines(skip=True)
-    message = r'a-train.json.gz: no document in it, .* as line 2: no "text" field'
+    message = r'train.json.gz: no document in it, .* bad \(line 2: no "text" field'
     with pytest.raises(DataError, match=message):
         list(Shards(tmp_path, tmp_path).documents("train", bad))
     assert bad.count == 2
@@ -251,9 +251,10 @@ def test_a_bad_line_is_named_or_skipped(tmp_path, line, message):
         (gzip.compress(GOOD) + gzip.compress(GOOD)[:-1], "line 3: broken gzip"),
         (gzip.compress(GOOD) + gzip.compress(GOOD)[:5], "line 2: broken gzip"),
         (gzip.compress(GOOD)[:-8] + bytes(8), "line 2: broken gzip"),
+        (gzip.compress(GOOD)[:10] + b"\xff" * 20, "line 1: broken gzip"),
     ],
     # Of the content itself pytest would make names that hold the time of compression.
-    ids=["cut off", "plain", "tail", "byte", "end", "second", "checksum"],
+    ids=["cut off", "plain", "tail", "byte", "end", "second", "checksum", "bits"],
 )
 def test_a_broken_file_is_refused_also_where_lines_are_skipped(
     tmp_path, content, message, skip

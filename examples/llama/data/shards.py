@@ -51,13 +51,13 @@ class Shards:
         paths = _complete(self._folder, split)
         before, total = 0, sum(path.stat().st_size for path in paths)
         for path in paths:
-            documents, last_why = 0, "its lines are blank"
+            documents, last_why = 0, "its lines are all blank"
             for line in _lines(path):
                 try:
                     text = _parse(line.content)
                 except BadLine as why:
                     bad.add(f"{path}, line {line.number}", why)
-                    last_why = f"its lines are bad, as line {line.number}: {why}"
+                    last_why = f"its lines are all bad (line {line.number}: {why})"
                 else:
                     documents += 1
                     yield Document(text, (before + line.read) / total)

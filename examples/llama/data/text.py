@@ -92,7 +92,7 @@ class Text:
         return DocumentRows(tokens.ids, tokens.ends, seq_len, pad)
 
     def _tokens(self, split: Split) -> Tokens:
-        return token_cache.tokenise(
+        tokens = token_cache.tokenise(
             self.source,
             split,
             self.tokenizer,
@@ -101,6 +101,9 @@ class Text:
             TokenisingProgress(_WHAT[split], self.console),
             self.config.skip_bad_lines,
         )
+        if len(tokens.ids) == len(tokens.ends):  # Of each document its end alone.
+            raise DataError(f"the tokenizer has no ids for any of the {_WHAT[split]}")
+        return tokens
 
     def _limit(self, split: Split) -> Limit:
         """Of held-out text only what an evaluation takes is read."""
