@@ -11,6 +11,7 @@ from lorapre_jax import _checks
 from lorapre_jax._adam_rule import adam
 from lorapre_jax._boxes import unboxed
 from lorapre_jax._choice import choice
+from lorapre_jax._fit import check_fits
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import LowRank, Methods, RankOne, RotatedRankOne
 from lorapre_jax._plan import init_moment, make_plan
@@ -158,6 +159,7 @@ def scale_by_lorapre_adam(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _checks.check_state(state, ScaleByLorapreAdamState)
+        check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
         hyper = {"b1": b1, "b2": b2, "eps": eps, "update_scale": update_scale}
 

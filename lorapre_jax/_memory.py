@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from lorapre_jax import _checks
 from lorapre_jax._factors import is_factors
+from lorapre_jax._fit import check_all_fit
 from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import LeafPlan
 from lorapre_jax._report import LeafReport, Report
@@ -45,7 +46,7 @@ def describe(
     Raises:
       TypeError: A parameter is no array; the message names the leaf.
       ValueError: `state` lacks an array that the state of `tx` has, or has it in
-        another shape; the message names it.
+        another shape, or in another than its own plan says; the message names it.
       What `tx.init` raises.
     """
     leaves = named_leaves(params)
@@ -62,6 +63,7 @@ def describe(
     per_device: Counter[str | None] | None = None
     replicated: tuple[str, ...] = ()
     if state is not None:
+        check_all_fit(state)
         placed = _placed(found, state)
         per_device = _bytes_by_owner(found, placed)
         replicated = tuple(_replicated(found, placed, dict(leaves)))
