@@ -5,8 +5,8 @@
 A matrix of 256 x 256 and 200 gradients of root mean square one: `L S_t R` of rank 12,
 with L and R drawn once and `S_t: (12, 12)` at every step, plus noise of a tenth of that
 size, all normal. The 100th gradient is multiplied by each factor in turn. No clipping,
-b1 = 0.9, b2 = 0.95, rank 16, no `update_scale`. Rows, in results/spike.json, have for each
-optimizer the largest root mean square of an update after that gradient.
+b1 = 0.9, b2 = 0.95, rank 16, no `update_scale`. Rows, in results/spike.json, have the
+largest root mean square of an update after that gradient, for each optimizer.
 """
 
 import argparse
