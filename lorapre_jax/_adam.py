@@ -84,6 +84,12 @@ def scale_by_lorapre_adam(
     Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
     in the same state.
 
+    Finite gradients may overflow inside: factors, where sums over a side of the matrix
+    do (entries near 1e38 in float32), `Dense()` second moments and `AlgorithmOne()`,
+    where squares do (1.8e19), as `optax.adam`'s. The state then stays non-finite, and
+    `optax.apply_if_finite`, which looks at gradients, lets them pass. Clip before,
+    `optax.clip(1e18)` or by the global norm.
+
     Args:
       rank: Rank r of the factors; or a `fractions.Fraction` of the smaller side of each
         matrix. Static.
