@@ -63,7 +63,6 @@ def describe(
     per_device: Counter[str | None] | None = None
     replicated: tuple[str, ...] = ()
     if state is not None:
-        check_all_fit(state)
         placed = _placed(found, state)
         per_device = _bytes_by_owner(found, placed)
         replicated = tuple(_replicated(found, placed, dict(leaves)))
@@ -158,23 +157,25 @@ def _placed(found: list[Part], state: Any) -> dict[str, Sharding]:
         keys = path.split("/")
         for i in range(len(keys)):
             by_end.setdefault("/".join(keys[i:]), path)
+    arrays = {name: array for part in found for name, array in part.arrays()}
+    leaves = {name: given.get(by_end.get(name, "")) for name in arrays}
     placed = {}
-    for part in found:
-        for name, array in part.arrays():
-            leaf: Any = given.get(by_end.get(name, ""))
-            sharding = leaf if isinstance(leaf, Sharding) else _sharding_of(leaf)
-            if sharding is None:
-                raise ValueError(
-                    f"describe: the given state has no array or sharding '{name}'. "
-                    "Pass a state of this transform, or a tree like it of shardings."
-                )
-            shape = getattr(leaf, "shape", array.shape)
-            if shape != array.shape:
-                raise ValueError(
-                    f"describe: '{name}' has shape {shape} in the given state, "
-                    f"and {array.shape} in that of this transform."
-                )
-            placed[name] = sharding
+    for name, leaf in leaves.items():
+        sharding = leaf if isinstance(leaf, Sharding) else _sharding_of(leaf)
+        if sharding is None:
+            raise ValueError(
+                f"describe: the given state has no array or sharding '{name}'. "
+                "Pass a state of this transform, or a tree like it of shardings."
+            )
+        placed[name] = sharding
+    check_all_fit(state)
+    for name, array in arrays.items():
+        shape = getattr(leaves[name], "shape", array.shape)
+        if shape != array.shape:
+            raise ValueError(
+                f"describe: '{name}' has shape {shape} in the given state, "
+                f"and {array.shape} in that of this transform."
+            )
     return placed
 
 
