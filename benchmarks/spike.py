@@ -10,6 +10,7 @@ largest root mean square of an update after that gradient, for each optimizer.
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def gradients(seed: int = 0) -> np.ndarray:
     return (np.sqrt(1 - NOISE**2) * held + NOISE * noise).astype(np.float32)
 
 
-def largest_update(tx: optax.GradientTransformation, grads: jax.Array) -> jax.Array:
+def largest_update(tx: Any, grads: jax.Array) -> jax.Array:
     """Root mean square, of those after the spike."""
 
     def step(state, g):

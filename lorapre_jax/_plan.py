@@ -59,8 +59,9 @@ class LeafPlan:
     def kind_of(self, index: int) -> Any:
         """The class of the factors that moment `index` is kept as; None: an array."""
         method = self.methods[index]
-        dense = not self.is_factored or isinstance(method, Dense)
-        return None if dense else method.kind
+        if not self.is_factored or isinstance(method, Dense):
+            return None
+        return method.kind
 
 
 @jax.tree_util.register_static

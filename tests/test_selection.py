@@ -185,7 +185,7 @@ def test_selections_are_frozen_values():
 
 def test_patterns_are_compiled_once(monkeypatch):
     """However many: `re` itself forgets all but the last 512."""
-    params = {f"w{i}": struct(12, 8) for i in range(3)}
+    params: Any = {f"w{i}": struct(12, 8) for i in range(3)}
     patterns = [f"^{name}$" for name in params]
     matrices = lp.select_matrices(
         patterns, exclude="^w2$", axes=dict.fromkeys(patterns, lp.MatrixAxes())
