@@ -196,10 +196,12 @@ def test_patterns_are_compiled_once(monkeypatch):
     def forbidden(pattern, *_):
         raise AssertionError(f"{pattern!r} is looked up again")
 
-    for name in ("compile", "search", "match", "fullmatch", "sub"):
-        monkeypatch.setattr(re, name, forbidden)
-    tx = lp.lorapre_muon(0.1, 2, moment=moments, matrices=matrices)
-    state: Any = tx.init(params)
+    state: Any
+    with monkeypatch.context() as patched:
+        for name in ("compile", "search", "match", "fullmatch", "sub"):
+            patched.setattr(re, name, forbidden)
+        tx = lp.lorapre_muon(0.1, 2, moment=moments, matrices=matrices)
+        state = tx.init(params)
     leaves = state.inner_states["muon"].inner_state[0].plan.leaves
     assert [leaf.path for leaf in leaves] == ["w0", "w1"]
 
