@@ -31,15 +31,20 @@ def require_regular(path: Path) -> None:
         raise BadFile(f"{path}: not a regular file")
 
 
-def read_text(path: Path, largest: int = _LARGEST) -> str:
+def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
     """All of a file that others may have written: a regular one, of so many bytes."""
     require_regular(path)
     with path.open("rb") as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise BadFile(f"{path}: not what it should be: it has over {largest:,} bytes")
+    return content
+
+
+def read_text(path: Path, largest: int = _LARGEST) -> str:
+    """The text in such a file."""
     try:
-        return content.decode("utf-8")
+        return read_bytes(path, largest).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadFile(f"{path}: not UTF-8: {error}") from error
 

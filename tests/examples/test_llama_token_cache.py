@@ -69,6 +69,7 @@ def test_a_large_vocabulary_has_wide_ids(tmp_path):
     class Wide(ByteTokenizer):
         vocab_size = 2**16 + 1
         end_of_text = 2**16
+        end = (end_of_text,)
 
     tokens = tokens_of(Given(["a"]), tmp_path, tokenizer=Wide())
     assert tokens.ids[:].tolist() == [97, 2**16]

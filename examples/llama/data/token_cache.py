@@ -176,9 +176,10 @@ def _write(
 
 
 def with_ends(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of each text, (length,) integers, and its end of text."""
+    """Ids of each text, (length,) integers, between those that begin and end it."""
+    begin, end = (np.asarray(x, np.uint32) for x in (tokenizer.begin, tokenizer.end))
     for ids in tokenizer.encode(texts):
-        yield np.append(ids.astype(np.uint32), np.uint32(tokenizer.end_of_text))
+        yield np.concatenate([begin, ids.astype(np.uint32), end])
 
 
 def _groups_of_ids(
