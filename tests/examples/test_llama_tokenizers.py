@@ -272,6 +272,34 @@ def test_settings_beside_a_tokenizer_win(
     assert load_saved(again).fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.parametrize("batching", ["packed", "one-per-row"])
+def test_every_document_begins_and_ends_once(tmp_path, text_folder, batching):
+    path = words(tmp_path, template("<s> [X] $A </s>"))
+    config = DataConfig(
+        text_folder,
+        tokenizer=str(path),
+        batching=batching,
+        seq_len=50,
+        cache=tmp_path / "cache",
+    )
+    text = open_text(config, QUIET)
+    rows = text.train().rows
+    # Forty words each.
+    if batching == "packed":
+        ids = np.concatenate([rows[i].inputs for i in range(len(rows))])
+        documents = ids[: 98 * 43].reshape(98, 43)
+        assert (documents[:, :2] == [2, 4]).all()
+        assert (documents[:, 2:42] < 2).all()
+        assert (documents[:, 42] == 3).all()
+    else:
+        assert len(rows) == 100
+        assert rows[7].inputs[:2].tolist() == [2, 4]
+        assert rows[7].targets[rows[7].mask > 0].tolist()[-1] == 3
+        assert rows[7].mask.sum() == 42
+    words(tmp_path, template("$A </s>"))
+    assert open_text(config, QUIET).fingerprint != text.fingerprint
+
+
 def test_another_rule_is_another_fingerprint(tmp_path, models_folder):
     """And no rule is none, as when there were no rules: a cache stays what it was."""
     path = words(tmp_path)

@@ -1,6 +1,7 @@
 """Parameters of a run or brought in: read without the rest, exported, refused."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 import tokenizers
 from rich.console import Console
 
-from examples.llama import layout
+from examples.llama import layout, using
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 from examples.llama.commands import Eval, Generate
 from examples.llama.config import Config, ModelConfig, OptimizerConfig
@@ -247,6 +248,49 @@ def test_what_is_not_finite_is_no_weights(run, tmp_path, value):
     assert not (tmp_path / "hf").exists()
     shutil.rmtree(config.workdir / "checkpoints" / "3")  # As the message has it.
     load_params(config.workdir)
+
+
+def test_a_prompt_begins_as_the_tokenizer_has_it(chat, tmp_path, monkeypatch):
+    """And ends where any of the model's ids ends it."""
+    import_weights(chat, tmp_path / "there")
+    given = {}
+
+    def generated(_, params, begun, count, **settings):
+        given.update(settings, begun=begun)
+        return [np.asarray([1, 0])] * len(begun)
+
+    monkeypatch.setattr(using, "generate", generated)
+    said = go_on(Generate(tmp_path / "there", prompt=("b", "")))
+    assert given["begun"] == [[2, 1], [2]]
+    assert given["end_of_text"] == (3, 4)
+    assert said == [("b", " b a"), ("", "b a")]
+    # Where nothing is put before a text, a new document comes after the end of another.
+    settings = {"eos_token": "</s>", "add_bos_token": False}
+    file = tmp_path / "there" / "tokenizer_config.json"
+    file.write_text(json.dumps(settings))
+    go_on(Generate(tmp_path / "there", prompt=("b", "")))
+    assert given["begun"] == [[1], [3]]
+
+
+def test_held_out_text_begins_as_the_tokenizer_has_it(
+    chat, tmp_path, monkeypatch, text_folder
+):
+    """The loss over a stream that is put together here."""
+    monkeypatch.chdir(tmp_path)  # Where the tokens are kept.
+    import_weights(chat, tmp_path / "there")
+    text = {"data": text_folder, "eval_tokens": 96, "seq_len": 48, "batch_size": 8}
+    found = evaluate(Eval(tmp_path / "there", **text), QUIET)
+    file = text_folder / "tiny-validation.json.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    # Of its words the tokenizer knows "a" alone, and takes all others for it.
+    stream = np.concatenate([[2, *np.zeros(len(x.split()), int), 3] for x in texts])
+    weights = load_params(tmp_path / "there")
+    model = PureLlama(weights.config, weights.vocab_size)
+    inputs, targets = (stream[i : 96 + i].reshape(2, 48) for i in (0, 1))
+    expected = jax.jit(model.losses)(weights.params, inputs, targets).mean()
+    assert found.tokens == 96
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
 
 
 def test_nothing_is_left_of_an_import_that_fails(tmp_path):

@@ -15,6 +15,9 @@ import numpy as np
 
 from examples.llama import files
 
+# Of tensors, settings or parts of one; the largest vocabularies have some 2**18 pieces.
+# A file may well be as long as it says, and hold nothing at all for terabytes.
+_MOST = 2**22
 _MOST_AXES = 4
 _LEAST_BITS = 1  # Of a number, in the smallest of all kinds.
 _STRING, _ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
@@ -45,7 +48,9 @@ class _Walk:
         magic, version, tensors, settings = self._numbers("<IIQQ")
         if magic != gguf.GGUF_MAGIC or version not in (2, 3):
             raise ValueError("neither version 2 nor 3 of the format, little endian")
-        for _ in range(settings):  # Each takes bytes, so their end is soon met.
+        _check_count(tensors, "tensors")
+        _check_count(settings, "settings")
+        for _ in range(settings):
             self._skip_string()
             self._skip_value(self._kind())
         for _ in range(tensors):
@@ -75,6 +80,7 @@ class _Walk:
             (count,) = self._numbers("<Q")
             if of == _ARRAY:
                 raise ValueError("an array of arrays")
+            _check_count(count, "values of one setting")
             if of != _STRING:
                 self._skip(count * _SIZES[of])
                 return
@@ -98,3 +104,8 @@ class _Walk:
                 f"{count:,} bytes of a setting or a name, more than it has"
             )
         self._file.seek(count, 1)
+
+
+def _check_count(count: int, of: str) -> None:
+    if count > _MOST:
+        raise ValueError(f"{count:,} {of}")
