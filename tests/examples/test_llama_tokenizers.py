@@ -240,36 +240,29 @@ def test_what_a_post_processor_puts_around_a_text(tmp_path, post_processor, begi
     assert load_saved(again).fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "llama.model"])
 @pytest.mark.parametrize(
-    ("settings", "puts_begin"),
+    ("settings", "begins"),
     [
         ({"add_bos_token": True}, True),
         ({"add_bos_token": True, "add_eos_token": True}, True),
         ({"add_bos_token": False}, False),
-        ({"add_eos_token": True}, False),
-        ({}, None),
+        ({}, False),
+        (None, False),
     ],
 )
-def test_settings_beside_a_tokenizer_win(
-    tmp_path, models_folder, name, settings, puts_begin
+def test_settings_decide_where_a_file_has_no_rule(
+    tmp_path, models_folder, settings, begins
 ):
-    """None: the post-processor alone decides, and a SentencePiece model has none."""
-    settings |= {"eos_token": "</s>"}
-    path = words(tmp_path, template("<s> $A"), settings, {"bos_token": "<s>"})
-    if name == "llama.model":
-        path.unlink()
-        path = shutil.copy(models_folder / name, tmp_path / "tokenizer.model")
-    tokenizer = load_file(path)
-    begin = 1 if name == "llama.model" else 2
-    puts_begin = name == "tokenizer.json" if puts_begin is None else puts_begin
-    assert tokenizer.begin == ((begin,) if puts_begin else ())
-    assert tokenizer.end == (tokenizer.end_of_text,)
-    again = tmp_path / "again"
-    again.mkdir()
-    tokenizer.save(again)
-    assert load_saved(again).begin == tokenizer.begin
-    assert load_saved(again).fingerprint == tokenizer.fingerprint
+    path = words(tmp_path, template("<s> $A"), settings)
+    assert load_file(path).begin == (2,)  # A tokenizer.json has one.
+    model = shutil.copy(models_folder / "llama.model", tmp_path / "tokenizer.model")
+    tokenizer = load_file(model)
+    assert tokenizer.begin == ((1,) if begins else ())
+    assert tokenizer.end == (tokenizer.end_of_text,) == (2,)
+    tokenizer.save(tmp_path)
+    again = load_saved(tmp_path)
+    assert again.begin == tokenizer.begin
+    assert again.fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("batching", ["packed", "one-per-row"])
@@ -311,9 +304,8 @@ def test_another_rule_is_another_fingerprint(tmp_path, models_folder):
         path = words(tmp_path, template(single))
         content = f"</s>\n{path.read_text(encoding='utf-8')}".encode()
         found |= {load_file(path).fingerprint, hashlib.sha256(content).hexdigest()}
-    settings = {"add_bos_token": True, "bos_token": "<s>"}
-    found.add(load_file(words(tmp_path, None, settings)).fingerprint)
-    assert len(found) == 8
+    assert len(found) == 7
+    words(tmp_path, None, {"add_bos_token": True})
     shutil.copy(models_folder / "llama.model", tmp_path)
     begins = load_file(tmp_path / "llama.model").fingerprint
     model = (models_folder / "llama.model").read_bytes()
@@ -325,8 +317,6 @@ def test_another_rule_is_another_fingerprint(tmp_path, models_folder):
     ("post_processor", "settings", "message"),
     [
         (template("<s> $A $A"), None, "does more than put tokens around a text"),
-        (None, {"add_bos_token": True}, "none of its tokens is the bos_token, None"),
-        (None, {"add_bos_token": True, "bos_token": "<b>"}, "the bos_token, <b>"),
         (None, {"eos_token": ["</s>"]}, r"eos_token is .*, not the text of a token"),
         (None, [], r"tokenizer_config\.json: not a JSON object"),
         (
@@ -342,6 +332,13 @@ def test_rules_that_cannot_be_kept_are_refused(
     path = words(tmp_path, post_processor, settings)
     with pytest.raises(DataError, match=rf"tokenizer\.json: not a tok.*{message}"):
         load_file(path)
+
+
+def test_a_begin_that_the_model_has_not_is_refused(tmp_path, models_folder):
+    shutil.copy(models_folder / "t5.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    with pytest.raises(DataError, match=r"t5.model: .* no begin of text \(bos\), and"):
+        load_file(tmp_path / "t5.model")
 
 
 def test_a_panic_of_the_library_is_an_error(tmp_path):

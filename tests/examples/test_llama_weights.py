@@ -265,9 +265,9 @@ def test_a_prompt_begins_as_the_tokenizer_has_it(chat, tmp_path, monkeypatch):
     assert given["end_of_text"] == (3, 4)
     assert said == [("b", " b a"), ("", "b a")]
     # Where nothing is put before a text, a new document comes after the end of another.
-    settings = {"eos_token": "</s>", "add_bos_token": False}
-    file = tmp_path / "there" / "tokenizer_config.json"
-    file.write_text(json.dumps(settings))
+    file = tmp_path / "there" / "tokenizer.json"
+    pieces = json.loads(file.read_text()) | {"post_processor": None}
+    file.write_text(json.dumps(pieces))
     go_on(Generate(tmp_path / "there", prompt=("b", "")))
     assert given["begun"] == [[1], [3]]
 

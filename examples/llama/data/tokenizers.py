@@ -74,7 +74,7 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model, as T5's and Llama's.
 
-    It does not say what is put around a text; the settings beside it may.
+    It does not say what is put before a text; the settings beside it may.
     """
 
     def __init__(self, model: bytes, beside: Beside = NOTHING):
@@ -86,9 +86,14 @@ class SentencePieceTokenizer:
             raise DataError("the model has no end of text (eos)")
         pad = self._pieces.pad_id()
         self.pad = pad if pad >= 0 else self.end_of_text
-        begin_of_text = self._pieces.bos_id()
-        asked = _asked_for(beside, begin_of_text, self.end_of_text)
-        self.begin, self.end = _once(*(asked or ((), ())), self.end_of_text)
+        begins = bool(beside.settings.get("add_bos_token"))
+        if begins and self._pieces.bos_id() < 0:
+            raise DataError(
+                f"the model has no begin of text (bos), and {tokenizer_files.SETTINGS} "
+                "beside it sets add_bos_token"
+            )
+        self.begin = (self._pieces.bos_id(),) if begins else ()
+        self.end = (self.end_of_text,)
         self.fingerprint = _fingerprint(model, self)
 
     def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
@@ -106,8 +111,8 @@ class SentencePieceTokenizer:
 class PiecesTokenizer:
     """A tokenizer.json of Hugging Face's.
 
-    What it puts around a text is its own post-processor's rule, or that of the settings
-    beside it, which transformers has win.
+    What it puts around a text is its own post-processor's rule alone, as it is for
+    transformers: settings such as add_bos_token are for files that have no such rule.
     """
 
     def __init__(self, description: str, beside: Beside = NOTHING):
@@ -122,10 +127,10 @@ class PiecesTokenizer:
         added = pieces.get_added_tokens_decoder()
         self._end = _end_of_text({token.content for token in added.values()}, beside)
         self.end_of_text = self.pad = ids[self._end]
-        begin_of_text = ids.get(beside.token("bos_token") or "", -1)
-        asked = _asked_for(beside, begin_of_text, self.end_of_text)
-        around = asked or _around(pieces, self._end)
-        self.begin, self.end = _once(*around, self.end_of_text)
+        around = _around(pieces, self._end)
+        self.begin, after = around
+        ends = self.end_of_text in after  # Once, also where nothing is put there.
+        self.end = after if ends else (*after, self.end_of_text)
         # A text that spells out a special token gets ordinary pieces for it.
         pieces.encode_special_tokens = True
         self._pieces = pieces
@@ -241,27 +246,13 @@ def _end_of_text(added: set[str], beside: Beside) -> str:
     return found
 
 
-_Around = tuple[tuple[int, ...], tuple[int, ...]]  # Before a text, and after it.
+def _around(
+    pieces: tokenizers.Tokenizer, text: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that the post-processor puts before a text, and after it.
 
-
-def _asked_for(beside: Beside, begin: int, end: int) -> _Around | None:
-    """By the settings beside a tokenizer; None where they ask for nothing.
-
-    ``begin`` is negative where there is no begin of text.
+    ``text`` is one to find out with, that gets an id at least.
     """
-    adds = [beside.settings.get(f"add_{name}_token") for name in ("bos", "eos")]
-    if not any(isinstance(add, bool) for add in adds):
-        return None
-    if adds[0] and begin < 0:
-        raise DataError(
-            f"{tokenizer_files.SETTINGS} beside it sets add_bos_token, and none of its "
-            f"tokens is the bos_token, {beside.token('bos_token')}"
-        )
-    return (begin,) if adds[0] else (), (end,) if adds[1] else ()
-
-
-def _around(pieces: tokenizers.Tokenizer, text: str) -> _Around:
-    """By the tokenizer's own post-processor. ``text`` must be no empty one for it."""
     whole = pieces.encode(text)
     own = [i for i, of in enumerate(whole.sequence_ids) if of is not None]
     before, after = whole.ids[: own[0]], whole.ids[own[-1] + 1 :]
@@ -269,11 +260,6 @@ def _around(pieces: tokenizers.Tokenizer, text: str) -> _Around:
     if [*before, *bare, *after] != whole.ids:
         raise DataError("its post-processor does more than put tokens around a text")
     return tuple(before), tuple(after)
-
-
-def _once(before: tuple[int, ...], after: tuple[int, ...], end_of_text: int) -> _Around:
-    """What is around a document, which ends even where nothing is put after a text."""
-    return before, after if end_of_text in after else (*after, end_of_text)
 
 
 def _fingerprint(whole: bytes, tokenizer: Tokenizer) -> str:
