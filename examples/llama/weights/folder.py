@@ -33,7 +33,7 @@ from examples.llama.pure import Params, PureLlama
 from examples.llama.run_record import data_of, record_weights, settings_of
 from examples.llama.weights import hugging_face
 from examples.llama.weights.gguf_file import GGUFFile
-from examples.llama.weights.names import BadWeights
+from examples.llama.weights.names import BadWeights, shown
 
 _BYTES = "byte"
 _HOW = ("compute_dtype", "param_dtype", "remat", "loss_chunk")
@@ -84,13 +84,18 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
         config = ModelConfig(**settings_of(workdir)["model"])
         data = data_of(workdir)
         vocab_size, end_of_text = data["vocab_size"], data["end_of_text"]
+        ends = [] if end_of_text is None else [end_of_text]
+        stops = tuple(data.get("stops") or ends)
+        if not all(type(x) is int for x in (vocab_size, *stops)) or not all(
+            0 <= x < vocab_size for x in stops
+        ):
+            raise TypeError(f"ends of text {shown(stops)} of {shown(vocab_size)} ids")
     except (TypeError, KeyError) as error:
         raise BadWeights(f"{workdir}: settings of another version: {error}") from error
     step = newest(workdir)
     params = _restored(step, config, vocab_size, mesh)
     _check_finite(params, step, mesh)
-    stops = data.get("stops") or ([] if end_of_text is None else [end_of_text])
-    return Weights(workdir, config, vocab_size, params, end_of_text, tuple(stops))
+    return Weights(workdir, config, vocab_size, params, end_of_text, stops)
 
 
 def _check_finite(params: Params, step: Path, mesh: Mesh | None) -> None:
@@ -147,6 +152,7 @@ def _restored(
 ) -> Params:
     init = PureLlama(config, vocab_size).init
     wanted = {"params": jax.eval_shape(init, jax.random.key(0))}
+    _check_shapes(wanted, step)
     if mesh is None:
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     else:
@@ -157,6 +163,28 @@ def _restored(
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(step / "default", args=args)["params"]
+
+
+def _check_shapes(wanted: Any, step: Path) -> None:
+    """Raise ``BadWeights`` where the settings are not those of the parameters there."""
+    handler = ocp.PyTreeCheckpointHandler()
+    found = {"params": handler.metadata(step / "default")["params"]}
+    there, here = _shapes(found), _shapes(wanted)
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise BadWeights(
+                f"{step}: {name} is {there.get(name, 'not there')}, by the settings "
+                f"beside it {here.get(name, 'not there')}: they are not of that model"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{x.dtype} of {tuple(x.shape)}"
+        )
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
 
 
 class Imported(NamedTuple):
