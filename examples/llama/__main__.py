@@ -17,6 +17,7 @@ from examples.llama.commands import (
     Train,
 )
 from examples.llama.data.text import planned_vocabulary
+from examples.llama.divergence import Diverged
 from examples.llama.plan import plan
 from examples.llama.stop import Stopped
 from examples.llama.train import train
@@ -38,6 +39,8 @@ def main() -> int:
         more = ["What was saved is kept. Run the same command again to go on."]
         more = more if isinstance(command, Train) else []
         return _failed(console, error, *more, code=74)  # EX_IOERR of sysexits.h
+    except Diverged as error:
+        return _failed(console, error, code=76)
     except Stopped as stopped:
         console.quiet = not hosts.is_first()
         _say(console, f"{stopped} Run the same command again to go on.")

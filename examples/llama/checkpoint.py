@@ -1,7 +1,10 @@
 """The checkpoints of a run: written in the background, verified before use."""
 
+import dataclasses
 import json
+import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,10 +15,11 @@ import orbax.checkpoint as ocp
 
 import lorapre_jax as lp
 from examples.llama import files, hosts
-from examples.llama.config import differences
 
 _KEPT = 2
 _UNFINISHED = "its saving was interrupted"
+_SUFFIX = "-unfinished"  # Of such a one in `damaged`.
+_RUN = "run"  # A file beside the digests: whose they are.
 
 
 class SaveFailed(OSError):
@@ -32,9 +36,10 @@ def newest(workdir: Path) -> Path:
     Raises ``DamagedCheckpoint``, also where there is none.
     """
     steps = _steps(workdir.resolve() / "checkpoints")
+    run = _run_of(workdir.resolve() / "digests")
     faults = []
     for path in reversed(steps):
-        fault = _fault(path, path == steps[-1])
+        fault = _fault(path, run, path == steps[-1])
         if not fault:
             return path
         faults.append(f"\n{path}: {fault}")
@@ -46,19 +51,23 @@ class Checkpoints:
 
     Orbax writes in the background and commits a checkpoint by renaming its folder, but
     keeps no checksums of arrays. So the digests of all files are written after the
-    commit, and compared before anything is restored. A checkpoint that differs, or has
-    none because the process was killed just there, is moved to ``workdir/damaged``, and
-    the one before it is the latest.
+    commit, with the run and the step that they are of, and compared before anything is
+    restored. A checkpoint that differs is moved to ``workdir/damaged``, and the one
+    before it is the latest. So it is with one that has no digests because the process
+    was killed just there; it is removed once another checkpoint is safe.
 
     Attributes:
       set_aside: What was moved there and why, one line each.
+
+    Raises:
+      DamagedCheckpoint: None is as it was saved, or all have been taken away.
     """
 
     def __init__(self, workdir: Path):
-        self._folder = workdir.resolve() / "checkpoints"
-        self._digests = workdir.resolve() / "digests"
-        damaged = workdir.resolve() / "damaged"
-        self.set_aside = hosts.on_first(lambda: self._set_aside(damaged)) or []
+        workdir = workdir.resolve()
+        self._folder = workdir / "checkpoints"
+        self._digests, self._damaged = workdir / "digests", workdir / "damaged"
+        self.set_aside = hosts.on_first(self._begin) or []
         options = ocp.CheckpointManagerOptions(
             max_to_keep=_KEPT,
             cleanup_tmp_directories=True,  # Those of saves that were killed.
@@ -74,15 +83,22 @@ class Checkpoints:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        try:
-            self.wait()
-        except SaveFailed as failed:
-            if error is None:
-                raise
-            error.add_note(str(failed))  # What ended the run comes first.
-        finally:
-            self._sealer.shutdown()
-            self._manager.close()
+        failures = []
+        for end in (self.wait, self._sealer.shutdown, self._manager.close):
+            try:
+                with self._failure_named():
+                    end()
+            except SaveFailed as failed:
+                failures.append(failed)
+        if failures and error is None:
+            raise failures[0]
+        if failures and error:
+            error.add_note(str(failures[0]))  # What ended the run comes first.
+
+    @property
+    def latest(self) -> Path | None:
+        """The folder of ``latest_step``."""
+        return None if self.latest_step is None else self.path(self.latest_step)
 
     @property
     def latest_step(self) -> int | None:
@@ -135,12 +151,15 @@ class Checkpoints:
     def _seal(self, step: int) -> None:
         """Write the digests, once Orbax has committed."""
         self._manager.wait_until_finished()
-        self._digests.mkdir(exist_ok=True)
-        found = json.dumps(files.digests(self.path(step)), indent=2)
-        files.write(_digest_file(self.path(step)), found + "\n")
-        for file in self._digests.glob("*.json"):
+        found = files.digests(self.path(step))
+        digest = Digest(_run_of(self._digests) or "", step, found)
+        text = json.dumps(dataclasses.asdict(digest), indent=2)
+        files.write(_digest_file(self.path(step)), text + "\n")
+        for file in _digest_files(self._digests):
             if int(file.stem) not in self._manager.all_steps():
                 file.unlink()
+        for unfinished in self._damaged.glob(f"*{_SUFFIX}"):
+            shutil.rmtree(unfinished)
 
     @contextmanager
     def _failure_named(self) -> Iterator[None]:
@@ -151,9 +170,31 @@ class Checkpoints:
                 f"checkpoint {self.path(self._saving)} could not be written: {error}"
             ) from error
 
-    def _set_aside(self, damaged: Path) -> list[str]:
-        steps = _steps(self._folder)
-        faults = {path: _fault(path, path == steps[-1]) for path in steps}
+    def _begin(self) -> list[str]:
+        """Find out what can be gone on with; see ``set_aside``."""
+        steps, run = _steps(self._folder), _run_of(self._digests)
+        self._require_history(steps)
+        lines = self._set_aside(steps, run)
+        self._digests.mkdir(parents=True, exist_ok=True)
+        for folder in (self._folder.parent, self._digests):
+            files.clear_unfinished(folder)
+        files.write(self._digests / _RUN, (run or uuid.uuid4().hex) + "\n")
+        return lines
+
+    def _require_history(self, steps: list[Path]) -> None:
+        """A run whose checkpoints are somewhere else is not a new one."""
+        log = self._folder.with_name("metrics.jsonl")
+        has_log = log.exists() and log.stat().st_size > 0
+        is_gone = not self._folder.exists() and has_log
+        if not steps and (is_gone or _digest_files(self._digests)):
+            raise DamagedCheckpoint(
+                f"{self._folder}: the checkpoints of this run are gone, though "
+                f"{self._digests} or {log} tell of them. Bring them back (is a disk "
+                "not mounted?), or give another --workdir to start anew."
+            )
+
+    def _set_aside(self, steps: list[Path], run: str | None) -> list[str]:
+        faults = {path: _fault(path, run, path == steps[-1]) for path in steps}
         faults = {path: fault for path, fault in faults.items() if fault}
         lines = [f"checkpoint {path} refused: {why}" for path, why in faults.items()]
         # The very first one may have been interrupted: then nothing is lost.
@@ -171,31 +212,79 @@ class Checkpoints:
             if path in steps[:-_KEPT]:  # Orbax was deleting it, as was due.
                 shutil.rmtree(path)
                 continue
-            damaged.mkdir(exist_ok=True)
-            shutil.rmtree(damaged / path.name, ignore_errors=True)
-            path.rename(damaged / path.name)
-            moved.append(f"{line}; moved to {damaged}")
+            suffix = _SUFFIX if faults[path] == _UNFINISHED else ""
+            target = self._damaged / f"{path.name}{suffix}"
+            self._damaged.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            moved.append(f"{line}; moved to {target}")
         return moved
+
+
+@dataclasses.dataclass(frozen=True)
+class Digest:
+    """What a checkpoint was when it was saved."""
+
+    run: str
+    step: int
+    files: dict[str, str]  # SHA-256 by path.
 
 
 def _steps(folder: Path) -> list[Path]:
     """By the number of steps."""
-    steps = [path for path in folder.glob("*") if path.name.isdigit()]
+    names = re.compile(r"0|[1-9][0-9]*")
+    steps = [path for path in folder.glob("*") if names.fullmatch(path.name)]
     return sorted(steps, key=lambda path: int(path.name))
+
+
+def _digest_files(digests: Path) -> list[Path]:
+    """In the order of their steps; what else lies there is not ours."""
+    names = re.compile(r"(0|[1-9][0-9]*)\.json")
+    found = [path for path in digests.glob("*") if names.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def _digest_file(path: Path) -> Path:
     return path.parents[1] / "digests" / f"{path.name}.json"
 
 
-def _fault(path: Path, is_newest: bool) -> str:
+def _read_digest(file: Path) -> Digest | None:
+    """None where it cannot be read."""
+    try:
+        digest = Digest(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return digest if isinstance(digest.files, dict) else None
+
+
+def _run_of(digests: Path) -> str | None:
+    """Its name, from the file there or the newest digest; None: there was no run."""
+    file = digests / _RUN
+    try:
+        name = file.read_text().strip() if file.exists() else ""
+    except ValueError:
+        name = ""
+    read = filter(None, map(_read_digest, reversed(_digest_files(digests))))
+    return name or next((digest.run for digest in read), None)
+
+
+def _fault(path: Path, run: str | None, is_newest: bool) -> str:
     """Why the checkpoint is not what was saved; empty where it is."""
     file = _digest_file(path)
     if not file.exists():
-        return _UNFINISHED if is_newest else f"{file} is missing"
-    try:
-        recorded = json.loads(file.read_text())
-    except ValueError:
+        is_unfinished = is_newest and run is not None
+        return _UNFINISHED if is_unfinished else f"{file} is missing"
+    digest = _read_digest(file)
+    if digest is None:
         return f"{file} cannot be read"
-    names = ", ".join(sorted(differences(recorded, files.digests(path))))
-    return f"{names} changed since it was saved" if names else ""
+    if str(digest.step) != path.name:
+        return f"by {file} it is the checkpoint of step {digest.step}, renamed"
+    if digest.run != run:
+        return f"by {file} it is of another run"
+    now = files.digests(path)
+    changed = {
+        name
+        for name in now.keys() | digest.files.keys()
+        if now.get(name) != digest.files.get(name)
+    }
+    return f"{', '.join(sorted(changed))} changed since it was saved" if changed else ""

@@ -70,13 +70,30 @@ def write(path: Path, content: str | bytes) -> None:
     """
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with part.open("wb") as file:
+        with named(path), part.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of the system name ``path``, also those of writing, which name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what ``write`` and ``new_folder`` leave in ``folder`` when killed."""
+    for part in folder.glob("*.part"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 @contextmanager

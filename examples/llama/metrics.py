@@ -1,8 +1,10 @@
 """Numbers of a run: one JSON line per step, TensorBoard, and a plot at the end."""
 
+import io
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,17 +25,32 @@ class MetricsLog:
     """``workdir/metrics.jsonl`` and TensorBoard events, from after ``start_step``.
 
     What an interrupted run wrote past its last checkpoint is dropped, since those
-    steps are about to run again; ``start_step`` 0 drops everything. Where not
-    ``to_disk``, there are only ``records``.
+    steps are about to run again; ``start_step`` 0 drops everything. A file that is
+    damaged is no reason not to go on: its good lines are kept, and all of it is copied
+    to ``workdir/damaged``. Where not ``to_disk``, there are only ``records``.
+
+    Numbers that are not finite, which JSON does not have, are null in the file.
+
+    Attributes:
+      records: By step; NaN for null.
+      note: What was damaged; empty where nothing was.
     """
 
     def __init__(self, workdir: Path, start_step: int, to_disk: bool = True):
-        path = workdir / "metrics.jsonl"
-        kept = _read(path) if start_step else []
+        self._path = path = workdir / "metrics.jsonl"
+        kept, bad = _read(path) if start_step else ([], [])
         hosts.on_first(lambda: None)  # All have read before the first one writes.
         self.records = [record for record in kept if record["step"] <= start_step]
+        self.note = ""
         self._file = self._board = None
+        if bad:
+            lines = ", ".join(map(str, bad[:5])) + (", ..." if bad[5:] else "")
+            copy = workdir / "damaged" / path.name
+            self.note = f"{path}: damaged in lines {lines}, left out; a copy is {copy}"
         if to_disk:
+            if bad:
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
             # Killed here, the run must not lose what it has logged.
             files.write(path, "".join(map(_line, self.records)))
             self._file = path.open("a")
@@ -44,26 +61,31 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         if self._file and self._board:
-            try:
-                self._file.close()
-            finally:
-                self._board.close()
+            with files.named(self._path):
+                try:
+                    self._file.close()
+                finally:
+                    self._board.close()
 
     def write(self, record: Record) -> None:
         self.records.append(record)
         if self._file and self._board:
-            self._file.write(_line(record))
-            self._file.flush()
+            with files.named(self._path):
+                self._file.write(_line(record))
+                self._file.flush()
             self._board.write(record)
 
     def sync(self) -> None:
         """Wait for the disk: then the log outlasts the machine, as checkpoints do."""
         if self._file and self._board:
-            os.fsync(self._file.fileno())
+            with files.named(self._path):
+                os.fsync(self._file.fileno())
             self._board.sync()
 
-    def last(self, name: str) -> float:
-        return next(r[name] for r in reversed(self.records) if name in r)
+    def value(self, name: str, step: int | None) -> float | None:
+        """Of a step; None where it was not logged."""
+        found = (r[name] for r in self.records if r["step"] == step and name in r)
+        return next(found, None)
 
 
 class TensorBoard:
@@ -74,6 +96,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, start_step: int):
+        self._folder = folder
         folder.mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
         self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -88,13 +111,16 @@ class TensorBoard:
         self._write(int(record["step"]), summary=Summary(value=values))
 
     def sync(self) -> None:
-        self._events.flush()
+        with files.named(self._folder):
+            self._events.flush()
 
     def close(self) -> None:
-        self._events.close()
+        with files.named(self._folder):
+            self._events.close()
 
     def _write(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        with files.named(self._folder):
+            self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def perplexity(loss: float) -> float:
@@ -121,16 +147,37 @@ def plot_losses(records: Iterable[Record], title: str, path: Path) -> None:
         )
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    files.write(path, picture.getvalue())
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
+    finite = {name: x if math.isfinite(x) else None for name, x in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _read(path: Path) -> list[Record]:
+def _read(path: Path) -> tuple[list[Record], list[int]]:
+    """The records, and the numbers of lines that hold none."""
+    records, bad = [], []
     if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    # A run that was killed may have left half a line at the end.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+        return records, bad
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(_parse(line))
+            except (ValueError, RecursionError):
+                if line.endswith(b"\n"):
+                    bad.append(number)
+                # Else a run that was killed has left half a line.
+    return records, bad
+
+
+def _parse(line: bytes) -> Record:
+    found = json.loads(line)
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise ValueError("no record of a step")
+    record = {name: math.nan if x is None else x for name, x in found.items()}
+    if not all(isinstance(x, (int, float)) for x in record.values()):
+        raise ValueError("not numbers alone")
+    return record

@@ -44,16 +44,17 @@ def plan(
     work = flops.per_token(config.model, state.params, config.data.seq_len) * tokens
     rate = config.optimizer.learning_rate or DEFAULT_RATES[config.optimizer.name][0]
     factored = sum(math.prod(x.shape) for x in memory.leaves if x.is_factored)
+    steps = config.last_step
     weights = sum(math.prod(x.shape) for x in memory.leaves)
     rows = {
         "model": f"{weights:,} parameters in {config.model.param_dtype}, "
         f"{factored / weights:.0%} of them factored; {vocab_size:,} pieces",
-        "steps": f"{config.steps:,} of {tokens:,} tokens, {config.steps * tokens:,} in "
-        f"all ({config.steps * tokens / weights:.1f} for each parameter)",
+        "steps": f"{steps:,} of {tokens:,} tokens, {steps * tokens:,} in "
+        f"all ({steps * tokens / weights:.1f} for each parameter)",
         "optimizer": f"{config.optimizer.name}, peak rate {rate:g}, "
         f"{round(config.optimizer.warmup * config.steps):,} steps of rising rate",
         "its state": f"{memory.total_bytes:,} bytes, {memory.ratio:.3f} of AdamW's",
-        "work": f"{work:.3g} FLOPs a step, {work * config.steps:.3g} in all",
+        "work": f"{work:.3g} FLOPs a step, {work * steps:.3g} in all",
         "devices": f"{mesh.size}: "
         + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
     }

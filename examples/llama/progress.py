@@ -2,10 +2,41 @@
 
 import time
 
+import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from examples.llama.config import Config
+from examples.llama.data.text import Text, TextData
 from examples.llama.metrics import Record, perplexity
+from examples.llama.optimizers import schedules
+
+
+def say(console: Console, *lines: str) -> None:
+    """As they are, whatever the names of files in them look like."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def opening_lines(config: Config, text: Text, data: TextData, start: int) -> list[str]:
+    """What begins, or goes on after ``start`` steps."""
+    if start >= config.last_step:
+        return [f"All {start} steps of {config.workdir} are done already."]
+    goes = f"going on after step {start} of" if start else "new run in"
+    lines = [
+        f"{config.optimizer.name} on {data.tokens:,} tokens "
+        f"({text.vocab_size} in the vocabulary), {jax.device_count()} device(s); "
+        f"{goes} {config.workdir}"
+    ]
+    if config.extend_to is not None:
+        rate, _ = schedules(config.optimizer, config.steps)
+        lines.append(
+            f"extended from {config.steps} to {config.extend_to} steps: after step "
+            f"{config.steps} the learning rate stays at its last value, "
+            f"{np.asarray(rate(config.steps)).item():.3g}"
+        )
+    return lines
 
 
 class ProgressDisplay:
@@ -54,6 +85,8 @@ class ProgressDisplay:
             parts.append(f"epoch {record['epoch']:.2f}")
         if "learning_rate" in record:
             parts.append(f"rate {record['learning_rate']:.2e}")
+        if record.get("skipped_steps"):
+            parts.append(f"{record['skipped_steps']:.0f} steps skipped")
         if "tokens_per_second" in record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
         if "model_flops_utilization" in record:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from examples.llama.divergence import check_record
 from examples.llama.metrics import MetricsLog, Record, perplexity
 from examples.llama.progress import ProgressDisplay
 
@@ -22,15 +23,23 @@ class Reporter:
         log: MetricsLog,
         display: ProgressDisplay,
         work: float | None = None,
+        skipped_at_most: int = 0,
     ):
-        """``work``: of one step, in seconds of all devices at their peak; if known."""
+        """
+        Args:
+          work: Of one step, in seconds of all devices at their peak; if known.
+          skipped_at_most: Steps in a row whose numbers may be not finite.
+        """
         self._log, self._display = log, display
-        self._work = work
+        self._work, self._skipped_at_most = work, skipped_at_most
         self._stopwatch = Stopwatch()
         self._held_back: dict[str, Any] = {}
 
     def trained(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take in the metrics of ``step``, write those of the step before."""
+        """Take in the metrics of ``step``, write those of the step before.
+
+        Raises ``NotFinite`` if the run must not go on after those; so does ``flush``.
+        """
         before, self._held_back = self._held_back, {"step": step} | metrics
         self._write(before)
 
@@ -64,6 +73,7 @@ class Reporter:
                 record["model_flops_utilization"] = round(speed.steps * self._work, 4)
         self._log.write(record)
         self._display.update(record)
+        check_record(record, self._skipped_at_most)
 
 
 class Speed(NamedTuple):

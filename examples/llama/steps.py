@@ -14,9 +14,17 @@ import lorapre_jax as lp
 from examples.llama import layout
 from examples.llama.config import Config
 from examples.llama.data.rows import Batch
+from examples.llama.divergence import all_finite
 from examples.llama.gradients import LossAndGrads
 from examples.llama.optimizers import make_optimizer
 from examples.llama.pure import PureLlama
+
+
+class Skipped(NamedTuple):
+    """Steps that were not applied, for something in them was not finite."""
+
+    in_a_row: jax.Array  # () int32, up to the last step
+    in_all: jax.Array  # () int32
 
 
 class TrainState(NamedTuple):
@@ -24,14 +32,20 @@ class TrainState(NamedTuple):
 
     params: Any
     opt_state: Any
-    step: jax.Array  # () int32, updates done
+    step: jax.Array  # () int32, steps done
+    skipped: Skipped
+
+
+def begun(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """Before the first step."""
+    zero, in_a_row, in_all = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(params, tx.init(params), zero, Skipped(in_a_row, in_all))
 
 
 def init_state(
     model: PureLlama, tx: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    params = model.init(key)
-    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+    return begun(model.init(key), tx)
 
 
 def state_from(
@@ -42,7 +56,7 @@ def state_from(
 
     def begin(params: Any) -> TrainState:
         params = jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
-        return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+        return begun(params, tx)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(begin, out_shardings=shardings)(params)
@@ -62,10 +76,10 @@ def abstract_state(
 
     shapes = jax.eval_shape(partial(init_state, model, tx), jax.random.key(0))
     params = place(shapes.params, layout.param_shardings(mesh, shapes.params))
-    return TrainState(
-        params,
-        place(shapes.opt_state, lp.state_sharding(tx, params)),
-        place(shapes.step, layout.replicated(mesh)),
+    counts = place(shapes, jax.tree.map(lambda _: layout.replicated(mesh), shapes))
+    return counts._replace(
+        params=params,
+        opt_state=place(shapes.opt_state, lp.state_sharding(tx, params)),
     )
 
 
@@ -93,12 +107,17 @@ def make_train_step(
     tx: optax.GradientTransformation,
     abstract: TrainState,
     logged: Mapping[str, optax.Schedule] | None = None,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """``step(state, batch) -> (state, metrics)``.
 
     The new state lies where ``abstract`` says. The given one is donated: its memory
     becomes that of the new one. Metrics also have the values of schedules to be
     ``logged``, by name.
+
+    With ``skip_nonfinite``, a step whose loss, gradient norm or new state is not finite
+    changes nothing but the counts of steps. (``optax.apply_if_finite`` would look at
+    the update alone, and apply it after some failures in a row.)
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
@@ -117,10 +136,30 @@ def make_train_step(
             "tokens": jnp.sum(batch.mask),  # that were predicted, without padding
         }
         for name, schedule in (logged or {}).items():
-            metrics[name] = jnp.asarray(schedule(state.step), jnp.float32)
-        return TrainState(params, opt_state, state.step + 1), metrics
+            done = state.step - state.skipped.in_all  # As the optimizer counts.
+            metrics[name] = jnp.asarray(schedule(done), jnp.float32)
+        new = TrainState(params, opt_state, state.step + 1, state.skipped)
+        if skip_nonfinite:
+            new = _unless_nonfinite(new, state, metrics)
+            metrics["skipped_in_a_row"] = new.skipped.in_a_row
+            metrics["skipped_steps"] = new.skipped.in_all
+        return new, metrics
 
     return step
+
+
+def _unless_nonfinite(
+    new: TrainState, old: TrainState, metrics: Mapping[str, jax.Array]
+) -> TrainState:
+    """``new``, or ``old`` with one step more that was skipped."""
+    good = all_finite((metrics["train_loss"], metrics["grad_norm"], *new[:2]))
+    params, opt_state = jax.tree.map(
+        lambda x, y: jnp.where(good, x, y), new[:2], old[:2]
+    )
+    in_a_row, in_all = old.skipped
+    bad = (~good).astype(jnp.int32)
+    skipped = Skipped(bad * (in_a_row + 1), in_all + bad)
+    return TrainState(params, opt_state, new.step, skipped)
 
 
 def make_diagnosis(

@@ -14,17 +14,18 @@ from rich.console import Console
 
 import lorapre_jax as lp
 from examples.llama import flops, hosts, layout
-from examples.llama.checkpoint import Checkpoints
+from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 from examples.llama.config import Config
 from examples.llama.data.batches import batches_on_devices, placed
 from examples.llama.data.rows import held_out_batches
-from examples.llama.data.text import Text, TextData, open_text
+from examples.llama.data.text import Text, open_text
 from examples.llama.data.tokenizers import unused_ids
+from examples.llama.divergence import Diverged, NotFinite, make_finite_check
 from examples.llama.gradients import make_loss_and_grads
 from examples.llama.metrics import MetricsLog, perplexity, plot_losses
 from examples.llama.optimizers import schedules
 from examples.llama.page import write_page
-from examples.llama.progress import ProgressDisplay
+from examples.llama.progress import ProgressDisplay, opening_lines, say
 from examples.llama.report import Reporter
 from examples.llama.run_record import RunMismatch, check_same_run, record_run
 from examples.llama.steps import (
@@ -70,7 +71,7 @@ class Result:
 
 
 def train(config: Config, console: Console | None = None) -> Result:
-    """Train until ``config.steps``; what ``config.workdir`` has done is not redone."""
+    """Train until ``config.last_step``; what was done in ``workdir`` is not redone."""
     started = time.monotonic()
     console = (console or Console()) if hosts.is_first() else Console(quiet=True)
     # What the devices do not allow is refused before anything is done.
@@ -83,17 +84,26 @@ def train(config: Config, console: Console | None = None) -> Result:
             StopRequest(run.start, seconds_left(config.time_limit, started)) as stop,
             MetricsLog(config.workdir, run.start, hosts.is_first()) as log,
             ProgressDisplay(
-                run.start, config.steps, config.log_every, console
+                run.start, config.last_step, config.log_every, console
             ) as display,
             Trace(config.profile, config.workdir / "profile") as trace,
         ):
+            say(console, *filter(None, [log.note]))
             report = make_reporter(config, run, log, display)
             try:
                 run_steps(config, run, checkpoints, report, stop, trace)
+            except NotFinite as error:
+                diverged = Diverged(error, checkpoints.latest)
+                leave_page(config, run, log, {"so far": str(diverged)})
+                raise diverged from error
             except Stopped as stopped:
                 leave_page(config, run, log, {"so far": str(stopped)})
                 raise
-        held_out_loss = log.last("held_out_loss")
+        done = checkpoints.latest_step
+        assert done is not None  # The last step is always saved.
+        held_out_loss = log.value("held_out_loss", done)
+        if held_out_loss is None:  # The log was lost, not the run.
+            held_out_loss = run.evaluate(run.state.params)
         result = Result(
             held_out_loss=held_out_loss,
             held_out_perplexity=perplexity(held_out_loss),
@@ -101,8 +111,8 @@ def train(config: Config, console: Console | None = None) -> Result:
             state_ratio=run.memory.ratio,
             plot=config.workdir / _PLOT,
             page=config.workdir / _PAGE,
-            checkpoint=checkpoints.path(config.steps),
-            already_finished=run.start == config.steps,
+            checkpoint=checkpoints.path(done),
+            already_finished=run.start >= config.last_step,
         )
         leave_page(config, run, log, result.lines())
         return result
@@ -131,7 +141,8 @@ def make_reporter(
     tokens = config.data.batch_size * config.data.seq_len
     work = flops.per_token(config.model, run.state.params, config.data.seq_len)
     peak = flops.peak(jax.devices(), config.peak_tflops)
-    return Reporter(log, display, work * tokens / peak if peak else None)
+    work = work * tokens / peak if peak else None
+    return Reporter(log, display, work, config.skip_nonfinite)
 
 
 class Run(NamedTuple):
@@ -145,6 +156,7 @@ class Run(NamedTuple):
     train_step: Callable[..., Any]
     evaluate: Callable[[Any], float]
     diagnose: Callable[..., dict[str, jax.Array]]
+    check_finite: Callable[[int, TrainState], None]
 
 
 def prepare(
@@ -156,11 +168,7 @@ def prepare(
 ) -> Run:
     """From its last checkpoint, or new."""
 
-    def say(*lines: str) -> None:
-        for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    say(*checkpoints.set_aside)
+    say(console, *checkpoints.set_aside)
     if checkpoints.latest_step == 0:
         raise RunMismatch(
             f"{config.workdir} holds imported weights: give another --workdir, and "
@@ -169,12 +177,20 @@ def prepare(
     start = checkpoints.latest_step or 0
     text = text_of_run(config, start > 0, console)
     data = text.load()
-    say(*data.notes, *unused_ids(text.tokenizer, text.vocab_size))
+    say(console, *data.notes, *unused_ids(text.tokenizer, text.vocab_size))
     model, tx, abstract = assemble(config, text.vocab_size, mesh)
     memory = lp.describe(tx, abstract.params)
-    say(*layout.exceptions(mesh, abstract.params), str(memory))
+    say(console, *layout.exceptions(mesh, abstract.params), str(memory))
+    check_finite = make_finite_check(layout.replicated(mesh))
     if start:
         state = checkpoints.restore(abstract)
+        try:
+            check_finite(start, state)
+        except NotFinite as error:
+            raise DamagedCheckpoint(
+                f"{checkpoints.latest}: {error}; remove that folder, and the run goes "
+                "on from the one before it"
+            ) from error
     elif config.init_from is not None:
         state = state_from(load_for(config, text.vocab_size, mesh), tx, abstract)
     else:
@@ -191,11 +207,11 @@ def prepare(
         data.train,
         size,
         config.seed,
-        range(start, config.steps),
+        range(start, config.last_step),
         by_row,
         config.data.workers,
     )
-    console.print(opening_line(config, text, data, start), soft_wrap=True)
+    say(console, *opening_lines(config, text, data, start))
     loss_and_grads = make_loss_and_grads(model, config.micro_batch_size, config.z_loss)
     rate, _ = schedules(config.optimizer, config.steps)
     return Run(
@@ -204,9 +220,16 @@ def prepare(
         memory,
         batches,
         len(data.train) / size,
-        make_train_step(loss_and_grads, tx, abstract, {"learning_rate": rate}),
+        make_train_step(
+            loss_and_grads,
+            tx,
+            abstract,
+            {"learning_rate": rate},
+            skip_nonfinite=config.skip_nonfinite > 0,
+        ),
         make_evaluation(model, held_out, layout.replicated(mesh)),
         make_diagnosis(loss_and_grads, layout.replicated(mesh)),
+        check_finite,
     )
 
 
@@ -218,12 +241,15 @@ def run_steps(
     stop: StopRequest,
     trace: Trace,
 ) -> None:
-    """To the end, or until ``stop``; then raise ``Stopped``."""
-    state = run.state
+    """To the end, or until ``stop``; then raise ``Stopped``.
+
+    Raises ``NotFinite`` where the run has diverged.
+    """
+    state, ends = run.state, (config.steps, config.last_step)
     factored = any(leaf.is_factored for leaf in run.memory.leaves)
     if run.start == 0:
         report.evaluated(0, run.evaluate(state.params))
-    for step in range(run.start + 1, config.steps + 1):
+    for step in range(run.start + 1, config.last_step + 1):
         trace.before(step, state)
         batch, diagnosis = next(run.batches), {}
         if factored and step % config.diagnostics_every == 0:
@@ -232,13 +258,14 @@ def run_steps(
         state, metrics = run.train_step(state, batch)
         epoch = {"epoch": round(step / run.steps_per_epoch, 4)}
         report.trained(step, metrics | diagnosis | epoch)
-        if step % config.eval_every == 0 or step == config.steps:
+        if step % config.eval_every == 0 or step in ends:
             report.evaluated(step, run.evaluate(state.params))
         stopped = stop.received(step)
-        if stopped or step == config.steps or step % config.checkpoint_every == 0:
+        if stopped or step in ends or step % config.checkpoint_every == 0:
             report.flush()  # the log must never lag behind a checkpoint
+            run.check_finite(step, state)
             checkpoints.save(step, state)
-        if stopped and step < config.steps:
+        if stopped and step < config.last_step:
             hosts.on_first(checkpoints.wait)
             raise Stopped(step, hosts.from_first(stop.in_time))
     # While SIGTERM still waits, and so do the other hosts: only the first one seals.
@@ -263,15 +290,3 @@ def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
         record_run(config, found)
         text.tokenizer.save(config.workdir)
     return text
-
-
-def opening_line(config: Config, text: Text, data: TextData, start: int) -> str:
-    if start == config.steps:
-        return f"All {start} steps of {config.workdir} are done already."
-    line = (
-        f"{config.optimizer.name} on {data.tokens:,} tokens "
-        f"({text.vocab_size} in the vocabulary), {jax.device_count()} device(s)"
-    )
-    if start:
-        return f"{line}; going on after step {start} of {config.workdir}"
-    return f"{line}; new run in {config.workdir}"

@@ -1,5 +1,6 @@
 """Checkpoints that are not what was saved, on real files."""
 
+import os
 import shutil
 from functools import partial
 
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
 from examples.llama import files
-from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
+from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint, SaveFailed
 
 STATE = {"w": jnp.arange(4096.0), "step": jnp.asarray(0)}
 
@@ -62,7 +63,7 @@ def test_a_good_one_is_restored(workdir):
         assert checkpoints.latest_step == 12
         np.testing.assert_array_equal(restored(checkpoints)["w"], state_of(12)["w"])
     kept = sorted(path.name for path in (workdir / "digests").iterdir())
-    assert kept == ["12.json", "6.json"]
+    assert kept == ["12.json", "6.json", "run"]
 
 
 @pytest.mark.parametrize("spec", [P("x"), P()], ids=["sharded", "replicated"])
@@ -115,6 +116,87 @@ def test_one_whose_saving_was_interrupted_is_saved_again(workdir):
     with Checkpoints(workdir) as checkpoints:
         assert "saving was interrupted" in checkpoints.set_aside[0]
         assert checkpoints.latest_step == 6
+        assert (workdir / "damaged" / "12-unfinished").is_dir()
+        checkpoints.save(9, state_of(9))
+    assert not list((workdir / "damaged").iterdir())  # It is of no use any more.
+
+
+def test_what_killed_writers_leave_is_cleared(workdir):
+    left = [workdir / "digests" / "12.json.0f.part", workdir / "config.yaml.0f.part"]
+    for path in left:
+        path.write_text("{")
+    (workdir / "digests" / "notes.json").write_text("mine")
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(15, state_of(15))
+    assert not any(path.exists() for path in left)
+    assert (workdir / "digests" / "notes.json").exists()
+    assert (workdir / "digests" / "15.json").exists()
+
+
+def move(folder, source, target):
+    """A checkpoint with its digests."""
+    for kind, suffix in (("checkpoints", ""), ("digests", ".json")):
+        (folder / kind / f"{source}{suffix}").rename(
+            folder / kind / f"{target}{suffix}"
+        )
+
+
+def test_a_checkpoint_under_another_name_is_refused(workdir):
+    move(workdir, 12, 15)
+    with Checkpoints(workdir) as checkpoints:
+        assert "is the checkpoint of step 12, renamed" in checkpoints.set_aside[0]
+        assert checkpoints.latest_step == 6
+
+
+def test_two_that_changed_their_names_are_refused(workdir):
+    for source, target in ((6, 7), (12, 6), (7, 12)):
+        move(workdir, source, target)
+    with pytest.raises(DamagedCheckpoint, match="of step 12, renamed"):
+        Checkpoints(workdir)
+
+
+def test_the_checkpoint_of_another_run_is_refused(workdir, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    with Checkpoints(other) as checkpoints:
+        checkpoints.save(15, state_of(15))
+    for kind, name in (("checkpoints", "15"), ("digests", "15.json")):
+        (other / kind / name).rename(workdir / kind / name)
+    with Checkpoints(workdir) as checkpoints:
+        assert "of another run" in checkpoints.set_aside[0]
+        assert checkpoints.latest_step == 12
+    (workdir / "digests" / "run").unlink()  # Its own digests tell as well.
+    with Checkpoints(workdir) as checkpoints:
+        assert not checkpoints.set_aside
+        assert checkpoints.latest_step == 12
+
+
+@pytest.mark.parametrize("what", ["emptied", "removed", "never there"])
+def test_a_run_whose_checkpoints_are_gone_is_no_new_one(workdir, what):
+    shutil.rmtree(workdir / "checkpoints")
+    if what == "emptied":  # As where a disk is mounted.
+        (workdir / "checkpoints").mkdir()
+    if what == "never there":
+        shutil.rmtree(workdir / "digests")
+        (workdir / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(DamagedCheckpoint, match="are gone, though") as error:
+        Checkpoints(workdir)
+    assert str(workdir / "checkpoints") in str(error.value)
+
+
+def test_a_failure_of_the_last_save_is_named(tmp_path, monkeypatch):
+    """Whatever closing the manager makes of it."""
+
+    def broken(*_):
+        raise RuntimeError("closed in a bad state")
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(files, "digests", lambda _: os.write(-1, b""))
+    monkeypatch.setattr(type(checkpoints._manager), "close", broken)
+    with (
+        pytest.raises(SaveFailed, match=r"3 could not be written: .*Bad file"),
+        checkpoints,
+    ):
+        checkpoints.save(3, STATE)
 
 
 def test_one_whose_deletion_was_interrupted_is_no_damage(workdir):
@@ -126,15 +208,25 @@ def test_one_whose_deletion_was_interrupted_is_no_damage(workdir):
         assert "18 refused: its saving was interrupted" in line
         assert checkpoints.latest_step == 12
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["12"]
-    assert [path.name for path in (workdir / "digests").iterdir()] == ["12.json"]
+    names = {path.name for path in (workdir / "digests").iterdir()}
+    assert names == {"12.json", "run"}
 
 
 def test_a_first_one_that_was_interrupted_is_no_loss(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, STATE)
-    shutil.rmtree(tmp_path / "digests")
+    (tmp_path / "digests" / "3.json").unlink()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step is None
+
+
+def test_a_single_one_that_has_lost_its_digests_is_not_taken_for_interrupted(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, STATE)
+    shutil.rmtree(tmp_path / "digests")
+    with pytest.raises(DamagedCheckpoint, match=r"3\.json is missing"):
+        Checkpoints(tmp_path)
+    assert (tmp_path / "checkpoints" / "3").is_dir()
 
 
 def test_where_none_is_good_nothing_is_begun_silently(workdir):
@@ -153,8 +245,9 @@ def test_older_ones_without_digests_are_not_taken_for_interrupted(workdir):
         Checkpoints(workdir)
 
 
-def test_digests_that_cannot_be_read(workdir):
-    (workdir / "digests" / "12.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"a": 1}', "null"])
+def test_digests_that_cannot_be_read(workdir, content):
+    (workdir / "digests" / "12.json").write_text(content)
     with Checkpoints(workdir) as checkpoints:
         assert "12.json cannot be read" in checkpoints.set_aside[0]
         assert checkpoints.latest_step == 6

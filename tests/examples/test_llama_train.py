@@ -104,7 +104,7 @@ def test_diagnostics_are_logged_and_change_nothing(tiny_config):
     assert [len(found) for found in logged] == [0] + [3 * 7] * 12
     # Seen from before each step: the first one starts from zero.
     assert [logged[1][name] for name in names] == [0, 0]
-    assert logged[1][f"diagnostics/condition/{path}"] == math.inf
+    assert logged[1][f"diagnostics/condition/{path}"] is None  # Infinite.
     for captured, effective_rank in ([found[n] for n in names] for found in logged[2:]):
         assert 0 < captured <= 1
         assert 1 <= effective_rank <= 4
@@ -112,11 +112,34 @@ def test_diagnostics_are_logged_and_change_nothing(tiny_config):
     assert f"diagnostics/captured/{path}".encode() in events.read_bytes()
 
 
-def test_an_infinite_number_is_logged_without_a_warning(tmp_path, caplog):
+def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path, caplog):
+    """Which JSON has no words for."""
     with MetricsLog(tmp_path, 0) as log:
-        log.write({"step": 1, "condition": math.inf})
-    assert log.last("condition") == math.inf
+        log.write({"step": 1, "condition": math.inf, "train_loss": math.nan})
+    assert log.value("condition", 1) == math.inf
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == '{"step": 1, "condition": null, "train_loss": null}\n'
+    with MetricsLog(tmp_path, 1) as log:
+        assert math.isnan(log.value("condition", 1) or 0)
     assert not caplog.records
+
+
+def test_a_damaged_log_is_no_reason_to_stop(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        for step in range(5):
+            log.write({"step": step, "train_loss": 1.5})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[1] = "\0" * 20 + "\n"
+    lines[2] = '["step"]\n'
+    lines[3] = '{"step": 3, "train_loss": "' + "[" * 100_000 + "\n"
+    path.write_text("".join(lines))
+    with MetricsLog(tmp_path, 4) as log:
+        assert [record["step"] for record in log.records] == [0, 4]
+        assert f"{path}: damaged in lines 2, 3, 4" in log.note
+    assert (tmp_path / "damaged" / "metrics.jsonl").read_text() == "".join(lines)
+    with MetricsLog(tmp_path, 4) as log:
+        assert not log.note
 
 
 def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_config):
@@ -141,6 +164,43 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_config):
     data = dataclasses.replace(config.data, path=None)
     with pytest.raises(RunMismatch, match=r"data\.fingerprint"):
         run(dataclasses.replace(config, data=data))
+
+
+def test_a_finished_run_without_its_log(tiny_config):
+    """The log is lost, its result is not."""
+    config = tiny_config()
+    first, _ = run(config)
+    (config.workdir / "metrics.jsonl").unlink()
+    again, _ = run(config)
+    assert again == dataclasses.replace(first, already_finished=True)
+
+
+def test_a_run_is_extended_at_its_last_rate(tiny_config):
+    """The steps before stay as they are, and so does what a longer one would do."""
+    short = tiny_config("lorapre_adamw")
+    run(short)
+    config = dataclasses.replace(short, extend_to=16)
+    before = losses(config.workdir)
+    result, printed = run(config)
+    assert "stays at its last value, 0.0002" in printed
+    assert result.checkpoint.name == "16"
+    records = losses(config.workdir)
+    assert records[:13] == before
+    assert [record["step"] for record in records[13:]] == [13, 14, 15, 16]
+    assert {record["learning_rate"] for record in records[14:]} == {
+        records[13]["learning_rate"]
+    }
+    # At once it is the same.
+    once = dataclasses.replace(config, workdir=config.workdir / "once")
+    run(once)
+    assert losses(once.workdir) == records
+    assert_same_trees(
+        checkpoint(once.workdir / "checkpoints" / "16"), checkpoint(result.checkpoint)
+    )
+    _, printed = run(short)  # The first command again takes nothing back.
+    assert "All 16 steps" in printed
+    with pytest.raises(ValueError, match=r"extend_to \(12\) must be more than steps"):
+        dataclasses.replace(short, extend_to=12)
 
 
 def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):

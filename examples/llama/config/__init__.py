@@ -57,6 +57,11 @@ class Config:
     host:port,processes,own number (none: this process alone)."""
     workdir: Path = Path("runs/llama")
     """Folder for checkpoints, metrics and plot; a run found there goes on."""
+    skip_nonfinite: int = 0
+    """Steps in a row whose loss, gradient or new state is not finite that are left out,
+    and counted in the log, before the run stops."""
+    extend_to: int | None = None
+    """Steps of a run that goes on beyond its --steps, at its last learning rate."""
     eval_every: int = 100
     """Steps between evaluations on held-out text."""
     checkpoint_every: int = 100
@@ -76,6 +81,14 @@ class Config:
     def __post_init__(self) -> None:
         require_positive(self, "steps", "eval_every", "checkpoint_every")
         require_positive(self, "diagnostics_every", "log_every")
+        require(
+            self.skip_nonfinite >= 0,
+            f"skip_nonfinite must not be negative, got {self.skip_nonfinite}",
+        )
+        require(
+            self.extend_to is None or self.extend_to > self.steps,
+            f"extend_to ({self.extend_to}) must be more than steps ({self.steps})",
+        )
         parse_mesh(self.mesh or "")
         if self.distributed is not None:
             parse_job(self.distributed)
@@ -101,6 +114,11 @@ class Config:
             "optax's galore cannot take stacked layers: add --no-scan-layers",
         )
 
+    @property
+    def last_step(self) -> int:
+        """Of the run; the learning rate falls until ``steps``."""
+        return self.extend_to or self.steps
+
 
 # What may change between the parts of one run: none of it alters an update, but for
 # rounding by the mesh. Where text and tokenizer lie may, because their fingerprint is
@@ -113,6 +131,8 @@ _FREE = (
     "checkpoint_every",
     "diagnostics_every",
     "log_every",
+    "skip_nonfinite",
+    "extend_to",
     "time_limit",
     "profile",
     "peak_tflops",

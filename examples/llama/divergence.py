@@ -1,0 +1,89 @@
+"""Numbers that are not finite: found, told, and never saved."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+_WATCHED = ("train_loss", "grad_norm")
+
+
+class NotFinite(Exception):
+    """At a step of the run, something was NaN or infinite.
+
+    Attributes:
+      step: Updates done by then, counted with this one.
+      what: What it was, for people.
+    """
+
+    def __init__(self, step: int, what: str):
+        super().__init__(f"{what} not finite at step {step}")
+        self.step, self.what = step, what
+
+
+class Diverged(Exception):
+    """The run stopped because of ``NotFinite``; nothing of it was saved."""
+
+    def __init__(self, error: NotFinite, good: Path | None):
+        saved = (
+            f"The last good checkpoint is {good}." if good else "None was saved yet."
+        )
+        super().__init__(
+            f"Diverged: {error}. {saved} The same command would come to the same point "
+            "again: start another run with a lower --learning-rate or a --clip-norm, "
+            "or go on with --skip-nonfinite N, which leaves such steps out."
+        )
+
+
+def check_record(record: Mapping[str, float], skipped_at_most: int) -> None:
+    """Raise ``NotFinite`` unless the run may go on after what it has logged.
+
+    Args:
+      record: Of one step; ``skipped_in_a_row`` is there where steps may be skipped.
+      skipped_at_most: Steps in a row.
+    """
+    step = int(record["step"])
+    if not math.isfinite(record.get("held_out_loss", 0.0)):
+        raise NotFinite(step, "held_out_loss is")
+    in_a_row = int(record.get("skipped_in_a_row", 0))
+    if in_a_row > skipped_at_most:
+        raise NotFinite(step, f"{in_a_row} steps in a row were")
+    bad = [name for name in _WATCHED if not math.isfinite(record.get(name, 0.0))]
+    if bad and not in_a_row:
+        raise NotFinite(step, f"{' and '.join(bad)} {'are' if bad[1:] else 'is'}")
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """() bool."""
+    found = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(found).all()
+
+
+def make_finite_check(replicated: Sharding) -> Callable[[int, Any], None]:
+    """``check(step, state)``: raise ``NotFinite``, with the paths of the leaves.
+
+    On several hosts all of them raise.
+    """
+
+    @partial(jax.jit, out_shardings=replicated)
+    def find(state: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
+
+    def check(step: int, state: Any) -> None:
+        found = jax.tree_util.tree_leaves_with_path(jax.device_get(find(state)))
+        bad = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, is_finite in found
+            if not is_finite
+        ]
+        if bad:
+            more = f" and {len(bad) - 4} leaves more" if bad[4:] else ""
+            verb = "are" if bad[1:] else "is"
+            raise NotFinite(step, f"{', '.join(bad[:4])}{more} {verb}")
+
+    return check
