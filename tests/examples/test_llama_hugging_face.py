@@ -355,6 +355,7 @@ def test_what_else_there_is_to_know(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": 40}')
     with pytest.raises(BadWeights, match=r"generation_config.json: eos_token_id is 40"):
         hugging_face.about(folder)
+    (folder / "generation_config.json").unlink()
     change_json(folder / "config.json", max_position_embeddings="long")
     with pytest.raises(ValueError, match="max_position_embeddings is 'long'"):
         hugging_face.about(folder)

@@ -223,9 +223,9 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 def _check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> None:
     """Beyond the vocabulary the model has no embedding: its loss would be NaN."""
-    largest, count = int(ids.max()), tokenizer.vocab_size
+    largest, count = int(ids.max()), tokenizer.reach
     if largest >= count:
-        raise DataError(f"the id {largest}, where the tokenizer has {count} ids")
+        raise DataError(f"the id {largest}, where texts get {count} ids alone")
 
 
 def _append(path: Path, numbers: np.ndarray) -> None:

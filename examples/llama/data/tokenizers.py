@@ -56,7 +56,8 @@ class ByteTokenizer:
 
     vocab_size = reach = 257
     end_of_text = pad = 256
-    begin, end = (), (end_of_text,)
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = (end_of_text,)
     fingerprint = "byte"
 
     def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
