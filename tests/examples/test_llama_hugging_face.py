@@ -349,6 +349,7 @@ def test_what_else_there_is_to_know(folder):
     ids = {"bos_token_id": 5, "eos_token_id": [7, 6], "pad_token_id": None}
     change_json(folder / "config.json", max_position_embeddings=77, **ids)
     found = {"end_of_text": 7, "stops": [7, 6], "context": 77, "token_ids": ids}
+    found |= {"vocab_size": VOCAB}
     assert hugging_face.about(folder) == found
     (folder / "generation_config.json").write_text('{"eos_token_id": [6, 9]}')
     assert hugging_face.about(folder) == found | {"stops": [7, 6, 9]}

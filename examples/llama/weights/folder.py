@@ -2,12 +2,13 @@
 
 A folder that ``import_weights`` makes is laid out as a run's: ``config.yaml`` has the
 settings of the model, ``data.json`` what ends a text, and the parameters are the
-checkpoint of step 0, without an optimizer's state. The tokenizer's file is there if the
-weights came with one.
+checkpoint of step 0, without an optimizer's state. The tokenizer's file, and what was
+beside it, is there if the weights came with one.
 """
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,7 +168,7 @@ def _restored(
 
 def _check_shapes(wanted: Any, step: Path) -> None:
     """Raise ``BadWeights`` where the settings are not those of the parameters there."""
-    handler = ocp.PyTreeCheckpointHandler()
+    handler: Any = ocp.PyTreeCheckpointHandler()  # Its Path is etils', or any other.
     found = {"params": handler.metadata(step / "default")["params"]}
     there, here = _shapes(found), _shapes(wanted)
     for name in sorted(there.keys() | here.keys()):
@@ -210,22 +211,21 @@ def import_weights(
     with files.new_folder(workdir) as part:
         if source.is_dir():
             about = hugging_face.about(source)
-            config, vocab_size, params = hugging_face.load(
-                source, dtype, scan_layers=scan_layers
-            )
             tokenizer_files.copy(source, part)
             why = f"{source} has no {PIECES} or {SENTENCEPIECE}"
+            load = partial(hugging_face.load, source)
         else:
             file = GGUFFile(source)
             about = file.about()
-            config, vocab_size, params = file.load(dtype, scan_layers=scan_layers)
             why = _tokenizer_of(file, part)
+            load = file.load
         if saved_file(part) is not None:
-            why = _why_unusable(part, vocab_size, source)
+            why = _why_unusable(part, about["vocab_size"], source)
+        config, vocab_size, params = load(dtype, scan_layers=scan_layers)
         config = dataclasses.replace(config, param_dtype=dtype)
         with Checkpoints(part) as checkpoints:
             checkpoints.save(0, {"params": params})
-        record_weights(part, config, about | {"vocab_size": vocab_size})
+        record_weights(part, config, about)
     return Imported(config, vocab_size, why)
 
 

@@ -186,6 +186,7 @@ class GGUFFile:
         ids = {name: self._token(role, vocab_size) for name, role in _ROLES.items()}
         ends = [ids["eos"], self._token("eot", vocab_size)]
         return {
+            "vocab_size": vocab_size,
             "end_of_text": ids["eos"],
             "stops": [end for end in dict.fromkeys(ends) if end is not None],
             "context": self._count("llama.context_length", None),

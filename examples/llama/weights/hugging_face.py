@@ -102,9 +102,10 @@ def _check_tied(embedding: np.ndarray, head: np.ndarray, file: Path) -> None:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What else there is to know: the longest text, and the ids of special tokens.
+    """All but the parameters and their shapes, for a run's record.
 
-    Several may end a text; ``end_of_text`` is the first of them. Raises as ``load``.
+    The number of ids and the longest text, the ids of special tokens and all that end a
+    text, the first of which is ``end_of_text``. Raises as ``load``.
     """
     file, generation = _config(folder), folder / GENERATION
     _, vocab_size = read_config(file)
@@ -114,6 +115,7 @@ def about(folder: Path) -> dict[str, Any]:
         found.append(read_token_ids(generation, vocab_size, ["eos_token_id"]))
     ends = [end for ids in found for end in listed(ids.get("eos_token_id"))]
     return {
+        "vocab_size": vocab_size,
         "end_of_text": ends[0] if ends else None,
         "stops": list(dict.fromkeys(ends)),
         "context": read_context(file),
