@@ -188,6 +188,8 @@ def test_a_cache_that_is_a_file_is_named(tmp_path, text_folder):
 @pytest.mark.parametrize("batching", ["packed", "one-per-row"])
 def test_text_that_the_tokenizer_drops_is_refused(tmp_path, text_folder, batching):
     class Deaf(ByteTokenizer):
+        begin: tuple[int, ...] = (7, 8)
+
         def encode(self, texts):
             return (np.empty(0, np.uint8) for _ in texts)
 

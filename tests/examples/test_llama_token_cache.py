@@ -70,8 +70,9 @@ def test_it_is_done_once(tmp_path):
 
 def test_a_large_vocabulary_has_wide_ids(tmp_path):
     class Wide(ByteTokenizer):
-        vocab_size = 2**16 + 1
+        vocab_size = reach = 2**16 + 1
         end_of_text = 2**16
+        end = (end_of_text,)
 
     tokens = tokens_of(Given(["a"]), tmp_path, tokenizer=Wide())
     assert tokens.ids[:].tolist() == [97, 2**16]
@@ -253,11 +254,12 @@ def test_one_that_was_made_wrong_is_named(tmp_path, file, content, message):
 
 def test_an_id_beyond_the_vocabulary_is_never_written(tmp_path):
     class Small(ByteTokenizer):
-        vocab_size = 99
+        reach = 99  # Of 257, most of them for special tokens.
         end_of_text = 98
+        end = (end_of_text,)
 
     assert len(tokens_of(Given(["ab"]), tmp_path, tokenizer=Small()).ids) == 3
-    with pytest.raises(DataError, match="the id 99, where the tokenizer has 99 ids"):
+    with pytest.raises(DataError, match="the id 99, where texts get 99 ids alone"):
         tokens_of(Given(["abc"]), tmp_path, tokenizer=Small())
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -101,7 +101,8 @@ class Text:
             TokenisingProgress(_WHAT[split], self.console),
             self.config.skip_bad_lines,
         )
-        if len(tokens.ids) == len(tokens.ends):  # Of each document its end alone.
+        around = len(self.tokenizer.begin) + len(self.tokenizer.end)
+        if len(tokens.ids) == len(tokens.ends) * around:
             raise DataError(f"the tokenizer has no ids for any of the {_WHAT[split]}")
         return tokens
 

@@ -183,9 +183,10 @@ def _write(
 
 
 def with_ends(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of each text, (length,) integers, and its end of text."""
+    """Ids of each text, (length,) integers, between those that begin and end it."""
+    begin, end = (np.asarray(x, np.uint32) for x in (tokenizer.begin, tokenizer.end))
     for ids in tokenizer.encode(texts):
-        yield np.append(ids.astype(np.uint32), np.uint32(tokenizer.end_of_text))
+        yield np.concatenate([begin, ids.astype(np.uint32), end])
 
 
 def _groups_of_ids(
@@ -222,9 +223,9 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 def _check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> None:
     """Beyond the vocabulary the model has no embedding: its loss would be NaN."""
-    largest, count = int(ids.max()), tokenizer.vocab_size
+    largest, count = int(ids.max()), tokenizer.reach
     if largest >= count:
-        raise DataError(f"the id {largest}, where the tokenizer has {count} ids")
+        raise DataError(f"the id {largest}, where texts get {count} ids alone")
 
 
 def _append(path: Path, numbers: np.ndarray) -> None:
