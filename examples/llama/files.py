@@ -1,12 +1,66 @@
-"""Files that survive a kill, and what proves that they are as they were written."""
+"""Files that survive a kill, what proves that they are as they were written, and
+files of others, which may be anything."""
 
+import errno
 import hashlib
+import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_LARGEST = 2**28  # Bytes of a text; the largest tokenizers are files of some 2**25.
+
+
+class BadFile(ValueError):
+    """A file is not what it should be; the message names it."""
+
+
+def require_regular(path: Path) -> None:
+    """Raise ``BadFile`` for a device or a pipe, which may never end, also by a link.
+
+    Raises ``OSError`` where nothing is there, or a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BadFile(f"{path}: not a regular file")
+
+
+def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
+    """All of a file that others may have written: a regular one, of so many bytes."""
+    require_regular(path)
+    with path.open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise BadFile(f"{path}: not what it should be: it has over {largest:,} bytes")
+    return content
+
+
+def read_text(path: Path, largest: int = _LARGEST) -> str:
+    """The text in such a file."""
+    try:
+        return read_bytes(path, largest).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path}: not UTF-8: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in such a file."""
+    text = read_text(path)
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise BadFile(f"{path}: nested too deeply") from error
+    except ValueError as error:
+        raise BadFile(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadFile(f"{path}: not a JSON object")
+    return found
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -21,11 +21,11 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     key: jax.Array | None = None,
-    end_of_text: int | None = None,
+    end_of_text: tuple[int, ...] = (),
 ) -> list[np.ndarray]:
     """What the model says after each prompt, (length,) int32, without the prompt.
 
-    The rows are worked on together and end one by one: at ``end_of_text``, which is
+    The rows are worked on together and end one by one: at an ``end_of_text``, which is
     left out, or after ``max_new_tokens``. The same arguments give the same tokens. A
     row's are its own whatever the others are, but for rounding and, with a
     temperature, for its number.
@@ -103,7 +103,7 @@ def _generate(
     model: PureLlama,
     max_new_tokens: int,
     sampling: Sampling,
-    end_of_text: int | None,
+    end_of_text: tuple[int, ...],
     params: Params,
     prompts: jax.Array,
     begin: jax.Array,
@@ -119,9 +119,8 @@ def _generate(
         """One column more, after all of ``tokens`` (b, s)."""
         logits, cache = model.extend(params, tokens, now.cache)
         chosen = choose(logits, _folded(keys, now.count), sampling)
-        running = now.running
-        if end_of_text is not None:
-            running &= chosen != end_of_text
+        ended = jnp.isin(chosen, jnp.asarray(end_of_text, jnp.int32))
+        running = now.running & ~ended
         made = now.made.at[:, now.count].set(chosen)
         return _Progress(made, now.count + 1, running, now.lengths + running, cache)
 

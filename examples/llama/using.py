@@ -64,11 +64,13 @@ def go_on(command: Generate) -> list[tuple[str, str]]:
     """Each prompt, and what the model has to say after it."""
     weights = load_params(command.workdir)
     tokenizer = weights.tokenizer()
-    end = weights.end_of_text
-    end = tokenizer.end_of_text if end is None else end
+    ends = weights.stops or (tokenizer.end_of_text,)
     prompts = list(command.prompt) or [""]
-    # A new document comes after the end of another.
-    begun = [list(ids) or [end] for ids in tokenizer.encode(prompts)]
+    # Where a document begins with nothing, it comes after the end of another.
+    begun = [
+        [*tokenizer.begin, *ids.tolist()] or [ends[0]]
+        for ids in tokenizer.encode(prompts)
+    ]
     made = generate(
         PureLlama(weights.config, weights.vocab_size),
         jax.device_put(weights.params),
@@ -77,7 +79,7 @@ def go_on(command: Generate) -> list[tuple[str, str]]:
         temperature=command.temperature,
         top_p=command.top_p,
         key=jax.random.key(command.seed),
-        end_of_text=end,
+        end_of_text=ends,
     )
     return [
         (prompt, continuation(tokenizer, ids, row))

@@ -1,6 +1,5 @@
 """Sources of text, what is refused of them, and the settings that choose them."""
 
-import gzip
 import io
 
 import numpy as np
@@ -11,14 +10,16 @@ from rich.console import Console
 from examples.llama.config import DataConfig
 from examples.llama.data.documents import BadLines, DataError
 from examples.llama.data.library import StandardLibrary
-from examples.llama.data.shards import Shards, digest_of
-from examples.llama.data.text import open_source, open_text, read_texts
+from examples.llama.data.shards import Shards
+from examples.llama.data.text import Text, open_source, open_text, read_texts
+from examples.llama.data.tokenizers import ByteTokenizer
 
 QUIET = Console(quiet=True)
+SPLITS = ("train", "validation")
 
 
 def texts_of(source):
-    return [list(read_texts(source, split)) for split in ("train", "validation")]
+    return [list(read_texts(source, split)) for split in SPLITS]
 
 
 def test_standard_library_is_divided_by_name(tmp_path):
@@ -27,13 +28,14 @@ def test_standard_library_is_divided_by_name(tmp_path):
     topics = {f"topic{i}": f"About {i}.\n" for i in range(20)}
     (tmp_path / "pydoc_data" / "topics.py").write_text(f"topics = {topics!r}\n")
     (tmp_path / "test" / "test_a.py").write_text("left out\n")
-    (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
+    (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\n# \xe9\n")
     for i in range(60):
         (tmp_path / f"module{i}.py").write_text(f"x = {i // 2}\n")  # each text twice
     train, held_out = texts_of(StandardLibrary(tmp_path))
     texts = train + held_out
     expected = {f"x = {i}\n" for i in range(30)} | set(topics.values())
-    assert len(texts) == len(set(texts)) == 50
+    expected |= {"# coding: latin-1\n# é\n"}
+    assert len(texts) == len(set(texts)) == 51
     assert set(texts) == expected
     assert 1 <= len(held_out) <= 8
 
@@ -45,6 +47,32 @@ def test_standard_library_is_divided_by_name(tmp_path):
     assert set(held_out) <= set(more_held_out)
     changed = StandardLibrary(tmp_path).fingerprint("train") != before
     assert changed == (train != more_train)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latin.py", b"# \xe9\n"),
+        ("odd.py", b"# coding: odd\n"),
+        ("pydoc_data/topics.py", b"topics = {"),
+        ("pydoc_data/topics.py", b"topics = {'a': b}"),
+    ],
+)
+def test_a_file_of_the_library_that_cannot_be_read_is_named_or_skipped(
+    tmp_path, name, content
+):
+    for i in range(60):
+        (tmp_path / f"module{i}.py").write_text(f"x = {i}\n")
+    before = {split: StandardLibrary(tmp_path).fingerprint(split) for split in SPLITS}
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    library, skipping = StandardLibrary(tmp_path), BadLines(skip=True)
+    with pytest.raises(DataError, match=f"{name}: not Python that can be read"):
+        texts_of(library)
+    found = [x for split in SPLITS for x in library.documents(split, skipping)]
+    assert (len(found), skipping.count) == (60, 1)
+    changed = [library.fingerprint(split) != before[split] for split in SPLITS]
+    assert sum(changed) == 1
 
 
 def test_the_running_python_has_enough_to_learn_from():
@@ -109,95 +137,11 @@ def test_the_fingerprint_follows_all_that_decides_the_tokens(text_folder, tmp_pa
     assert len(others | {same}) == 7
 
 
-def test_a_digest_is_computed_again_where_the_file_has_changed(tmp_path):
-    file, memory = tmp_path / "file", tmp_path / "memory"
-    file.write_text("a")
-    first = digest_of(file, memory)
-    (note,) = memory.iterdir()
-    note.write_text("what was remembered")
-    assert digest_of(file, memory) == "what was remembered"
-    file.write_text("ab")
-    assert digest_of(file, memory) not in (first, "what was remembered")
-
-
-GOOD = b'{"text": "fine"}\n'
-BAD_LINES = [
-    (b"{oops\n", "not JSON"),
-    (b'{"url": "x"}\n', 'no "text" field'),
-    (b"[1]\n", 'no "text" field'),
-    (b'{"text": 3}\n', 'no "text" field'),
-    (b'{"text": " \\n"}\n', "an empty document"),
-    (b"\xff\n", "not UTF-8"),
-    (b'{"text": "\\ud83d"}\n', "not Unicode text"),
-]
-
-
-def break_shard(folder, content: bytes):
-    path = folder / "c4-train.0.json.gz"
-    path.write_bytes(content)
-    write_shard(folder / "c4-validation.0.json.gz", ["fine"])
-
-
-@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=lambda x: str(x)[:12])
-def test_a_bad_line_is_named_or_skipped(tmp_path, line, message):
-    break_shard(tmp_path, gzip.compress(GOOD + line + b"\n" + GOOD))  # One is blank.
-    shards = Shards(tmp_path, tmp_path)
-    with pytest.raises(DataError, match=rf"c4-train.0.json.gz, line 2: {message}"):
-        list(shards.documents("train", BadLines(skip=False)))
-    bad = BadLines(skip=True)
-    documents = list(shards.documents("train", bad))
-    assert [document.text for document in documents] == ["fine", "fine"]
-    assert documents[-1].read == 1
-    assert bad.count == 1
-    assert f"c4-train.0.json.gz, line 2: {message}" in bad.first[0]
-
-
-@pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (gzip.compress(GOOD * 999)[:-9], r"line \d+: broken gzip"),
-        (b"plain text", "line 1: broken gzip"),
-        (gzip.compress(GOOD) + b"\x1f\x8b more", "line 2: broken gzip"),
-    ],
-    # Of the content itself pytest would make names that hold the time of compression.
-    ids=["cut off", "plain", "tail"],
-)
-def test_a_broken_file_is_refused_also_where_lines_are_skipped(
-    tmp_path, content, message, skip
-):
-    break_shard(tmp_path, content)
-    with pytest.raises(DataError, match=f"c4-train.0.json.gz, {message}"):
-        list(Shards(tmp_path, tmp_path).documents("train", BadLines(skip)))
-
-
-def test_skipped_lines_are_reported_also_from_the_cache(tmp_path):
-    break_shard(tmp_path, gzip.compress(GOOD * 40 + b"{oops\n" * 7))
-
-    def config(skip):
-        return DataConfig(tmp_path, seq_len=4, skip_bad_lines=skip, cache=tmp_path)
-
-    with pytest.raises(DataError, match=r"line 41: not JSON.*--skip-bad-lines"):
-        open_text(config(False), QUIET).load()
-    first = open_text(config(True), QUIET).load()
-    assert first.tokens == 40 * 5
-    assert first.notes[0] == "7 bad lines of the training text left out; the first 5:"
-    assert "line 45: not JSON" in first.notes[-1]
-    assert open_text(config(True), QUIET).load().notes == first.notes
-    # What such a run has left does not hide them from one that wants them all.
-    with pytest.raises(DataError, match=r"line 41: not JSON.*--skip-bad-lines"):
-        open_text(config(False), QUIET).load()
-
-
-def test_missing_or_empty_text_is_named(tmp_path, text_folder):
+def test_missing_or_short_text_is_named(tmp_path, text_folder):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         Shards(tmp_path / "nowhere", tmp_path)
     with pytest.raises(DataError, match=r"no \*train\*\.json\.gz shard"):
         Shards(tmp_path, tmp_path).fingerprint("train")
-    break_shard(tmp_path, gzip.compress(b"\n"))
-    with pytest.raises(DataError, match="hold no text"):
-        open_text(DataConfig(tmp_path, cache=tmp_path / "cache"), QUIET).load()
-    assert not list((tmp_path / "cache").glob("*.part"))
     write_shard(tmp_path / "c4-train.0.json.gz", ["fine"])
     write_shard(tmp_path / "c4-validation.0.json.gz", ["x"])
     config = DataConfig(tmp_path, seq_len=2, eval_tokens=1, cache=tmp_path / "cache")
@@ -205,16 +149,6 @@ def test_missing_or_empty_text_is_named(tmp_path, text_folder):
     config = DataConfig(text_folder, seq_len=99_999, cache=tmp_path)
     with pytest.raises(DataError, match="seq_len 99999 needs 100000"):
         open_text(config, QUIET).load()
-
-
-def test_a_shard_may_be_missing_at_the_end_alone(tmp_path):
-    write_shard(tmp_path / "c4-validation.00000-of-00001.json.gz", ["fine"])
-    for number in (0, 1, 3):
-        write_shard(tmp_path / f"c4-train.{number:05}-of-00009.json.gz", ["fine"])
-    with pytest.raises(DataError, match=r"c4-train.00002-of-00009.json.gz: missing"):
-        Shards(tmp_path, tmp_path).fingerprint("train")
-    write_shard(tmp_path / "c4-train.00002-of-00009.json.gz", ["more"])
-    assert texts_of(Shards(tmp_path, tmp_path))[0] == ["fine", "fine", "more", "fine"]
 
 
 def test_held_out_text_alone_can_be_measured_on(tmp_path):
@@ -243,6 +177,48 @@ def test_held_out_text_alone_can_be_measured_on(tmp_path):
 def test_impossible_data_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**settings)
+
+
+def test_a_cache_that_is_a_file_is_named(tmp_path, text_folder):
+    (tmp_path / "cache").touch()
+    with pytest.raises(DataError, match=r"--token-cache .*/cache: not a folder"):
+        open_text(DataConfig(text_folder, cache=tmp_path / "cache"), QUIET)
+
+
+@pytest.mark.parametrize("batching", ["packed", "one-per-row"])
+def test_text_that_the_tokenizer_drops_is_refused(tmp_path, text_folder, batching):
+    class Deaf(ByteTokenizer):
+        begin: tuple[int, ...] = (7, 8)
+
+        def encode(self, texts):
+            return (np.empty(0, np.uint8) for _ in texts)
+
+    config = DataConfig(text_folder, batching=batching, cache=tmp_path)
+    text = Text(config, open_source(config), Deaf(), QUIET)
+    for part, what in ((text.train, "training"), (text.held_out, "held-out")):
+        with pytest.raises(DataError, match=f"no ids for any of the {what} text"):
+            part()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "fingerprint"])
+@pytest.mark.parametrize("damage", ["changed", "emptied", "removed"])
+def test_a_damaged_bpe_is_named_or_trained_again(tmp_path, text_folder, file, damage):
+    cache = tmp_path / "cache"
+    config = DataConfig(text_folder, tokenizer="bpe", vocab_size=260, cache=cache)
+    expected = open_text(config, QUIET).tokenizer.fingerprint
+    assert open_text(config, QUIET).tokenizer.fingerprint == expected
+    (folder,) = cache.glob("bpe-*")
+    content = (folder / file).read_bytes()
+    if damage == "removed":
+        (folder / file).unlink()
+    else:
+        changed = content.replace(b"1", b"2", 1) if damage == "changed" else b""
+        (folder / file).write_bytes(changed)
+    if (file, damage) == ("fingerprint", "removed"):  # Its writer was killed.
+        assert open_text(config, QUIET).tokenizer.fingerprint == expected
+        return
+    with pytest.raises(DataError, match=f"{folder.name}: damaged: .*remove the folder"):
+        open_text(config, QUIET)
 
 
 def test_genuine_c4(shared_data, tmp_path):

@@ -93,7 +93,8 @@ def test_a_row_ends_at_the_end_of_text():
     made = generate(model, params, PROMPTS, NEW)
     stop = int(made[0][2])
     assert stop not in made[0][:2]
-    ended = generate(model, params, PROMPTS, NEW, end_of_text=stop)
+    unsaid = min(set(range(VOCAB)) - set(np.concatenate(made).tolist()))
+    ended = generate(model, params, PROMPTS, NEW, end_of_text=(unsaid, stop))
     for prompt, row in zip(PROMPTS, ended, strict=True):
         assert row.tolist() == without_cache(model, params, prompt, NEW, stop)
     assert len(ended[0]) == 2

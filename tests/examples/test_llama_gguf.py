@@ -4,6 +4,11 @@ A real one: tests/parity.
 """
 
 import dataclasses
+import json
+import os
+import struct
+import sys
+from typing import NamedTuple
 
 import gguf
 import jax
@@ -12,8 +17,13 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from examples.llama.config import ModelConfig
+from examples.llama.data.tokenizers import load_saved
 from examples.llama.weights import gguf_file
-from examples.llama.weights.folder import import_weights, load_params
+from examples.llama.weights.folder import (
+    export_weights,
+    import_weights,
+    load_params,
+)
 from examples.llama.weights.gguf_file import GGUFFile
 from examples.llama.weights.names import GGUF, BadWeights, as_tensors, unfilled
 
@@ -145,8 +155,9 @@ def test_a_quantisation_that_gguf_cannot_undo_is_refused(tmp_path):
 PIECES = ["<|end|>", "a", "b", "1", "2", "Ġ", "ab", "12", "Ġab"]
 
 
-def with_tokenizer(split):
+def with_tokenizer(split, more=lambda writer: None):
     def change(writer):
+        more(writer)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split)
         writer.add_token_list(PIECES)
@@ -161,7 +172,8 @@ def with_tokenizer(split):
 def test_tokenizer(tmp_path):
     path = write(tmp_path / "a.gguf", TIED, change=with_tokenizer("smollm"))
     tokenizer = GGUFFile(path).tokenizer()
-    assert GGUFFile(path).ends()["end_of_text"] == 0
+    about = GGUFFile(path).about()
+    assert (about["end_of_text"], about["stops"], about["context"]) == (0, [0], None)
     encoded = tokenizer.encode("ab ab12<|end|>b")
     assert encoded.tokens == ["ab", "Ġab", "1", "2", "<|end|>", "b"]
     assert encoded.ids == [PIECES.index(piece) for piece in encoded.tokens]
@@ -179,6 +191,207 @@ def test_import_takes_the_tokenizer_where_it_can(tmp_path):
     imported = import_weights(path, tmp_path / "b")
     assert "pre is 'llama-bpe'; only smollm" in imported.without_tokenizer
     assert not (tmp_path / "b" / "tokenizer.json").exists()
+
+
+def begins(writer):
+    writer.add_bos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_pad_token_id(3)
+    writer.add_eot_token_id(1)
+    writer.add_context_length(99)
+    writer.add_chat_template("{{ messages }}")
+
+
+def test_the_begin_of_text_and_the_ids_go_with_it(tmp_path):
+    path = write(tmp_path / "a.gguf", TIED, change=with_tokenizer("smollm", begins))
+    assert GGUFFile(path).tokenizer().encode("ab").tokens == ["b", "ab"]
+    assert import_weights(path, tmp_path / "a").without_tokenizer == ""
+    weights = load_params(tmp_path / "a")
+    assert (weights.end_of_text, weights.stops) == (0, (0, 1))
+    tokenizer = weights.tokenizer()
+    assert (tokenizer.begin, tokenizer.end) == ((2,), (0,))
+    export_weights(tmp_path / "a", tmp_path / "hf")
+    config, settings = (
+        json.loads((tmp_path / "hf" / name).read_text())
+        for name in ("config.json", "tokenizer_config.json")
+    )
+    assert config["max_position_embeddings"] == 99
+    ids = [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+    assert ids == [2, 0, 3]
+    names = [settings[f"{name}_token"] for name in ("bos", "eos", "pad")]
+    assert names == ["b", "<|end|>", "1"]
+    assert settings["chat_template"] == "{{ messages }}"
+    assert load_saved(tmp_path / "hf").begin == (2,)
+
+
+def test_an_end_of_text_that_is_added_is_the_end(tmp_path):
+    def change(writer):
+        writer.add_add_eos_token(True)
+        writer.add_add_bos_token(False)
+        writer.add_bos_token_id(2)
+
+    path = write(tmp_path / "a.gguf", TIED, change=with_tokenizer("smollm", change))
+    assert GGUFFile(path).tokenizer().encode("ab").tokens == ["ab", "<|end|>"]
+    import_weights(path, tmp_path / "a")
+    tokenizer = load_params(tmp_path / "a").tokenizer()
+    assert (tokenizer.begin, tokenizer.end) == ((), (0,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w.add_bos_token_id(VOCAB),
+            "bos_token_id is 40; the ids are 0 to 39",
+        ),
+        (
+            lambda w: w.add_int32("tokenizer.ggml.padding_token_id", -1),
+            "is -1; the ids",
+        ),
+        (lambda w: w.add_string("tokenizer.ggml.eot_token_id", "x"), "is 'x'; the ids"),
+        (
+            lambda w: w.add_string("llama.context_length", "x"),
+            "is 'x'; it must be a po",
+        ),
+    ],
+)
+def test_ids_that_the_model_has_not_are_refused(tmp_path, change, message):
+    file = write(tmp_path / "a.gguf", TIED, change=change)
+    with pytest.raises(BadWeights, match=rf"a\.gguf: .*{message}"):
+        import_weights(file, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_begin_of_text_that_is_not_there_is_no_tokenizer(tmp_path):
+    change = with_tokenizer("smollm", lambda writer: writer.add_add_bos_token(True))
+    path = write(tmp_path / "a.gguf", TIED, change=change)
+    imported = import_weights(path, tmp_path / "a")
+    assert "there is no bos to be added" in imported.without_tokenizer
+
+
+def test_a_head_that_is_equal_to_the_embedding_is_a_head(tmp_path):
+    """Nothing in the format says that they are one."""
+
+    def change(writer):
+        writer.add_tensor("output.weight", params_of(TIED)["embed"]["embedding"])
+
+    config, _, params = GGUFFile(write(tmp_path / "a.gguf", TIED, change=change)).load()
+    assert not config.tie_embeddings
+    expected = params_of(TIED)["embed"]["embedding"]
+    np.testing.assert_array_equal(params["embed"]["embedding"], expected)
+    np.testing.assert_array_equal(params["head"]["kernel"], expected.T)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    name = "blk.1.ffn_up.weight"
+
+    def change(writer):
+        weights = as_tensors(params_of(TIED), GGUF)[name].copy()
+        weights[3, 2] = np.nan
+        writer.add_tensor(name, weights)
+
+    file = write(tmp_path / "a.gguf", TIED, change=change, leave_out=[name])
+    with pytest.raises(BadWeights, match=f"a.gguf: tensor {name} is not finite in flo"):
+        GGUFFile(file).load()
+
+
+class Sized(NamedTuple):
+    """What ``write`` is to say of a model's shape."""
+
+    width: int = 64
+    ffn_width: int = 96
+    num_layers: int = 2
+    num_heads: int = 4
+    kv_heads: int = 2
+    norm_eps: float = 1e-5
+    rope_base: float = 5e5
+    head_dim: int = 16
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (Sized(width=2**31, head_dim=2**29), "asks for a width of 2,147,483,648"),
+        (Sized(ffn_width=2**31), "asks for a feed-forward width of 2,147,483,648"),
+        (Sized(num_layers=2**31), "asks for 2,147,483,648 layers; there are only 20"),
+        (Sized(num_layers=0), "block_count is 0; it must be a positive count"),
+        (Sized(num_heads=0), "head_count is 0; it must be a positive count"),
+        (Sized(norm_eps=np.inf), "layer_norm_rms_epsilon is inf; it must be a number"),
+    ],
+)
+def test_impossible_settings_are_refused_before_they_take_memory(
+    tmp_path, monkeypatch, says, message
+):
+    monkeypatch.setattr(sys.modules[__name__], "params_of", lambda _: TIED_PARAMS)
+    file = write(tmp_path / "a.gguf", says)
+    for scan_layers in (True, False):
+        with pytest.raises(BadWeights, match=rf"a\.gguf: .*{message}"):
+            GGUFFile(file).load(scan_layers=scan_layers)
+
+
+TIED_PARAMS = params_of(TIED)
+LARGE = 2**62
+
+
+def text(content, length=None):
+    return struct.pack("<Q", len(content) if length is None else length) + content
+
+
+def setting(kind, value):
+    return text(b"a") + struct.pack("<I", kind) + value
+
+
+def tensor(*axes, kind=0):
+    layout = f"<I{len(axes)}QIQ"
+    return text(b"t") + struct.pack(layout, len(axes), *axes, kind, 0)
+
+
+def array(kind, count):
+    return setting(9, struct.pack("<IQ", kind, count))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "rest", "message"),
+    [
+        (0, LARGE, b"", "4,611,686,018,427,387,904 settings"),
+        (LARGE, 0, b"", "4,611,686,018,427,387,904 tensors"),
+        (0, 2**22, 20 * setting(4, b"abcd"), "it ends early"),
+        (2**22, 0, 3 * tensor(1), "it ends early"),
+        (0, 1, text(b"a", LARGE), "4,611,686,018,427,387,904 bytes of a setting or"),
+        (0, 1, setting(8, text(b"a", LARGE)), "bytes of a setting or a name, more"),
+        (0, 1, array(0, LARGE), "904 values of one setting"),
+        (0, 1, array(8, LARGE), "904 values of one setting"),
+        (0, 1, array(4, 2**22), "16,777,216 bytes of a setting or a name, more"),
+        (0, 1, array(8, 2**22) + 9 * text(b"a"), "it ends early"),
+        (0, 1, array(9, 1) + 99 * struct.pack("<IQ", 9, 1), "an array of arrays"),
+        (0, 1, array(77, 1), "77 is not a valid"),
+        (0, 1, setting(77, b"a"), "77 is not a valid"),
+        (1, 0, text(b"t") + struct.pack("<I", 2**31), "a tensor of 2,147,483,648 axes"),
+        (1, 0, tensor(2**32, 2**32), "a tensor of 18,446,744,073,709,551,616 numbers"),
+        (1, 0, tensor(0, LARGE), ""),
+        (1, 0, tensor(4, kind=999), "999.* is not a valid"),
+        (2, 0, tensor(1) + tensor(1) + bytes(99), "duplicate"),
+        (0, 1, setting(0, b"a") + bytes(99), "general.architecture is missing"),
+    ],
+)
+def test_a_file_is_not_believed_what_it_counts(
+    tmp_path, tensors, settings, rest, message
+):
+    head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, settings)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(head + rest)
+    with pytest.raises(BadWeights, match=rf"a\.gguf: .*{message}"):
+        GGUFFile(path).load()
+
+
+def test_what_never_ends_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "zero.gguf").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(BadWeights, match=rf"{name}\.gguf: .* not a regular file"):
+            import_weights(tmp_path / f"{name}.gguf", tmp_path / "a")
+    (tmp_path / "link.gguf").symlink_to(write(tmp_path / "a.gguf", TIED))
+    GGUFFile(tmp_path / "link.gguf").load()
 
 
 def test_halves_and_neighbours():

@@ -25,6 +25,12 @@ configs:
   data_files:
   - split: train
     path: en/c4-validation.*.json.gz
+- config_name: both
+  data_files:
+  - split: train
+    path: en/*.json.gz
+  - split: validation
+    path: en/c4-validation.*.json.gz
 ---
 """
 
@@ -112,6 +118,50 @@ def test_bad_documents_are_named_or_skipped(repository, tmp_path):
     assert bad.count == 1
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_file_of_both_splits_is_refused(repository, tmp_path, split):
+    hub = Hub(f"{repository}:both", tmp_path)
+    message = (
+        r"both: .*c4-validation.00000-of-00001.json.gz is both in train and in val"
+    )
+    with pytest.raises(DataError, match=message):
+        list(hub.documents(split, BadLines(skip=True)))
+    (repository / "README.md").unlink()  # Then names decide.
+    (repository / "en" / "train_validation.json.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train_validation.json.gz is both in train"):
+        list(Hub(str(repository), tmp_path).documents(split, BadLines(skip=True)))
+
+
+def test_its_names_are_in_the_fingerprint(repository, tmp_path):
+    hub = Hub(f"{repository}:en", tmp_path)
+    before = hub.fingerprint("train")
+    shard = repository / "en" / "c4-train.00001-of-00002.json.gz"
+    shard.rename(shard.with_name("c4-unused.json.gz"))  # In the same order.
+    assert hub.fingerprint("train") != before
+
+
+@pytest.mark.parametrize("content", [b"", gzip.compress(b"")], ids=["bytes", "text"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_file_without_documents_is_named_or_skipped(
+    repository, tmp_path, content, number
+):
+    name = f"c4-train.0000{number}-of-00002.json.gz"
+    (repository / "en" / name).write_bytes(content)
+    hub = Hub(f"{repository}:en", tmp_path)
+    with pytest.raises(DataError, match=f"train, .*/{name}: no document"):
+        list(hub.documents("train", BadLines(skip=False)))
+    bad = BadLines(skip=True)
+    assert len(list(hub.documents("train", bad))) == (10 if number == 0 else 20)
+    assert bad.count == 1
+
+
+def test_a_file_that_ends_early_is_refused(repository, tmp_path):
+    shard = repository / "en" / "c4-train.00001-of-00002.json.gz"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(DataError, match="train, after document 20: "):
+        list(Hub(f"{repository}:en", tmp_path).documents("train", BadLines(True)))
+
+
 def test_what_datasets_refuses_is_said_with_its_place(repository, tmp_path):
     shard = repository / "en" / "c4-train.00001-of-00002.json.gz"
     shard.write_bytes(gzip.compress(b"{oops\n"))
@@ -125,6 +175,8 @@ def test_what_datasets_refuses_is_said_with_its_place(repository, tmp_path):
         list(other.documents("validation", BadLines(False)))
     with pytest.raises(DataError, match="not like owner/name:config@revision"):
         Hub("a:b:c", tmp_path)
+    with pytest.raises(DataError, match="c4 is a folder, without revisions"):
+        Hub(f"{repository}:en@main", tmp_path)
 
 
 def test_without_datasets_the_extra_is_named(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ That transformers agrees with us about what they mean: tests/parity.
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -133,8 +135,8 @@ def test_a_tokenizer_goes_with_it(tmp_path):
         TIED,
         VOCAB,
         params_of(TIED),
-        end_of_text=1,
-        tokenizer=tmp_path / "tokenizer.json",
+        token_ids={"eos_token_id": 1},
+        tokenizer=tmp_path,
     )
     there = tmp_path / "llama"
     assert json.loads((there / "config.json").read_text())["eos_token_id"] == 1
@@ -274,7 +276,7 @@ def cut(file):
     [
         (lambda f: cut(max(f.glob("*.safetensors"))), "00002.*not a whole safetensors"),
         (lambda f: max(f.glob("*.safetensors")).unlink(), "00002.*not a whole"),
-        (lambda f: cut(f / "model.safetensors.index.json"), "not an index of shards"),
+        (lambda f: cut(f / "model.safetensors.index.json"), "index.json: not JSON"),
         (lambda f: cut(f / "config.json"), "config.json: not JSON"),
         (lambda f: (f / "config.json").unlink(), "no config.json there"),
         (
@@ -285,8 +287,157 @@ def cut(file):
 )
 def test_broken_files_are_named(folder, damage, message):
     damage(folder)
-    with pytest.raises(BadWeights, match=message):
+    with pytest.raises(ValueError, match=message):
         hugging_face.load(folder)
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 10**12}, "asks for a width of 1,000,000,000,000; no axis of"),
+        ({"intermediate_size": 10**12}, "asks for a feed-forward width of 1,0"),
+        ({"vocab_size": 10**30}, "asks for a vocabulary of 1,000,0.*longer than 40"),
+        ({"num_hidden_layers": 10**12}, "asks for 1,000,000,000,000 layers; there are"),
+        ({"num_attention_heads": 10**12}, "must be a multiple of num_heads"),
+        ({"num_key_value_heads": 10**12}, "must be a multiple of num_kv_heads"),
+        ({"num_key_value_heads": 1.0}, "num_key_value_heads is 1.0, not a positive"),
+        ({"hidden_size": True}, "hidden_size is True, not a positive count"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', not a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*, not a number"),
+        ({"rope_parameters": [1]}, r"rope: \[1\] is not a JSON object"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not true or"),
+    ],
+)
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_impossible_settings_are_refused_before_they_take_memory(
+    folder, settings, message, scan_layers
+):
+    change_json(folder / "config.json", **{"head_dim": None, **settings})
+    with pytest.raises(BadWeights, match=f"config.json: .*{message}"):
+        hugging_face.load(folder, scan_layers=scan_layers)
+
+
+def test_an_axis_of_nothing_makes_no_size_possible(folder):
+    def change(first, _):
+        first["model.x"] = np.zeros((10**12, 0), np.float32)
+
+    edit(folder, change)
+    change_json(folder / "config.json", hidden_size=10**12, head_dim=None)
+    with pytest.raises(BadWeights, match=r"width of 1,000,0.*longer than 40"):
+        hugging_face.load(folder)
+
+
+@pytest.mark.parametrize(
+    "value", [10**30, VOCAB, -1, 1.0, True, "</s>", {}, [1, VOCAB], [[[1]]], [None]]
+)
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id", "pad_token_id"])
+def test_ids_that_the_model_has_not_are_refused(folder, name, value):
+    change_json(folder / "config.json", **{name: value})
+    if (name, value) == ("pad_token_id", -1):  # Once written where there is none.
+        assert hugging_face.about(folder)["token_ids"][name] == -1
+        return
+    with pytest.raises(BadWeights, match=f"config.json: {name} is .*are 0 to 39"):
+        hugging_face.about(folder)
+
+
+def test_what_else_there_is_to_know(folder):
+    ids = {"bos_token_id": 5, "eos_token_id": [7, 6], "pad_token_id": None}
+    change_json(folder / "config.json", max_position_embeddings=77, **ids)
+    found = {"end_of_text": 7, "stops": [7, 6], "context": 77, "token_ids": ids}
+    found |= {"vocab_size": VOCAB}
+    assert hugging_face.about(folder) == found
+    (folder / "generation_config.json").write_text('{"eos_token_id": [6, 9]}')
+    assert hugging_face.about(folder) == found | {"stops": [7, 6, 9]}
+    (folder / "generation_config.json").write_text('{"eos_token_id": 40}')
+    with pytest.raises(BadWeights, match=r"generation_config.json: eos_token_id is 40"):
+        hugging_face.about(folder)
+    (folder / "generation_config.json").unlink()
+    change_json(folder / "config.json", max_position_embeddings="long")
+    with pytest.raises(ValueError, match="max_position_embeddings is 'long'"):
+        hugging_face.about(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/passwd", "a/b", 3, None]
+)
+def test_shards_lie_in_the_folder(folder, name):
+    shard = min(folder.glob("*.safetensors"))
+    shutil.copy(shard, folder.parent / "other.safetensors")
+    file = folder / "model.safetensors.index.json"
+    weight_map = json.loads(file.read_text())["weight_map"]
+    change_json(file, weight_map=weight_map | {NORM: name})
+    with pytest.raises(
+        BadWeights, match=rf"index.json: '{NORM}' is in .*, which is no"
+    ):
+        hugging_face.load(folder)
+    change_json(file, weight_map=[name])
+    with pytest.raises(BadWeights, match="not an index of shards"):
+        hugging_face.load(folder)
+
+
+def test_a_link_to_a_shard_is_one_and_a_device_is_none(folder):
+    """The Hugging Face hub's own cache is of links."""
+    shard = min(folder.glob("*.safetensors"))
+    shard.rename(folder.parent / "blob")
+    shard.symlink_to(folder.parent / "blob")
+    assert_same(hugging_face.load(folder)[2], params_of(CONFIG))
+    for target in ("/dev/zero", str(folder)):
+        shard.unlink()
+        shard.symlink_to(target)
+        with pytest.raises(BadWeights, match=f"{shard.name}: not a whole safetensors"):
+            hugging_face.load(folder)
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(BadWeights, match=r"model.safetensors: .* not a regular file"):
+        hugging_face.load(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    def change(first, second):
+        (first if Q in first else second)[Q][3, 2] = value
+
+    edit(folder, change)
+    with pytest.raises(BadWeights, match=f"tensor {re.escape(Q)} is not finite in flo"):
+        hugging_face.load(folder)
+
+
+def test_weights_too_large_for_bfloat16_are_refused(folder):
+    def change(first, second):
+        (first if Q in first else second)[Q][3, 2] = np.finfo(np.float32).max
+
+    edit(folder, change)
+    hugging_face.load(folder)
+    with pytest.raises(BadWeights, match=r"q_proj.weight is not finite in bfloat16"):
+        hugging_face.load(folder, "bfloat16")
+
+
+def test_a_tied_head_may_be_in_the_file_too(tmp_path):
+    path = tmp_path / "llama"
+    hugging_face.save(path, TIED, VOCAB, params_of(TIED))
+    file, embedding = path / "model.safetensors", "model.embed_tokens.weight"
+    tensors = load_file(file)
+    head = tensors[embedding].copy()
+    save_file(tensors | {"lm_head.weight": head}, file)
+    config, _, params = hugging_face.load(path)
+    assert config.tie_embeddings
+    assert_same(params, params_of(TIED))
+    head[1, 2] += 1
+    for other in (head, head[1:]):
+        save_file(tensors | {"lm_head.weight": other.copy()}, file)
+        message = rf"{file}: lm_head.weight differs from {embedding}, .*say false there"
+        with pytest.raises(BadWeights, match=message):
+            hugging_face.load(path)
+    # As the message has it.
+    save_file(tensors | {"lm_head.weight": head}, file)
+    change_json(path / "config.json", tie_word_embeddings=False)
+    config, _, params = hugging_face.load(path)
+    assert not config.tie_embeddings
+    np.testing.assert_array_equal(params["head"]["kernel"], head.T)
 
 
 def test_every_tensor_has_a_name_of_its_own():

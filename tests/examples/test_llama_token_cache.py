@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import resource
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from examples.llama import files
 from examples.llama.data import progress as progress_module
 from examples.llama.data import token_cache
 from examples.llama.data.documents import DataError, Document
@@ -62,20 +65,22 @@ def test_it_is_done_once(tmp_path):
     other.fingerprint = "another"
     tokens_of(source, tmp_path, tokenizer=other)
     assert len(list(tmp_path.iterdir())) == 4
-    assert source.read == 6
+    assert source.read == 5  # Of two documents, the limit needs one.
 
 
 def test_a_large_vocabulary_has_wide_ids(tmp_path):
     class Wide(ByteTokenizer):
-        vocab_size = 2**16 + 1
+        vocab_size = reach = 2**16 + 1
         end_of_text = 2**16
+        end = (end_of_text,)
 
     tokens = tokens_of(Given(["a"]), tmp_path, tokenizer=Wide())
     assert tokens.ids[:].tolist() == [97, 2**16]
 
 
-def test_reading_stops_at_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "_CHARACTERS_AT_ONCE", 20)
+@pytest.mark.parametrize("at_once", [20, 1_000_000])
+def test_reading_stops_at_the_limit(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(token_cache, "_CHARACTERS_AT_ONCE", at_once)
     source = Given(["x" * 10] * 1000)
     assert len(tokens_of(source, tmp_path, Limit(95)).ends) == 10
     assert source.read == 10
@@ -159,15 +164,125 @@ def test_several_may_write_the_same(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("file", ["ids.bin", "ends.bin", "meta.json"])
-def test_a_damaged_one_is_named(tmp_path, file):
+FILES = ["ids.bin", "ends.bin", "meta.json", "digests.json"]
+
+
+def halved(content):
+    return content[: len(content) // 2]
+
+
+def with_a_flipped_bit(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def emptied(content):
+    return b""
+
+
+@pytest.mark.parametrize("damage", [halved, with_a_flipped_bit, emptied])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_one_is_named(tmp_path, file, damage):
     source = Given(["ab", "c"])
     tokens_of(source, tmp_path)
     (folder,) = tmp_path.iterdir()
-    content = (folder / file).read_bytes()
-    (folder / file).write_bytes(content[: len(content) // 2])
+    (folder / file).write_bytes(damage((folder / file).read_bytes()))
     with pytest.raises(DataError, match=f"{folder.name}: damaged.*remove the folder"):
         tokens_of(source, tmp_path)
+    shutil.rmtree(folder)
+    assert tokens_of(source, tmp_path).ids[:].tolist() == [97, 98, 256, 99, 256]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_with_a_file_missing_is_named(tmp_path, file):
+    source = Given(["ab", "c"])
+    tokens_of(source, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (folder / file).unlink()
+    with pytest.raises(DataError, match=f"{folder.name}: damaged: .*{file}"):
+        tokens_of(source, tmp_path)
+
+
+def test_a_file_in_its_place_is_named(tmp_path):
+    source = Given(["ab", "c"])
+    tokens_of(source, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(DataError, match=f"{folder.name}: damaged.*Not a directory"):
+        tokens_of(source, tmp_path)
+
+
+META = {"documents": 2, "tokens": 5, "bad_lines": 0, "first_bad_lines": []}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("ids.bin", np.asarray([97, 98, 257, 99, 256], "<u2"), "the id 257"),
+        ("ends.bin", np.asarray([5, 3], "<i8"), "ends before it begins"),
+        ("ends.bin", np.asarray([0, 5], "<i8"), "ends before it begins"),
+        ("ends.bin", np.asarray([3, 3, 5], "<i8"), "ends before it begins"),
+        ("ends.bin", np.asarray([-3, 5], "<i8"), "ends before it begins"),
+        ("ends.bin", np.asarray([3, 6], "<i8"), "not of the same text"),
+        ("ends.bin", np.asarray([2, 3, 5], "<i8"), "not of the same text"),
+        ("meta.json", json.dumps([META]).encode(), "list indices"),
+        ("meta.json", b"{}", "documents|tokens"),
+        ("meta.json", b"3", "not subscriptable"),
+        ("meta.json", json.dumps(META | {"tokens": "5"}).encode(), "same text"),
+        ("meta.json", json.dumps(META | {"tokens": 6}).encode(), "same text"),
+        ("meta.json", b"\xff", "decode"),
+        ("meta.json", b"[" * 200_000, "recursion"),
+        ("digests.json", b"[" * 200_000, "recursion"),
+        ("digests.json", b"[]", "not what was written"),
+    ],
+    ids=lambda x: str(x)[:12] if isinstance(x, str) else "",
+)
+def test_one_that_was_made_wrong_is_named(tmp_path, file, content, message):
+    """Its digests are right."""
+    source = Given(["ab", "c"])
+    tokens_of(source, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (folder / file).write_bytes(bytes(content))
+    if file != "digests.json":
+        (folder / "digests.json").unlink()
+        digests = json.dumps(files.digests(folder))
+        (folder / "digests.json").write_text(digests)
+    with pytest.raises(DataError, match=rf"{folder.name}: damaged: .*({message})"):
+        tokens_of(source, tmp_path)
+
+
+def test_an_id_beyond_the_vocabulary_is_never_written(tmp_path):
+    class Small(ByteTokenizer):
+        reach = 99  # Of 257, most of them for special tokens.
+        end_of_text = 98
+        end = (end_of_text,)
+
+    assert len(tokens_of(Given(["ab"]), tmp_path, tokenizer=Small()).ids) == 3
+    with pytest.raises(DataError, match="the id 99, where texts get 99 ids alone"):
+        tokens_of(Given(["abc"]), tmp_path, tokenizer=Small())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("space", "texts", "file"),
+    [
+        (8192, ["x" * 8000], "ids.bin"),
+        (8192, ["x"] * 1500, "ends.bin"),
+        (64, ["x"], "meta.json"),
+    ],
+    ids=FILES[:3],
+)
+def test_a_full_disk_names_the_file(tmp_path, space, texts, file):
+    """Where files may not become larger, writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (space, hard))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: .*\.part/{file}'"):
+            tokens_of(Given(texts), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_array_is_opened_where_it_is_sent(tmp_path):
@@ -181,7 +296,13 @@ def test_what_it_says_of_itself(tmp_path):
     tokens_of(Given(["ab", "c"]), tmp_path)
     (folder,) = tmp_path.iterdir()
     meta = json.loads((folder / "meta.json").read_text())
-    assert (meta["documents"], meta["tokens"], meta["bad_lines"]) == (2, 5, 0)
+    assert meta == {
+        "documents": 2,
+        "tokens": 5,
+        "dtype": "<u2",
+        "bad_lines": 0,
+        "first_bad_lines": [],
+    }
 
 
 @pytest.mark.parametrize("terminal", [False, True])

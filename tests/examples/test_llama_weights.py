@@ -1,26 +1,38 @@
 """Parameters of a run or brought in: read without the rest, exported, refused."""
 
 import dataclasses
+import gzip
 import json
+import shutil
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import tokenizers
+from rich.console import Console
 
-from examples.llama import layout
+from examples.llama import layout, using
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
+from examples.llama.commands import Eval, Generate
 from examples.llama.config import Config, ModelConfig, OptimizerConfig
+from examples.llama.data.tokenizers import load_saved
 from examples.llama.optimizers import make_optimizer
 from examples.llama.pure import PureLlama
 from examples.llama.run_record import RunMismatch, record_run
 from examples.llama.steps import init_state
 from examples.llama.train import train
+from examples.llama.using import evaluate, go_on
 from examples.llama.weights import hugging_face
-from examples.llama.weights.folder import export_weights, import_weights, load_params
+from examples.llama.weights.folder import (
+    export_weights,
+    import_weights,
+    load_for,
+    load_params,
+)
 from examples.llama.weights.names import BadWeights
 
+QUIET = Console(quiet=True)
 VOCAB = 257
 CONFIG = ModelConfig(width=32, ffn_width=64, num_layers=2, num_heads=2, norm_eps=1e-5)
 
@@ -77,11 +89,15 @@ def test_a_damaged_checkpoint_is_not_read(run):
 
 def test_export_and_import_are_inverse(run, tmp_path):
     config, params = run
-    pieces = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    words = tokenizers.models.WordLevel({"</s>": 0}, unk_token="</s>")
+    pieces = tokenizers.Tokenizer(words)
+    pieces.add_special_tokens(["</s>"])
     pieces.save(str(config.workdir / "tokenizer.json"))
     export_weights(config.workdir, tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["max_position_embeddings"] == 99
+    ids = [settings[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+    assert ids == [None, 0, None]
     imported = import_weights(
         tmp_path / "hf", tmp_path / "back", scan_layers=config.model.scan_layers
     )
@@ -109,6 +125,199 @@ def test_import_in_bfloat16_without_a_tokenizer(tmp_path):
     expected = jax.tree.map(lambda x: np.asarray(x.astype("bfloat16")), params)
     assert_same(weights.params, expected)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(weights.params)} == {"bfloat16"}
+
+
+WORDS = {"<s>": 2, "a": 0, "b": 1, "</s>": 3, "<|eot|>": 4}
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A Hugging Face folder as of a chat model, with all that such a one has."""
+    folder = tmp_path / "chat"
+    params = jax.jit(PureLlama(CONFIG, 8).init)(jax.random.key(0))
+    hugging_face.save(folder, CONFIG, 8, params)
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="a"))
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    pieces.add_special_tokens(["<s>", "</s>", "<|eot|>"])
+    pieces.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 2)]
+    )
+    pieces.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text('{"bos_token":  "<s>"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "chat_template.json").write_text("{}")
+    file = folder / "config.json"
+    ids = {"bos_token_id": 2, "eos_token_id": [3, 4], "pad_token_id": 0}
+    settings = json.loads(file.read_text()) | ids
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_round_trip_loses_nothing(chat, tmp_path):
+    assert import_weights(chat, tmp_path / "there").without_tokenizer == ""
+    weights = load_params(tmp_path / "there")
+    assert weights.tokenizer().begin == (2,)
+    assert (weights.end_of_text, weights.stops) == (3, (3, 4))
+    export_weights(tmp_path / "there", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(chat)
+
+
+def test_nor_does_one_without_a_tokenizer(chat, tmp_path):
+    (chat / "tokenizer.json").unlink()
+    imported = import_weights(chat, tmp_path / "there")
+    assert "chat has no tokenizer.json" in imported.without_tokenizer
+    export_weights(tmp_path / "there", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(chat)
+
+
+def test_a_tuned_run_goes_on_as_what_it_began_with(chat, tmp_path):
+    """The tokenizer that a run keeps, its rule, and what is beside it."""
+    import_weights(chat, tmp_path / "there")
+    run = tmp_path / "run"
+    run.mkdir()
+    model = load_params(tmp_path / "there").config
+    config = Config(model, workdir=run)
+    record_run(config, {"vocab_size": 8, "end_of_text": 3, "context": 32})
+    load_saved(tmp_path / "there").save(run)
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(1, {"params": load_params(tmp_path / "there").params})
+    export_weights(run, tmp_path / "tuned")
+    expected, found = contents(chat), contents(tmp_path / "tuned")
+    settings = json.loads(found.pop("config.json"))
+    del expected["config.json"]
+    assert found == expected
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (2, 3)
+
+
+def test_a_tokenizer_with_ids_that_the_model_has_not(chat, tmp_path):
+    pieces = tokenizers.Tokenizer.from_file(str(chat / "tokenizer.json"))
+    pieces.add_special_tokens(["[1]", "[2]", "[3]", "[4]"])  # Which no text gets.
+    pieces.save(str(chat / "tokenizer.json"))
+    assert import_weights(chat, tmp_path / "there").without_tokenizer == ""
+    assert load_params(tmp_path / "there").tokenizer().vocab_size == 9
+    pieces.add_tokens(["c"])
+    pieces.save(str(chat / "tokenizer.json"))
+    message = r"the tokenizer has 10 ids for texts, the model only 8 embeddings"
+    with pytest.raises(BadWeights, match=f"chat: {message}"):
+        import_weights(chat, tmp_path / "not")
+    assert not (tmp_path / "not").exists()
+    pieces.save(str(tmp_path / "there" / "tokenizer.json"))
+    for use in (Generate(tmp_path / "there"), Eval(tmp_path / "there")):
+        with pytest.raises(BadWeights, match=f"there: {message}"):
+            go_on(use) if isinstance(use, Generate) else evaluate(use, QUIET)
+
+
+def test_a_tokenizer_that_cannot_be_used_is_kept_with_a_note(chat, tmp_path):
+    (chat / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    imported = import_weights(chat, tmp_path / "there")
+    message = f"{chat / 'tokenizer.json'}: not a tokenizer that can be used: no end"
+    assert imported.without_tokenizer.startswith(message)
+    assert (tmp_path / "there" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "message"),
+    [
+        ({"width": 64}, {}, r"params/embed/embedding is float32 of \(257, 32\), by"),
+        ({"ffn_width": 10**12}, {}, r"mlp/down/kernel .* of \((2, )?1000000000000, 32"),
+        ({"param_dtype": "bfloat16"}, {}, "is float32 .* beside it bfloat16 of"),
+        (
+            {"tie_embeddings": True},
+            {},
+            "params/head/kernel .* beside it not there: they",
+        ),
+        ({}, {"vocab_size": 99}, r"params/embed/embedding .* of \(99, 32\)"),
+        ({}, {"vocab_size": "99"}, "run: settings of another version: .* of '99' ids"),
+        ({}, {"end_of_text": VOCAB}, r"ends of text \(257,\) of 257 ids"),
+        ({}, {"stops": ["</s>"]}, r"ends of text \('</s>',\) of 257 ids"),
+    ],
+)
+def test_parameters_of_other_settings_are_refused(run, settings, data, message):
+    config, _ = run
+    model = dataclasses.replace(config.model, **settings)
+    data = {"vocab_size": VOCAB, "end_of_text": 0} | data
+    record_run(dataclasses.replace(config, model=model), data)
+    for mesh in (None, layout.make_mesh("fsdp=4,tensor=2", jax.devices())):
+        with pytest.raises(BadWeights, match=message):
+            load_params(config.workdir, mesh)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_no_weights(run, tmp_path, value):
+    config, params = run
+    params["norm"]["scale"] = np.full_like(params["norm"]["scale"], value)
+    params["embed"]["embedding"] = params["embed"]["embedding"].copy()
+    params["embed"]["embedding"][3, 2] = value
+    with Checkpoints(config.workdir) as checkpoints:
+        checkpoints.save(3, {"params": params})
+    message = r"checkpoints/3: embed/embedding and 1 more: not finite"
+    uses = {
+        "load": lambda: load_params(config.workdir),
+        "export": lambda: export_weights(config.workdir, tmp_path / "hf"),
+        "generate": lambda: go_on(Generate(config.workdir)),
+        "eval": lambda: evaluate(Eval(config.workdir), QUIET),
+        "init_from": lambda: load_for(
+            dataclasses.replace(config, init_from=config.workdir),
+            VOCAB,
+            layout.make_mesh("fsdp=4,tensor=2", jax.devices()),
+        ),
+    }
+    for use in uses.values():
+        with pytest.raises(BadWeights, match=message):
+            use()
+    assert not (tmp_path / "hf").exists()
+    shutil.rmtree(config.workdir / "checkpoints" / "3")  # As the message has it.
+    load_params(config.workdir)
+
+
+def test_a_prompt_begins_as_the_tokenizer_has_it(chat, tmp_path, monkeypatch):
+    """And ends where any of the model's ids ends it."""
+    import_weights(chat, tmp_path / "there")
+    given = {}
+
+    def generated(_, params, begun, count, **settings):
+        given.update(settings, begun=begun)
+        return [np.asarray([1, 0])] * len(begun)
+
+    monkeypatch.setattr(using, "generate", generated)
+    said = go_on(Generate(tmp_path / "there", prompt=("b", "")))
+    assert given["begun"] == [[2, 1], [2]]
+    assert given["end_of_text"] == (3, 4)
+    assert said == [("b", " b a"), ("", "b a")]
+    # Where nothing is put before a text, a new document comes after the end of another.
+    file = tmp_path / "there" / "tokenizer.json"
+    pieces = json.loads(file.read_text()) | {"post_processor": None}
+    file.write_text(json.dumps(pieces))
+    go_on(Generate(tmp_path / "there", prompt=("b", "")))
+    assert given["begun"] == [[1], [3]]
+
+
+def test_held_out_text_begins_as_the_tokenizer_has_it(
+    chat, tmp_path, monkeypatch, text_folder
+):
+    """The loss over a stream that is put together here."""
+    monkeypatch.chdir(tmp_path)  # Where the tokens are kept.
+    import_weights(chat, tmp_path / "there")
+    text = {"data": text_folder, "eval_tokens": 96, "seq_len": 48, "batch_size": 8}
+    found = evaluate(Eval(tmp_path / "there", **text), QUIET)
+    file = text_folder / "tiny-validation.json.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    # Of its words the tokenizer knows "a" alone, and takes all others for it.
+    stream = np.concatenate([[2, *np.zeros(len(x.split()), int), 3] for x in texts])
+    weights = load_params(tmp_path / "there")
+    model = PureLlama(weights.config, weights.vocab_size)
+    inputs, targets = (stream[i : 96 + i].reshape(2, 48) for i in (0, 1))
+    expected = jax.jit(model.losses)(weights.params, inputs, targets).mean()
+    assert found.tokens == 96
+    np.testing.assert_allclose(found.loss, expected, rtol=1e-5)
 
 
 def test_nothing_is_left_of_an_import_that_fails(tmp_path):

@@ -134,8 +134,8 @@ def test_the_tokenizer_goes_with_it(tmp_path):
         config,
         280,
         params,
-        end_of_text=0,
-        tokenizer=tmp_path / "tokenizer.json",
+        token_ids={"eos_token_id": 0},
+        tokenizer=tmp_path,
     )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
     assert theirs.encode(text) == pieces.encode(text).ids

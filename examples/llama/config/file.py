@@ -13,7 +13,11 @@ from typing import Any
 
 import yaml
 
+from examples.llama import files
 from examples.llama.config import Config, flat
+
+# Settings are some thousand bytes, in groups.
+_LARGEST, _DEEPEST = 2**16, 8
 
 
 class ConfigFileError(ValueError):
@@ -28,14 +32,36 @@ def dump(groups: Mapping[str, Any]) -> str:
 def load(path: Path) -> Any:
     """The file's content, a mapping; ``ConfigFileError`` where it is not one."""
     try:
-        content = yaml.safe_load(path.read_text())
+        text = files.read_text(path, _LARGEST)
     except OSError as error:
         raise ConfigFileError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigFileError(f"{path}: not YAML: {error}") from error
+    except files.BadFile as error:
+        raise ConfigFileError(str(error)) from error
+    try:
+        _check_plain(text)
+        content = yaml.safe_load(text)
+    except Exception as error:  # PyYAML's constructors raise what they come across.
+        raise ConfigFileError(f"{path}: not YAML that can be read: {error}") from error
     if not isinstance(content, Mapping):
-        raise ConfigFileError(f"{path}: holds no settings, but {content!r}")
+        raise ConfigFileError(
+            f"{path}: holds no settings by name, but one {type(content).__name__}"
+        )
     return content
+
+
+def _check_plain(text: str) -> None:
+    """Raise ``yaml.YAMLError`` for what a few bytes can make endless."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            problem = "nested too deeply for settings"
+        elif isinstance(event, yaml.AliasEvent):
+            problem = f"*{event.anchor} stands for another value: write that one out"
+        else:
+            continue
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def options_of(content: Mapping[str, Any], path: Path | None) -> list[str]:

@@ -1,8 +1,9 @@
 """Text streamed from the Hugging Face hub by ``datasets``, which is an extra."""
 
 import hashlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,37 +41,64 @@ class Hub:
         self._path, self._config, self._revision = match.group(
             "path", "config", "revision"
         )
+        if self._revision and Path(self._path).is_dir():
+            raise DataError(
+                f"--hub {name}: {self._path} is a folder, without revisions"
+            )
         self._memory = memory
         self.name = f"--hub {name}"
 
     def fingerprint(self, split: Split) -> str:
-        """Of the repository's commit, which from here on is the one that is read."""
+        """Of the repository's commit, which from here on is the one that is read.
+
+        Of a folder, of all its files and their names, which may decide the split.
+        """
         folder = Path(self._path)
         if folder.is_dir():
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
-            at = " ".join(digest_of(path, self._memory) for path in paths)
+            at = " ".join(
+                f"{path.relative_to(folder)} {digest_of(path, self._memory)}"
+                for path in paths
+            )
         else:
             at = self._revision = self._commit()
         identity = f"{self._path if self._revision else ''} {self._config} {split} {at}"
-        return hashlib.sha256(identity.encode()).hexdigest()
+        return hashlib.sha256(os.fsencode(identity)).hexdigest()
 
     def documents(self, split: Split, bad: BadLines) -> Iterator[Document]:
         number = 0
         with self._failure_named(lambda: f"{split}, after document {number}"):
-            records = self._datasets.load_dataset(
-                self._path,
-                self._config,
-                split=split,
-                revision=self._revision,
-                streaming=True,
+            builder = self._datasets.load_dataset_builder(
+                self._path, self._config, revision=self._revision
             )
-            for number, record in enumerate(records, start=1):
-                try:
-                    text = text_of(record)
-                except BadLine as why:
-                    bad.add(f"{self.name}, {split}, document {number}", why)
-                else:
-                    yield Document(text, None)
+            files = builder.config.data_files or {}
+            self._check_splits(files)
+            records = builder.as_streaming_dataset(split=split)
+            count, names = records.num_shards, list(files.get(split, ()))
+            if len(names) != count:  # Archives of several, or one that is not divided.
+                names = [f"part {part} of {count}" for part in range(1, count + 1)]
+            # One by one, since datasets passes over a file that holds nothing.
+            for part, name in enumerate(names):
+                before = number
+                for record in records.shard(count, part):
+                    number += 1
+                    try:
+                        text = text_of(record)
+                    except BadLine as why:
+                        bad.add(f"{self.name}, {split}, document {number}", why)
+                    else:
+                        yield Document(text, None)
+                if number == before:
+                    bad.add(f"{self.name}, {split}, {name}", BadLine("no document"))
+
+    def _check_splits(self, files: Mapping[str, Iterable[str]]) -> None:
+        """Held-out text is not trained on, whatever names and card say."""
+        both = set(files.get("train", ())) & set(files.get("validation", ()))
+        if both:
+            raise DataError(
+                f"{self.name}: {min(both)} is both in train and in validation; name "
+                "the files of each in the card, or choose another configuration"
+            )
 
     def _commit(self) -> str:
         if self._revision and re.fullmatch("[0-9a-f]{40}", self._revision):

@@ -4,10 +4,11 @@ import ast
 import functools
 import hashlib
 import sysconfig
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from examples.llama.data.documents import BadLines, DataError, Document, Split
+from examples.llama.data.documents import BadLine, BadLines, DataError, Document, Split
 
 # One document in HELD_OUT_ONE_IN is held out, chosen by its name alone.
 HELD_OUT_ONE_IN = 25
@@ -28,15 +29,13 @@ class StandardLibrary:
         self.name = f"the Python library in {self._root}"
 
     @functools.cached_property
-    def texts(self) -> dict[Split, list[str]]:
-        ranked = sorted(
-            (hashlib.sha256(name.encode()).digest(), text)
-            for name, text in _distinct(_named_texts(self._root))
-        )
-        texts: dict[Split, list[str]] = {"train": [], "validation": []}
-        for digest, text in ranked:
+    def texts(self) -> dict[Split, list[str | BadLine]]:
+        found = _distinct(_named_texts(self._root))
+        by_rank = {hashlib.sha256(name.encode()).digest(): text for name, text in found}
+        texts: dict[Split, list[str | BadLine]] = {"train": [], "validation": []}
+        for digest in sorted(by_rank):
             held_out = int.from_bytes(digest[-4:]) % HELD_OUT_ONE_IN == 0
-            texts["validation" if held_out else "train"].append(text)
+            texts["validation" if held_out else "train"].append(by_rank[digest])
         if not all(texts.values()):
             raise DataError(
                 f"{self._root}: not enough Python sources to learn from; give a folder "
@@ -47,28 +46,31 @@ class StandardLibrary:
     def fingerprint(self, split: Split) -> str:
         digest = hashlib.sha256()
         for text in self.texts[split]:
-            digest.update(hashlib.sha256(text.encode()).digest())
+            digest.update(hashlib.sha256(str(text).encode()).digest())
         return digest.hexdigest()
 
     def documents(self, split: Split, bad: BadLines) -> Iterator[Document]:
         texts = self.texts[split]
         for number, text in enumerate(texts, start=1):
-            yield Document(text, number / len(texts))
+            if isinstance(text, BadLine):
+                bad.add(self.name, text)
+            else:
+                yield Document(text, number / len(texts))
 
 
-def _named_texts(root: Path) -> Iterator[tuple[str, str]]:
+def _named_texts(root: Path) -> Iterator[tuple[str, str | BadLine]]:
+    """Or why there is no text in a file that should have some."""
     for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _LEFT_OUT.intersection(relative.parts):
+        name = path.relative_to(root).as_posix()
+        if _LEFT_OUT.intersection(name.split("/")):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # a few old files use another encoding
-            continue
-        if relative.as_posix() == _TOPICS:
-            yield from _help_topics(text)
-        else:
-            yield relative.as_posix(), text
+            with tokenize.open(path) as file:  # in the encoding that it declares
+                text = file.read()
+            texts = list(_help_topics(text)) if name == _TOPICS else [(name, text)]
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            texts = [(name, BadLine(f"{name}: not Python that can be read: {error}"))]
+        yield from texts
 
 
 def _help_topics(source: str) -> Iterator[tuple[str, str]]:
@@ -79,8 +81,10 @@ def _help_topics(source: str) -> Iterator[tuple[str, str]]:
                 yield f"{_TOPICS}/{name}", text
 
 
-def _distinct(named_texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    seen: set[str] = set()
+def _distinct(
+    named_texts: Iterable[tuple[str, str | BadLine]],
+) -> Iterator[tuple[str, str | BadLine]]:
+    seen: set[str | BadLine] = set()
     for name, text in named_texts:
         if text and text not in seen:
             seen.add(text)

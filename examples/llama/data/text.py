@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from examples.llama import files
 from examples.llama.config import DataConfig
 from examples.llama.data import token_cache, tokenizers
 from examples.llama.data.documents import BadLines, DataError, Source, Split
@@ -91,7 +92,7 @@ class Text:
         return DocumentRows(tokens.ids, tokens.ends, seq_len, pad)
 
     def _tokens(self, split: Split) -> Tokens:
-        return token_cache.tokenise(
+        tokens = token_cache.tokenise(
             self.source,
             split,
             self.tokenizer,
@@ -100,6 +101,10 @@ class Text:
             TokenisingProgress(_WHAT[split], self.console),
             self.config.skip_bad_lines,
         )
+        around = len(self.tokenizer.begin) + len(self.tokenizer.end)
+        if len(tokens.ids) == len(tokens.ends) * around:
+            raise DataError(f"the tokenizer has no ids for any of the {_WHAT[split]}")
+        return tokens
 
     def _limit(self, split: Split) -> Limit:
         """Of held-out text only what an evaluation takes is read."""
@@ -133,6 +138,8 @@ def planned_vocabulary(config: DataConfig) -> tuple[int, list[str]]:
 
 
 def open_source(config: DataConfig) -> Source:
+    if config.cache.exists() and not config.cache.is_dir():
+        raise DataError(f"--token-cache {config.cache}: not a folder; give another")
     memory = config.cache / "digests"
     if config.hub is not None:
         return Hub(config.hub, memory)
@@ -158,12 +165,23 @@ def _tokenizer(config: DataConfig, source: Source) -> Tokenizer:
     # Of other text it has another name: a run never meets a stale one.
     text = source.fingerprint("train")[:16]
     folder = config.cache / f"bpe-{config.vocab_size}-{text}"
-    if not (folder / "tokenizer.json").exists():
+    note = folder / "fingerprint"  # Written last: all is there, and stays as it is.
+    if not note.exists():
         texts = read_texts(source, "train", config.skip_bad_lines)
         trained = tokenizers.train_bpe(texts, config.vocab_size)
         folder.mkdir(parents=True, exist_ok=True)
         trained.save(folder)
-    return tokenizers.load_saved(folder)
+        files.write(note, trained.fingerprint)
+    try:
+        tokenizer = tokenizers.load_saved(folder)
+        if tokenizer.fingerprint.encode() != note.read_bytes():
+            raise DataError("not the tokenizer that was trained")
+    except DataError as error:
+        raise DataError(
+            f"{folder}: damaged: {error}; remove the folder, and the tokenizer is "
+            "trained again"
+        ) from error
+    return tokenizer
 
 
 def _notes(tokens: Tokens, split: Split) -> list[str]:

@@ -2,15 +2,17 @@
 
 A folder of the cache holds the tokens of one split of one text:
 
-    ids.bin    the token ids of all documents, an end of text after each
-    ends.bin   where each document ends in it, int64
-    meta.json  how many there are, and which lines were left out
+    ids.bin       the token ids of all documents, an end of text after each
+    ends.bin      where each document ends in it, int64
+    meta.json     how many there are, and which lines were left out
+    digests.json  of these three files, SHA-256
 
-Its name is a hash of the text, the tokenizer and what else decides the tokens, so one
-that is there is always right. It gets that name when it is whole; a writer that is
-killed leaves a folder under another name, which is never read. Several processes or
-hosts may write the same one at once: the first to finish names it, the others find the
-same content there.
+Its name is a hash of the text, the tokenizer and what else decides the tokens, and its
+digests are checked whenever it is opened, a second for every 2 GB or so: one that is
+read is right. It gets that name when it is whole; a writer that is killed leaves a
+folder under another name, which is never read. Several processes or hosts may write
+the same one at once: the first to finish names it, the others find the same content
+there.
 """
 
 import contextlib
@@ -19,14 +21,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from examples.llama import files
 from examples.llama.data.documents import (
     BadLines,
     DataError,
@@ -37,9 +41,12 @@ from examples.llama.data.documents import (
 from examples.llama.data.progress import TokenisingProgress
 from examples.llama.data.tokenizers import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _CHARACTERS_AT_ONCE = 1_000_000  # Handed to the tokenizer: enough for all cores.
 _SECONDS_TO_ABANDON = 3600  # A folder that nothing is written to for so long.
+_BYTES_AT_ONCE = 2**24  # Read to be checked; a multiple of all numbers' size.
+_IDS, _ENDS, _META = _HASHED = "ids.bin", "ends.bin", "meta.json"
+_DIGESTS = "digests.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +107,15 @@ def tokenise(
 ) -> Tokens:
     """From ``cache``, where it is put first if it is not there."""
     folder = cache / key_of(source, split, tokenizer, limit)[:32]
-    if not folder.is_dir():
+    if not folder.exists():
         bad = BadLines(skip_bad_lines)
         documents = source.documents(split, bad)
         with _unfinished(folder) as part:
             with progress:
                 _write(part, documents, tokenizer, limit, progress, bad)
-            if not (part / "ends.bin").stat().st_size:
+            if not (part / _ENDS).stat().st_size:
                 raise DataError(f"{source.name}: the {split} shards hold no text")
-    tokens = _open(folder)
+    tokens = _open(folder, tokenizer)
     if tokens.bad_lines and not skip_bad_lines:  # Written by a run that skips them.
         raise DataError(
             f"{tokens.first_bad_lines[0]}; --skip-bad-lines leaves such lines out"
@@ -120,7 +127,8 @@ def tokenise(
 def _unfinished(folder: Path) -> Iterator[Path]:
     """A folder to fill, which then gets the name ``folder``."""
     for abandoned in folder.parent.glob(f"{folder.name}.*.part"):
-        with contextlib.suppress(FileNotFoundError):  # Another process removes it too.
+        # Another process removes it too, or it is a file, of someone else's.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             newest = max(p.stat().st_mtime for p in (abandoned, *abandoned.iterdir()))
             if time.time() - newest > _SECONDS_TO_ABANDON:
                 shutil.rmtree(abandoned, ignore_errors=True)
@@ -147,20 +155,21 @@ def _write(
     bad: BadLines,
 ) -> None:
     """All files, safe on disk."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    dtype = _dtype(tokenizer)
+    ids_file, ends_file = part / _IDS, part / _ENDS
+    ids_file.touch()
+    ends_file.touch()
     number = length = 0
-    with (
-        (part / "ids.bin").open("wb") as ids_file,
-        (part / "ends.bin").open("wb") as ends_file,
-    ):
-        for streams, done in _groups_of_ids(documents, tokenizer, limit):
-            ends = length + np.cumsum([len(stream) for stream in streams])
-            ids_file.write(np.concatenate(streams).astype(dtype).tobytes())
-            ends_file.write(ends.astype("<i8").tobytes())
-            number, length = number + len(streams), int(ends[-1])
-            progress.update(done, number, length)
-        for file in (ids_file, ends_file):
-            file.flush()
+    for streams, done in _groups_of_ids(documents, tokenizer, limit):
+        ends = length + np.cumsum([len(stream) for stream in streams])
+        ids = np.concatenate(streams)
+        _check_ids(ids, tokenizer)
+        _append(ids_file, ids.astype(dtype))
+        _append(ends_file, ends.astype("<i8"))
+        number, length = number + len(streams), int(ends[-1])
+        progress.update(done, number, length)
+    for path in (ids_file, ends_file):
+        with files.named(path), path.open("rb") as file:
             os.fsync(file.fileno())
     meta = {
         "documents": number,
@@ -169,24 +178,24 @@ def _write(
         "bad_lines": bad.count,
         "first_bad_lines": bad.first,
     }
-    with (part / "meta.json").open("w") as file:
-        json.dump(meta, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    files.write(part / _META, json.dumps(meta, indent=2))
+    files.write(part / _DIGESTS, json.dumps(files.digests(part), indent=2))
 
 
 def with_ends(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of each text, (length,) integers, and its end of text."""
+    """Ids of each text, (length,) integers, between those that begin and end it."""
+    begin, end = (np.asarray(x, np.uint32) for x in (tokenizer.begin, tokenizer.end))
     for ids in tokenizer.encode(texts):
-        yield np.append(ids.astype(np.uint32), np.uint32(tokenizer.end_of_text))
+        yield np.concatenate([begin, ids.astype(np.uint32), end])
 
 
 def _groups_of_ids(
     documents: Iterable[Document], tokenizer: Tokenizer, limit: Limit
 ) -> Iterator[tuple[list[np.ndarray], float | None]]:
     """Ids of some documents, each with its end, and the part that is done by then."""
-    counted = 0
-    for group in _groups(documents):
+    counted, documents = 0, iter(documents)
+    # A token is seldom less than a character, so hardly a document too many is read.
+    while group := _group(documents, (limit.tokens or sys.maxsize) - counted):
         streams = []
         for stream in with_ends([document.text for document in group], tokenizer):
             streams.append(stream)
@@ -197,29 +206,69 @@ def _groups_of_ids(
         yield streams, counted / limit.tokens if limit.tokens else group[-1].read
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Not empty, of about ``_CHARACTERS_AT_ONCE``."""
+def _group(documents: Iterator[Document], characters: int) -> list[Document]:
+    """The next ones, of about so many characters or ``_CHARACTERS_AT_ONCE``."""
     group, size = [], 0
     for document in documents:
         group.append(document)
         size += len(document.text)
-        if size >= _CHARACTERS_AT_ONCE:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+        if size >= min(characters, _CHARACTERS_AT_ONCE):
+            break
+    return group
 
 
-def _open(folder: Path) -> Tokens:
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+
+
+def _check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Beyond the vocabulary the model has no embedding: its loss would be NaN."""
+    largest, count = int(ids.max()), tokenizer.reach
+    if largest >= count:
+        raise DataError(f"the id {largest}, where texts get {count} ids alone")
+
+
+def _append(path: Path, numbers: np.ndarray) -> None:
+    with files.named(path), path.open("ab") as file:
+        file.write(numbers.tobytes())
+
+
+def _open(folder: Path, tokenizer: Tokenizer) -> Tokens:
+    """Raises ``DataError`` unless all of it is what was written, by this tokenizer."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        ids = MappedArray(folder / "ids.bin", meta["dtype"])
-        ends = MappedArray(folder / "ends.bin", "<i8")
-        if (len(ids), len(ends)) != (meta["tokens"], meta["documents"]):
-            raise ValueError("a file is not as long as it was")
-    except (OSError, ValueError, KeyError) as error:
+        return _checked(folder, tokenizer)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f"{folder}: damaged: {error}; remove the folder, and the text is tokenised "
             "again"
         ) from error
+
+
+def _checked(folder: Path, tokenizer: Tokenizer) -> Tokens:
+    dtype, digests = _dtype(tokenizer), {name: hashlib.sha256() for name in _HASHED}
+    for ids in _blocks(folder / _IDS, dtype, digests[_IDS]):
+        _check_ids(ids, tokenizer)
+    length = 0
+    for ends in _blocks(folder / _ENDS, np.dtype("<i8"), digests[_ENDS]):
+        if np.diff(ends, prepend=length).min() <= 0:
+            raise ValueError(f"{_ENDS}: a document ends before it begins")
+        length = int(ends[-1])
+    content = (folder / _META).read_bytes()
+    digests[_META].update(content)
+    found = {name: digest.hexdigest() for name, digest in digests.items()}
+    if json.loads((folder / _DIGESTS).read_bytes()) != found:
+        raise ValueError("its files are not what was written")
+    meta = json.loads(content)
+    ids = MappedArray(folder / _IDS, dtype.str)
+    ends = MappedArray(folder / _ENDS, "<i8")
+    if (len(ids), len(ends), length) != (meta["tokens"], meta["documents"], len(ids)):
+        raise ValueError("its files are not of the same text")
     return Tokens(ids, ends, meta["bad_lines"], meta["first_bad_lines"])
+
+
+def _blocks(path: Path, dtype: np.dtype, digest: Any) -> Iterator[np.ndarray]:
+    """The numbers in a file, (some,), which ``digest`` takes in on the way."""
+    with files.named(path), path.open("rb") as file:
+        while block := file.read(_BYTES_AT_ONCE):
+            digest.update(block)
+            yield np.frombuffer(block, dtype)

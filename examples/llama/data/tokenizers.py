@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -13,12 +12,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from examples.llama import files
+from examples.llama.data import tokenizer_files
 from examples.llama.data.documents import DataError
+from examples.llama.data.tokenizer_files import NOTHING, Beside, saved_file
 
 _END_OF_TEXT = "<|endoftext|>"
 _ENDS_OF_TEXT = (_END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-_SENTENCEPIECE_FILE, _PIECES_FILE = "tokenizer.model", "tokenizer.json"
-_SETTINGS_FILE = "tokenizer_config.json"  # Hugging Face's name, beside tokenizer.json.
 # Enough to learn pieces from: more text takes longer and hardly changes them.
 _BPE_CHARACTERS = 50_000_000
 
@@ -26,15 +25,21 @@ _BPE_CHARACTERS = 50_000_000
 class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id."""
+    reach: int
+    """One more than the largest id that a text can get."""
+    begin: tuple[int, ...]
+    """Ids that every text begins with, prompts too."""
+    end: tuple[int, ...]
+    """Ids that every document ends with, and no prompt; the end of text among them."""
     end_of_text: int
-    """Id that follows every document."""
+    """Id that is known to end a text."""
     pad: int
     """Id that fills a row up; it is never a target."""
     fingerprint: str
     """Of all that decides which ids a text gets."""
 
     def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """Ids of each text, (length,) integers, without the end of text."""
+        """Ids of each text, (length,) integers, without what begins and ends it."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -42,15 +47,17 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """As the one file there, under its usual name; ``load_saved`` reads it."""
+        """As the one there, with all that was beside it; ``load_saved`` reads it."""
         ...
 
 
 class ByteTokenizer:
     """Id = value of the UTF-8 byte; 256 ends a text."""
 
-    vocab_size = 257
+    vocab_size = reach = 257
     end_of_text = pad = 256
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = (end_of_text,)
     fingerprint = "byte"
 
     def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
@@ -62,22 +69,33 @@ class ByteTokenizer:
 
     def save(self, folder: Path) -> None:
         """It has no file."""
-        _clear(folder)
+        tokenizer_files.clear(folder)
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model, as T5's and Llama's."""
+    """A SentencePiece model, as T5's and Llama's.
 
-    def __init__(self, model: bytes):
-        self._model = model
+    It does not say what is put before a text; the settings beside it may.
+    """
+
+    def __init__(self, model: bytes, beside: Beside = NOTHING):
+        self._model, self._beside = model, beside
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self._pieces.vocab_size()
+        self.vocab_size = self.reach = self._pieces.vocab_size()
         self.end_of_text = self._pieces.eos_id()
         if self.end_of_text < 0:
             raise DataError("the model has no end of text (eos)")
         pad = self._pieces.pad_id()
         self.pad = pad if pad >= 0 else self.end_of_text
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        begins = bool(beside.settings.get("add_bos_token"))
+        if begins and self._pieces.bos_id() < 0:
+            raise DataError(
+                f"the model has no begin of text (bos), and {tokenizer_files.SETTINGS} "
+                "beside it sets add_bos_token"
+            )
+        self.begin = (self._pieces.bos_id(),) if begins else ()
+        self.end = (self.end_of_text,)
+        self.fingerprint = _fingerprint(model, self)
 
     def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         for ids in self._pieces.encode(list(texts)):
@@ -87,26 +105,42 @@ class SentencePieceTokenizer:
         return self._pieces.decode([int(i) for i in ids if i < self.vocab_size])
 
     def save(self, folder: Path) -> None:
-        _clear(folder, but=_SENTENCEPIECE_FILE)
-        files.write(folder / _SENTENCEPIECE_FILE, self._model)
+        name = tokenizer_files.SENTENCEPIECE
+        tokenizer_files.save(folder, name, self._model, self._beside)
 
 
 class PiecesTokenizer:
-    """A tokenizer.json of Hugging Face's, whose end of text is given by its name."""
+    """A tokenizer.json of Hugging Face's.
 
-    def __init__(self, description: str, end_of_text: str):
-        self._description, self._end = description, end_of_text
+    What it puts around a text is its own post-processor's rule alone, as it is for
+    transformers: settings such as add_bos_token are for files that have no such rule.
+    """
+
+    def __init__(self, description: str, beside: Beside = NOTHING):
+        self._description, self._beside = description, beside
         pieces = tokenizers.Tokenizer.from_str(description)
-        # A text that spells out the end of text gets ordinary pieces for it.
-        pieces.encode_special_tokens = True
         pieces.no_truncation()
         pieces.no_padding()
-        self._pieces = pieces
         ids = pieces.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1  # Some leave ids out.
-        self.end_of_text = self.pad = ids[end_of_text]
-        whole = f"{end_of_text}\n{description}"
-        self.fingerprint = hashlib.sha256(whole.encode()).hexdigest()
+        if self.vocab_size > 2**31:
+            raise DataError(f"it has ids up to {self.vocab_size - 1:,}, over 31 bits")
+        added = pieces.get_added_tokens_decoder()
+        self._end = _end_of_text({token.content for token in added.values()}, beside)
+        self.end_of_text = self.pad = ids[self._end]
+        around = _around(pieces, self._end)
+        self.begin, after = around
+        ends = self.end_of_text in after  # Once, also where nothing is put there.
+        self.end = after if ends else (*after, self.end_of_text)
+        # A text that spells out a special token gets ordinary pieces for it.
+        pieces.encode_special_tokens = True
+        self._pieces = pieces
+        in_texts = pieces.get_vocab(with_added_tokens=False).values()
+        not_special = (i for i, token in added.items() if not token.special)
+        self.reach = 1 + max({*in_texts, *not_special, *self.begin, *self.end})
+        if self.reach > self.vocab_size:
+            raise DataError(f"it puts ids around a text that it has not: {around}")
+        self.fingerprint = _fingerprint(f"{self._end}\n{description}".encode(), self)
 
     def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         found = self._pieces.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -117,25 +151,30 @@ class PiecesTokenizer:
         return self._pieces.decode([int(i) for i in ids])
 
     def save(self, folder: Path) -> None:
-        _clear(folder, but=_PIECES_FILE)
-        files.write(folder / _PIECES_FILE, self._description)
-        settings = json.dumps({"eos_token": self._end}, indent=2)
-        files.write(folder / _SETTINGS_FILE, settings + "\n")
+        name, content = tokenizer_files.PIECES, self._description.encode()
+        tokenizer_files.save(folder, name, content, self._beside)
+        if not self._beside.settings:
+            settings = json.dumps({"eos_token": self._end}, indent=2)
+            files.write(folder / tokenizer_files.SETTINGS, settings + "\n")
 
 
 def load_file(path: Path) -> Tokenizer:
-    """Of a SentencePiece ``.model`` or a ``tokenizer.json``."""
-    if not path.is_file():
+    """Of a SentencePiece ``.model`` or a ``tokenizer.json``, with what is beside it."""
+    if not path.exists():
         raise DataError(f"{path}: no such file")
     try:
+        beside = tokenizer_files.read_beside(path)
         if path.suffix == ".model":
-            if not path.stat().st_size:  # Which SentencePiece would take.
+            model = files.read_bytes(path)
+            if not model:  # Which SentencePiece would take.
                 raise DataError("the file is empty")
-            return SentencePieceTokenizer(path.read_bytes())
-        description = path.read_text(encoding="utf-8")
-        end = _end_of_text(json.loads(description), path.with_name(_SETTINGS_FILE))
-        return PiecesTokenizer(description, end)
-    except Exception as error:  # The libraries have no class of their own for it.
+            return SentencePieceTokenizer(model, beside)
+        return PiecesTokenizer(files.read_text(path), beside)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The libraries have no class of their own for it, and a panic in Rust is not even
+    # an Exception.
+    except BaseException as error:
         raise DataError(f"{path}: not a tokenizer that can be used: {error}") from error
 
 
@@ -143,29 +182,6 @@ def load_saved(folder: Path) -> Tokenizer:
     """What ``save`` wrote there; bytes where it wrote nothing."""
     path = saved_file(folder)
     return load_file(path) if path else ByteTokenizer()
-
-
-def saved_file(folder: Path) -> Path | None:
-    """That which ``save`` wrote there, if any."""
-    paths = [folder / name for name in (_SENTENCEPIECE_FILE, _PIECES_FILE)]
-    return next((path for path in paths if path.exists()), None)
-
-
-def _clear(folder: Path, but: str | None = None) -> None:
-    """Of what other tokenizers saved there, as for a run that never got anywhere."""
-    for name in {_SENTENCEPIECE_FILE, _PIECES_FILE} - {but}:
-        (folder / name).unlink(missing_ok=True)
-
-
-def copy_saved(source: Path, target: Path) -> bool:
-    """From folder to folder, with what is told beside it; whether there is one."""
-    path = saved_file(source)
-    if path is None:
-        return False
-    for name in (path.name, _SETTINGS_FILE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PiecesTokenizer:
@@ -180,19 +196,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PiecesTokenizer:
         show_progress=False,
     )
     pieces.train_from_iterator(_beginning(texts, _BPE_CHARACTERS), trainer)
-    return PiecesTokenizer(pieces.to_str(pretty=True), _END_OF_TEXT)
+    return PiecesTokenizer(pieces.to_str(pretty=True))
 
 
 def model_vocabulary(tokenizer: Tokenizer, size: int | None) -> int:
     """Ids that the model is to have: as many as asked for, or the tokenizer's.
 
-    Raises ``DataError`` where there are too few of them.
+    It needs none for special tokens that no text gets. Raises ``DataError`` where there
+    are too few of them.
     """
-    if size is not None and size < tokenizer.vocab_size:
+    if size is not None and size < tokenizer.reach:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids, the model only {size:,}; "
-            f"give a vocab_size of at least {tokenizer.vocab_size}, or the model's own "
-            "tokenizer"
+            f"the tokenizer has {tokenizer.reach:,} ids for texts, the model only "
+            f"{size:,}; give a --vocab-size of at least {tokenizer.reach} (weights to "
+            "begin with have a size of their own), or the model's own --tokenizer"
         )
     return size or tokenizer.vocab_size
 
@@ -217,18 +234,39 @@ def _beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def _end_of_text(description: dict[str, Any], settings: Path) -> str:
-    """The name of that token: as told by the file beside it, or a well-known one."""
-    added = {token["content"] for token in description.get("added_tokens", ())}
-    named = None
-    if settings.exists():
-        named = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
+def _end_of_text(added: set[str], beside: Beside) -> str:
+    """The name of that token: as told beside it, or a well-known one."""
+    named = beside.token("eos_token")
     wanted = (named,) if named else _ENDS_OF_TEXT
     found = next((name for name in wanted if name in added), None)
     if found is None:
         raise DataError(
             f"no end of text: none of {', '.join(wanted)} is among its added tokens; "
-            f'name it in {settings.name} beside it, {{"eos_token": ...}}'
+            f'name it in {tokenizer_files.SETTINGS} beside it, {{"eos_token": ...}}'
         )
     return found
+
+
+def _around(
+    pieces: tokenizers.Tokenizer, text: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that the post-processor puts before a text, and after it.
+
+    ``text`` is one to find out with, that gets an id at least.
+    """
+    whole = pieces.encode(text)
+    own = [i for i, of in enumerate(whole.sequence_ids) if of is not None]
+    before, after = whole.ids[: own[0]], whole.ids[own[-1] + 1 :]
+    bare = pieces.encode(text, add_special_tokens=False).ids
+    if [*before, *bare, *after] != whole.ids:
+        raise DataError("its post-processor does more than put tokens around a text")
+    return tuple(before), tuple(after)
+
+
+def _fingerprint(whole: bytes, tokenizer: Tokenizer) -> str:
+    """Of the tokenizer's file, and of what is put around a text beyond its end."""
+    digest = hashlib.sha256(whole)
+    around = tokenizer.begin, tokenizer.end
+    if around != ((), (tokenizer.end_of_text,)):
+        digest.update(f"\n{around}".encode())
+    return digest.hexdigest()

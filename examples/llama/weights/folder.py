@@ -2,15 +2,18 @@
 
 A folder that ``import_weights`` makes is laid out as a run's: ``config.yaml`` has the
 settings of the model, ``data.json`` what ends a text, and the parameters are the
-checkpoint of step 0, without an optimizer's state. The tokenizer's file is there if the
-weights came with one.
+checkpoint of step 0, without an optimizer's state. The tokenizer's file, and what was
+beside it, is there if the weights came with one.
 """
 
 import dataclasses
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
@@ -18,13 +21,20 @@ from jax.sharding import Mesh
 from examples.llama import files, layout
 from examples.llama.checkpoint import Checkpoints, newest
 from examples.llama.config import Config, ModelConfig
-from examples.llama.data import tokenizers
+from examples.llama.data import tokenizer_files, tokenizers
+from examples.llama.data.documents import DataError
+from examples.llama.data.tokenizer_files import (
+    PIECES,
+    SENTENCEPIECE,
+    SETTINGS,
+    saved_file,
+)
 from examples.llama.data.tokenizers import Tokenizer
 from examples.llama.pure import Params, PureLlama
 from examples.llama.run_record import data_of, record_weights, settings_of
 from examples.llama.weights import hugging_face
 from examples.llama.weights.gguf_file import GGUFFile
-from examples.llama.weights.names import BadWeights
+from examples.llama.weights.names import BadWeights, shown
 
 _BYTES = "byte"
 _HOW = ("compute_dtype", "param_dtype", "remat", "loss_chunk")
@@ -36,17 +46,30 @@ class Weights(NamedTuple):
     vocab_size: int
     params: Params
     end_of_text: int | None
+    stops: tuple[int, ...]
+    """All ids that are known to end a text."""
 
     def tokenizer(self) -> Tokenizer:
-        """Raises ``BadWeights`` where the weights came without one."""
+        """Raises ``BadWeights`` where there is none, or that of another model."""
         settings = settings_of(self.folder)
-        by_file = tokenizers.saved_file(self.folder) is not None
+        by_file = saved_file(self.folder) is not None
         if not by_file and settings.get("data", {}).get("tokenizer") != _BYTES:
             raise BadWeights(
                 f"{self.folder} has no tokenizer: put its tokenizer.json or "
                 "tokenizer.model there"
             )
-        return tokenizers.load_saved(self.folder)
+        return fitting(tokenizers.load_saved(self.folder), self.vocab_size, self.folder)
+
+
+def fitting(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> Tokenizer:
+    """Raises ``BadWeights`` where a text can get ids that the model has not."""
+    if tokenizer.reach > vocab_size:
+        raise BadWeights(
+            f"{folder}: the tokenizer has {tokenizer.reach:,} ids for texts, the model "
+            f"only {vocab_size:,} embeddings: put its own tokenizer there, or import "
+            "the model resized by transformers (resize_token_embeddings)"
+        )
+    return tokenizer
 
 
 def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
@@ -55,15 +78,49 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
     The optimizer's state is not read. The arrays are NumPy's; on a ``mesh`` they are
     JAX's, divided as ``layout`` says, and each process reads its own parts.
 
-    Raises ``ValueError``, which names the file, where there is nothing good to read.
+    Raises ``ValueError``, which names the file, where there is nothing good to read, or
+    parameters are not finite.
     """
     try:
         config = ModelConfig(**settings_of(workdir)["model"])
+        data = data_of(workdir)
+        vocab_size, end_of_text = data["vocab_size"], data["end_of_text"]
+        ends = [] if end_of_text is None else [end_of_text]
+        stops = tuple(data.get("stops") or ends)
+        if not all(type(x) is int for x in (vocab_size, *stops)) or not all(
+            0 <= x < vocab_size for x in stops
+        ):
+            raise TypeError(f"ends of text {shown(stops)} of {shown(vocab_size)} ids")
     except (TypeError, KeyError) as error:
         raise BadWeights(f"{workdir}: settings of another version: {error}") from error
-    data = data_of(workdir)
-    params = _restored(newest(workdir), config, data["vocab_size"], mesh)
-    return Weights(workdir, config, data["vocab_size"], params, data["end_of_text"])
+    step = newest(workdir)
+    params = _restored(step, config, vocab_size, mesh)
+    _check_finite(params, step, mesh)
+    return Weights(workdir, config, vocab_size, params, end_of_text, stops)
+
+
+def _check_finite(params: Params, step: Path, mesh: Mesh | None) -> None:
+    """On a ``mesh`` all processes find the same, whichever parts they have."""
+    if mesh is None:
+        found = jax.tree.map(lambda x: np.isfinite(x).all(), params)
+    else:
+        replicated = layout.replicated(mesh)
+        found = jax.device_get(jax.jit(_finite, out_shardings=replicated)(params))
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, is_finite in jax.tree.leaves_with_path(found)
+        if not is_finite
+    ]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise BadWeights(
+            f"{step}: {bad[0]}{more}: not finite, so the run has diverged; remove that "
+            "folder to have the checkpoint before it, if there is one"
+        )
+
+
+def _finite(params: Params) -> Any:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
 def load_for(config: Config, vocab_size: int, mesh: Mesh) -> Params:
@@ -96,6 +153,7 @@ def _restored(
 ) -> Params:
     init = PureLlama(config, vocab_size).init
     wanted = {"params": jax.eval_shape(init, jax.random.key(0))}
+    _check_shapes(wanted, step)
     if mesh is None:
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     else:
@@ -106,6 +164,28 @@ def _restored(
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(step / "default", args=args)["params"]
+
+
+def _check_shapes(wanted: Any, step: Path) -> None:
+    """Raise ``BadWeights`` where the settings are not those of the parameters there."""
+    handler: Any = ocp.PyTreeCheckpointHandler()  # Its Path is etils', or any other.
+    found = {"params": handler.metadata(step / "default")["params"]}
+    there, here = _shapes(found), _shapes(wanted)
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise BadWeights(
+                f"{step}: {name} is {there.get(name, 'not there')}, by the settings "
+                f"beside it {here.get(name, 'not there')}: they are not of that model"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{x.dtype} of {tuple(x.shape)}"
+        )
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
 
 
 class Imported(NamedTuple):
@@ -128,33 +208,52 @@ def import_weights(
     Raises ``BadWeights`` for what is no Llama of ours, ``FileExistsError`` where
     ``workdir`` is there already.
     """
-    without_tokenizer = ""
     with files.new_folder(workdir) as part:
         if source.is_dir():
-            loaded = hugging_face.load(source, dtype, scan_layers=scan_layers)
-            ends = hugging_face.ends(source)
-            if not tokenizers.copy_saved(source, part):
-                without_tokenizer = f"{source} has no tokenizer.json or tokenizer.model"
+            about = hugging_face.about(source)
+            tokenizer_files.copy(source, part)
+            why = f"{source} has no {PIECES} or {SENTENCEPIECE}"
+            load = partial(hugging_face.load, source)
         else:
             file = GGUFFile(source)
-            loaded = file.load(dtype, scan_layers=scan_layers)
-            ends = file.ends()
-            try:
-                file.tokenizer().save(str(part / "tokenizer.json"))
-            except BadWeights as error:
-                without_tokenizer = str(error)
-        config, vocab_size, params = loaded
+            about = file.about()
+            why = _tokenizer_of(file, part)
+            load = file.load
+        if saved_file(part) is not None:
+            why = _why_unusable(part, about["vocab_size"], source)
+        config, vocab_size, params = load(dtype, scan_layers=scan_layers)
         config = dataclasses.replace(config, param_dtype=dtype)
         with Checkpoints(part) as checkpoints:
             checkpoints.save(0, {"params": params})
-        record_weights(part, config, ends | {"vocab_size": vocab_size})
-    return Imported(config, vocab_size, without_tokenizer)
+        record_weights(part, config, about)
+    return Imported(config, vocab_size, why)
+
+
+def _tokenizer_of(file: GGUFFile, folder: Path) -> str:
+    """Write it there, as Hugging Face's files; why not, where it cannot be."""
+    try:
+        pieces, settings = file.tokenizer(), file.tokenizer_settings()
+    except BadWeights as error:
+        return str(error)
+    pieces.save(str(folder / PIECES))
+    files.write(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    return ""
+
+
+def _why_unusable(folder: Path, vocab_size: int, source: Path) -> str:
+    """Of a tokenizer that is kept for an export anyhow; empty where it is good."""
+    try:
+        tokenizer = tokenizers.load_saved(folder)
+    except DataError as error:
+        return str(error).replace(str(folder), str(source))
+    fitting(tokenizer, vocab_size, source)
+    return ""
 
 
 def export_weights(workdir: Path, folder: Path, dtype: Any = None) -> None:
     """Write the weights of ``workdir`` as a new Hugging Face folder; see its ``save``.
 
-    Its tokenizer goes with them, where there is a file of it.
+    Its tokenizer goes with them, where there is a file of it, and what is beside that.
     """
     weights = load_params(workdir)
     hugging_face.save(
@@ -163,7 +262,19 @@ def export_weights(workdir: Path, folder: Path, dtype: Any = None) -> None:
         weights.vocab_size,
         weights.params,
         dtype=dtype,
-        context=data_of(workdir)["context"] or 2048,
-        end_of_text=weights.end_of_text,
-        tokenizer=tokenizers.saved_file(workdir),
+        context=data_of(workdir).get("context") or 2048,
+        token_ids=_token_ids(weights),
+        tokenizer=workdir,
     )
+
+
+def _token_ids(weights: Weights) -> dict[str, Any]:
+    """As they came with the weights, or as the run had them."""
+    recorded = data_of(weights.folder).get("token_ids")
+    if recorded is not None:
+        return recorded
+    begin = ()
+    if saved_file(weights.folder) is not None:
+        begin = weights.tokenizer().begin
+    begin_of_text = begin[0] if begin else None
+    return {"bos_token_id": begin_of_text, "eos_token_id": weights.end_of_text}

@@ -1,6 +1,7 @@
 """GGUF, llama.cpp's format: quantised weights, settings and tokenizer in one file."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from gguf.quants import dequantize
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from examples.llama.config import ModelConfig
 from examples.llama.pure import Params
+from examples.llama.weights.gguf_bounds import check_bounds
 from examples.llama.weights.names import (
     GGUF,
     BadWeights,
     as_tensors,
+    check_sizes,
     check_tensors,
+    fill,
+    outline,
+    shown,
     unfilled,
 )
+
+# Special tokens by Hugging Face's names and the format's.
+_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 # How a text is divided before its pairs are merged, by the name that GGUF has for it.
 _SPLITS = {
@@ -39,8 +48,9 @@ class GGUFFile:
     def __init__(self, path: Path):
         self._path = path
         try:
+            check_bounds(path)
             self._reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
+        except Exception as error:  # The library has no class of its own for it.
             raise BadWeights(f"{path}: not a whole GGUF file: {error}") from error
 
     def config(self) -> tuple[ModelConfig, int]:
@@ -51,27 +61,33 @@ class GGUFFile:
         for name in self._reader.fields:
             if name.startswith("llama.rope.scaling."):
                 raise self._refused(name, "this model does not scale positions")
-        width = self._setting("llama.embedding_length")
-        heads = self._setting("llama.attention.head_count")
+        width = self._count("llama.embedding_length")
+        heads = self._count("llama.attention.head_count")
         for name in ("rope.dimension_count", "attention.key_length"):
             self._require(f"llama.{name}", width // heads, if_absent=width // heads)
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        if GGUF["embed/embedding"] not in tensors:
-            raise BadWeights(f"{self._path}: no {GGUF['embed/embedding']}")
+        embedding = tensors.get(GGUF["embed/embedding"])
+        if embedding is None or len(embedding.shape) != 2:
+            raise BadWeights(f"{self._path}: no matrix {GGUF['embed/embedding']}")
+        settings = {
+            "ffn_width": self._count("llama.feed_forward_length"),
+            "num_layers": self._count("llama.block_count"),
+            "num_kv_heads": self._count("llama.attention.head_count_kv", heads),
+            "norm_eps": self._decimal("llama.attention.layer_norm_rms_epsilon"),
+            "rope_base": self._decimal("llama.rope.freq_base", 1e4),
+        }
         try:
             config = ModelConfig(
                 width=width,
-                ffn_width=self._setting("llama.feed_forward_length"),
-                num_layers=self._setting("llama.block_count"),
                 num_heads=heads,
-                num_kv_heads=self._setting("llama.attention.head_count_kv", heads),
+                # The format has no setting for it, so that a head that is equal to the
+                # embedding contradicts nothing, and is one of its own.
                 tie_embeddings=GGUF["head/kernel"] not in tensors,
-                norm_eps=self._decimal("llama.attention.layer_norm_rms_epsilon"),
-                rope_base=self._decimal("llama.rope.freq_base", 1e4),
+                **settings,
             )
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise BadWeights(f"{self._path}: {error}") from error
-        return config, int(tensors[GGUF["embed/embedding"]].shape[1])
+        return config, int(embedding.shape[1])
 
     def load(
         self, dtype: Any = "float32", *, scan_layers: bool = True
@@ -79,29 +95,42 @@ class GGUFFile:
         """As of a Hugging Face folder; quantised weights by their values."""
         config, vocab_size = self.config()
         config = dataclasses.replace(config, scan_layers=scan_layers)
-        params = unfilled(config, vocab_size, jnp.dtype(dtype))
-        wanted = as_tensors(params, GGUF)
         # GGUF's shapes begin with the axis that lies closest in memory.
         found = {
             tensor.name: (self._path, tuple(map(int, tensor.shape[::-1])))
             for tensor in self._reader.tensors
         }
-        check_tensors(wanted, found, {}, self._path)
+        check_sizes(config, vocab_size, found, self._path)
+        shapes = outline(config, vocab_size, jnp.dtype(dtype))
+        check_tensors(as_tensors(shapes, GGUF), found, {}, self._path)
+        params = unfilled(config, vocab_size, jnp.dtype(dtype))
+        wanted = as_tensors(params, GGUF)
         heads = {"attn_q": config.num_heads, "attn_k": config.kv_heads}
         for tensor in self._reader.tensors:
             weights = self._dequantized(tensor)
             kind = tensor.name.split(".")[-2]
             if kind in heads:
                 weights = in_halves(weights, heads[kind])
-            wanted[tensor.name][...] = weights
+            fill(wanted[tensor.name], weights, self._path, tensor.name)
         return config, vocab_size, params
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Byte-level BPE with the same pieces, merges and special tokens."""
+        """Byte-level BPE with the same pieces, merges and special tokens.
+
+        It puts the begin of text before a text where the file says so.
+        """
         self._require("tokenizer.ggml.model", "gpt2")
         split = self._setting("tokenizer.ggml.pre")
         if split not in _SPLITS:
             raise self._refused("tokenizer.ggml.pre", f"only {', '.join(_SPLITS)}")
+        try:
+            return self._made_tokenizer(_SPLITS[split]())
+        except BadWeights:
+            raise
+        except Exception as error:  # The library has no class of its own for it.
+            raise BadWeights(f"{self._path}: its tokenizer: {error}") from error
+
+    def _made_tokenizer(self, split: list[Any]) -> tokenizers.Tokenizer:
         pieces = self._setting("tokenizer.ggml.tokens")
         merges = self._setting("tokenizer.ggml.merges")
         made = tokenizers.Tokenizer(
@@ -110,7 +139,7 @@ class GGUFFile:
                 merges=[tuple(merge.split(" ")) for merge in merges],
             )
         )
-        made.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[split]())
+        made.pre_tokenizer = pre_tokenizers.Sequence(split)
         made.decoder = decoders.ByteLevel()
         kinds = self._setting("tokenizer.ggml.token_type")
         made.add_special_tokens(
@@ -120,14 +149,57 @@ class GGUFFile:
                 if kind == gguf.TokenType.CONTROL
             ]
         )
+        self._put_around(made, pieces)
         return made
 
-    def ends(self) -> dict[str, int | None]:
-        """The token that ends a text, and the longest text."""
-        return {
-            "end_of_text": self._setting("tokenizer.ggml.eos_token_id", None),
-            "context": self._setting("llama.context_length", None),
+    def _put_around(self, made: tokenizers.Tokenizer, pieces: list[str]) -> None:
+        single, special = ["$A"], {}
+        for role, place in (("bos", 0), ("eos", 2)):
+            if self._setting(f"tokenizer.ggml.add_{role}_token", False):
+                token = self._token(role, len(pieces))
+                if token is None:
+                    raise BadWeights(f"{self._path}: there is no {role} to be added")
+                single.insert(place, pieces[token])
+                special[pieces[token]] = token
+        if special:
+            made.post_processor = processors.TemplateProcessing(
+                single=single, special_tokens=list(special.items())
+            )
+
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """For ``tokenizer_config.json``, beside ``tokenizer``."""
+        pieces = self._setting("tokenizer.ggml.tokens")
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
         }
+        for name, role in _ROLES.items():
+            token = self._token(role, len(pieces))
+            if token is not None:
+                settings[f"{name}_token"] = pieces[token]
+        template = self._setting("tokenizer.chat_template", None)
+        return settings | ({} if template is None else {"chat_template": template})
+
+    def about(self) -> dict[str, Any]:
+        """As of a Hugging Face folder."""
+        _, vocab_size = self.config()
+        ids = {name: self._token(role, vocab_size) for name, role in _ROLES.items()}
+        ends = [ids["eos"], self._token("eot", vocab_size)]
+        return {
+            "vocab_size": vocab_size,
+            "end_of_text": ids["eos"],
+            "stops": [end for end in dict.fromkeys(ends) if end is not None],
+            "context": self._count("llama.context_length", None),
+            "token_ids": {f"{name}_token_id": token for name, token in ids.items()},
+        }
+
+    def _token(self, role: str, count: int) -> int | None:
+        """The id that has the ``role``, of so many."""
+        name = f"tokenizer.ggml.{role}_token_id"
+        token = self._setting(name, None)
+        if token is not None and not (type(token) is int and 0 <= token < count):
+            raise self._refused(name, f"the ids are 0 to {count - 1:,}")
+        return token
 
     def _dequantized(self, tensor: Any) -> np.ndarray:
         try:
@@ -140,22 +212,35 @@ class GGUFFile:
 
     def _setting(self, name: str, *if_absent: Any) -> Any:
         field = self._reader.get_field(name)
-        if field is not None:
-            return field.contents()
-        if if_absent:
+        if field is None and if_absent:
             return if_absent[0]
-        raise BadWeights(f"{self._path}: {name} is missing")
+        if field is None:
+            raise BadWeights(f"{self._path}: {name} is missing")
+        try:
+            return field.contents()
+        except UnicodeDecodeError as error:
+            raise BadWeights(f"{self._path}: {name}: {error}") from error
+
+    def _count(self, name: str, *if_absent: Any) -> Any:
+        value = self._setting(name, *if_absent)
+        if value not in if_absent and (type(value) is not int or value < 1):
+            raise self._refused(name, "it must be a positive count")
+        return value
 
     def _decimal(self, name: str, *if_absent: Any) -> float:
         """The shortest one that rounds to the float32 in the file: 1e-5 for eps."""
-        return float(str(np.float32(self._setting(name, *if_absent))))
+        value = self._setting(name, *if_absent)
+        if type(value) is not float or not math.isfinite(value):
+            raise self._refused(name, "it must be a number")
+        return float(str(np.float32(value)))
 
     def _require(self, name: str, value: Any, **if_absent: Any) -> None:
         if self._setting(name, *if_absent.values()) != value:
             raise self._refused(name, f"this model computes {value!r} alone")
 
     def _refused(self, name: str, why: str) -> BadWeights:
-        return BadWeights(f"{self._path}: {name} is {self._setting(name)!r}; {why}")
+        value = shown(self._setting(name, None))
+        return BadWeights(f"{self._path}: {name} is {value}; {why}")
 
 
 def in_halves(weights: np.ndarray, heads: int) -> np.ndarray:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,19 +21,38 @@ from safetensors.numpy import save_file
 
 from examples.llama import files
 from examples.llama.config import ModelConfig
+from examples.llama.data import tokenizer_files
+from examples.llama.data.tokenizer_files import (
+    GENERATION,
+    SENTENCEPIECE,
+    SETTINGS,
+    read_beside,
+    saved_file,
+)
 from examples.llama.pure import Params
-from examples.llama.weights.hugging_face_config import config_json, read_config
+from examples.llama.weights.hugging_face_config import (
+    config_json,
+    listed,
+    read_config,
+    read_context,
+    read_token_ids,
+)
 from examples.llama.weights.names import (
     HUGGING_FACE,
     BadWeights,
     as_tensors,
+    check_sizes,
     check_tensors,
+    fill,
+    outline,
+    shown,
     unfilled,
 )
 
-_SINGLE = "model.safetensors"
+_CONFIG, _SINGLE = "config.json", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")
+_HEAD, _EMBEDDING = HUGGING_FACE["head/kernel"], HUGGING_FACE["embed/embedding"]
 # Tables that old files carry; the model computes them from its settings.
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 
@@ -44,15 +62,11 @@ def load(
 ) -> tuple[ModelConfig, int, Params]:
     """The model, the vocabulary's size and the parameters, NumPy arrays of ``dtype``.
 
-    Raises ``BadWeights``, which names file and setting or tensor, before any tensor is
-    read.
+    Raises ``ValueError``, which names file and setting or tensor, before any tensor is
+    read where it can.
     """
-    if not (folder / "config.json").is_file():
-        raise BadWeights(f"{folder}: no config.json there, so no model to read")
-    config, vocab_size = read_config(folder / "config.json")
+    config, vocab_size = read_config(_config(folder))
     config = dataclasses.replace(config, scan_layers=scan_layers)
-    params = unfilled(config, vocab_size, jnp.dtype(dtype))
-    wanted = as_tensors(params, HUGGING_FACE)
     promised, source = _index(folder)
     with ExitStack() as stack:
         shards = sorted(set(promised.values()) or {source})
@@ -64,40 +78,82 @@ def load(
                     raise BadWeights(f"{found[name][0]} and {file} both hold {name}")
                 if not _IGNORED.search(name):
                     found[name] = file, _shape(file, name, shard.get_slice(name))
-        check_tensors(wanted, found, promised, source)
+        check_sizes(config, vocab_size, found, folder / _CONFIG)
+        head = found.pop(_HEAD, None) if config.tie_embeddings else None
+        shapes = outline(config, vocab_size, jnp.dtype(dtype))
+        check_tensors(as_tensors(shapes, HUGGING_FACE), found, promised, source)
+        if head is not None:
+            embedding = opened[found[_EMBEDDING][0]].get_tensor(_EMBEDDING)
+            _check_tied(embedding, opened[head[0]].get_tensor(_HEAD), head[0])
+        params = unfilled(config, vocab_size, jnp.dtype(dtype))
+        wanted = as_tensors(params, HUGGING_FACE)
         for name, (file, _) in found.items():
-            wanted[name][...] = opened[file].get_tensor(name)
+            fill(wanted[name], opened[file].get_tensor(name), file, name)
     return config, vocab_size, params
 
 
-def ends(folder: Path) -> dict[str, int | None]:
-    """The token that ends a text, the first where several do; the longest text."""
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    number = found.get("eos_token_id")
+def _check_tied(embedding: np.ndarray, head: np.ndarray, file: Path) -> None:
+    """Some files of tied models hold the one matrix twice."""
+    if not np.array_equal(embedding, head):
+        raise BadWeights(
+            f"{file}: {_HEAD} differs from {_EMBEDDING}, which {_CONFIG} says are one "
+            "(tie_word_embeddings): say false there to have both, or remove the tensor"
+        )
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """All but the parameters and their shapes, for a run's record.
+
+    The number of ids and the longest text, the ids of special tokens and all that end a
+    text, the first of which is ``end_of_text``. Raises as ``load``.
+    """
+    file, generation = _config(folder), folder / GENERATION
+    _, vocab_size = read_config(file)
+    token_ids = read_token_ids(file, vocab_size)
+    found = [token_ids]
+    if generation.exists():
+        found.append(read_token_ids(generation, vocab_size, ["eos_token_id"]))
+    ends = [end for ids in found for end in listed(ids.get("eos_token_id"))]
     return {
-        "end_of_text": number[0] if isinstance(number, list) else number,
-        "context": found.get("max_position_embeddings"),
+        "vocab_size": vocab_size,
+        "end_of_text": ends[0] if ends else None,
+        "stops": list(dict.fromkeys(ends)),
+        "context": read_context(file),
+        "token_ids": token_ids,
     }
+
+
+def _config(folder: Path) -> Path:
+    if not (folder / _CONFIG).is_file():
+        raise BadWeights(f"{folder}: no {_CONFIG} there, so no model to read")
+    return folder / _CONFIG
 
 
 def _index(folder: Path) -> tuple[dict[str, Path], Path]:
     """The shard of each tensor, none where there is one file; and what says so."""
     single, index = folder / _SINGLE, folder / _INDEX
-    if single.is_file():
+    if single.exists():
         return {}, single
-    if not index.is_file():
+    if not index.exists():
         raise BadWeights(f"{folder}: neither {_SINGLE} nor {_INDEX} there")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}, index
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadWeights(f"{index}: not an index of shards: {error!r}") from error
+    weight_map = files.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BadWeights(f"{index}: not an index of shards: it has no weight_map")
+    for name, file in weight_map.items():
+        # Another folder's file is none of the model's, wherever it may lie.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise BadWeights(
+                f"{index}: {shown(name)} is in {shown(file)}, which is no name of a "
+                "file of that folder"
+            )
+    return {name: folder / file for name, file in weight_map.items()}, index
 
 
 def _open(file: Path) -> Any:
     try:
+        files.require_regular(file)
         return safe_open(file, "numpy")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise BadWeights(f"{file}: not a whole safetensors file: {error}") from error
 
 
@@ -119,7 +175,7 @@ def save(
     dtype: Any = None,
     shard_bytes: int = 5 * 10**9,
     context: int = 2048,
-    end_of_text: int | None = None,
+    token_ids: Mapping[str, Any] = {},
     tokenizer: Path | None = None,
 ) -> None:
     """Write ``folder``, which must not be there; it appears when all of it is written.
@@ -129,22 +185,23 @@ def save(
       dtype: Of the files; None: that of the parameters.
       shard_bytes: More than so many bytes of tensors are divided among files.
       context: Tokens of a row that the model was trained on, for whoever asks it.
-      tokenizer: A ``tokenizer.json``, or a SentencePiece ``.model``, to go with it.
+      token_ids: For its ``config.json``, by the names there.
+      tokenizer: A folder whose tokenizer, and what is beside it, is to go with it.
     """
     tensors = as_tensors(jax.tree.map(np.asarray, params), HUGGING_FACE)
     dtype = jnp.dtype(dtype or next(iter(tensors.values())).dtype)
     with files.new_folder(folder) as part:
         _write_tensors(part, tensors, dtype, shard_bytes)
         if tokenizer is not None:
-            _write_tokenizer(part, tokenizer, end_of_text)
+            _write_tokenizer(part, tokenizer, token_ids)
         settings = config_json(
             config,
             vocab_size,
             dtype=dtype.name,
             context=context,
-            end_of_text=end_of_text,
+            token_ids=token_ids,
         )
-        files.write(part / "config.json", settings)
+        files.write(part / _CONFIG, settings)
 
 
 def _write_tensors(
@@ -190,20 +247,28 @@ def _divided(
     yield names
 
 
-def _write_tokenizer(folder: Path, tokenizer: Path, end_of_text: int | None) -> None:
-    if tokenizer.suffix == ".model":
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+def _write_tokenizer(folder: Path, source: Path, token_ids: Mapping[str, Any]) -> None:
+    """As it is; with settings by which transformers puts around a text what we do."""
+    tokenizer_files.copy(source, folder)
+    tokenizer = saved_file(folder)
+    if tokenizer is None:
         return
-    text = tokenizer.read_text(encoding="utf-8")
-    files.write(folder / "tokenizer.json", text)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    if end_of_text is not None:
-        pieces = tokenizers.Tokenizer.from_str(text)
-        settings["eos_token"] = pieces.id_to_token(end_of_text)
-    files.write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    settings = dict(read_beside(tokenizer).settings)
+    if "tokenizer_class" in settings:  # Somebody else's, and complete.
+        return
+    if tokenizer.name == SENTENCEPIECE:
+        settings = {"add_bos_token": False, "add_eos_token": False} | settings
+    else:
+        plain: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        pieces = tokenizers.Tokenizer.from_file(str(tokenizer))
+        ends = listed(token_ids.get("eos_token_id"))[:1]
+        if ends:
+            plain["eos_token"] = pieces.id_to_token(ends[0])
+        settings = plain | settings
+    files.write(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def _sync(path: Path) -> None:

@@ -1,13 +1,16 @@
 """``config.json`` of a LlamaForCausalLM, read and written."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.llama import files
 from examples.llama.config import ModelConfig
-from examples.llama.weights.names import BadWeights
+from examples.llama.weights.names import BadWeights, shown
 
 ARCHITECTURE = "LlamaForCausalLM"
+TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
 # What this model computes, where a setting would have it compute something else; the
 # first is what a file without the setting means. Settings that are not here decide
 # nothing about the logits, or come with tensors that have no place.
@@ -32,43 +35,78 @@ def read_config(file: Path) -> tuple[ModelConfig, int]:
 
     Files of transformers 4 and 5 are read, which keep the rotary settings apart.
     """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadWeights(f"{file}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadWeights(f"{file}: not a JSON object")
+    found = files.read_json(file)
     architectures = found.get("architectures") or [ARCHITECTURE]
     if found.get("model_type") != "llama" or architectures != [ARCHITECTURE]:
         raise BadWeights(
-            f"{file}: model_type {found.get('model_type')!r}, architectures "
-            f"{architectures}; only llama, {ARCHITECTURE}, can be read"
+            f"{file}: model_type {shown(found.get('model_type'))}, architectures "
+            f"{shown(architectures)}; only llama, {ARCHITECTURE}, can be read"
         )
     _require_computed(file, "", found, _COMPUTED)
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise BadWeights(f"{file}: rope: {shown(rope)} is not a JSON object")
     _require_rope_computed(file, rope)
     numbers = _Numbers(file, found)
     width, heads = numbers["hidden_size"], numbers["num_attention_heads"]
-    head_dim = found.get("head_dim")
+    head_dim, tied = numbers.get("head_dim"), found.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise BadWeights(
+            f"{file}: tie_word_embeddings is {shown(tied)}, not true or false"
+        )
     if head_dim is not None and head_dim * heads != width:
         raise BadWeights(
             f"{file}: head_dim {head_dim}; this model computes hidden_size / "
             f"num_attention_heads = {width} / {heads} alone"
         )
+    rope_base = rope.get("rope_theta", found.get("rope_theta", 1e4))
+    settings = {
+        "ffn_width": numbers["intermediate_size"],
+        "num_layers": numbers["num_hidden_layers"],
+        "num_kv_heads": numbers.get("num_key_value_heads"),
+        "norm_eps": numbers.decimal("rms_norm_eps", found.get("rms_norm_eps", 1e-6)),
+        "rope_base": numbers.decimal("rope_theta", rope_base),
+    }
+    vocab_size = numbers["vocab_size"]
     try:
         config = ModelConfig(
-            width=width,
-            ffn_width=numbers["intermediate_size"],
-            num_layers=numbers["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=found.get("num_key_value_heads"),
-            tie_embeddings=bool(found.get("tie_word_embeddings", False)),
-            norm_eps=found.get("rms_norm_eps", 1e-6),
-            rope_base=rope.get("rope_theta", found.get("rope_theta", 1e4)),
+            width=width, num_heads=heads, tie_embeddings=tied, **settings
         )
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise BadWeights(f"{file}: {error}") from error
-    return config, numbers["vocab_size"]
+    return config, vocab_size
+
+
+def read_context(file: Path) -> int | None:
+    """The longest text that the model was made for."""
+    return _Numbers(file, files.read_json(file)).get("max_position_embeddings")
+
+
+def read_token_ids(
+    file: Path, vocab_size: int, names: Sequence[str] = TOKEN_IDS
+) -> dict[str, Any]:
+    """What ``config.json``, or ``generation_config.json``, says of tokens.
+
+    As it stands there: an id, None, or a list of ids that all end a text. Raises
+    ``BadWeights`` for what is no id of the model's.
+    """
+    found = files.read_json(file)
+    ids = {name: found[name] for name in names if name in found}
+    for name, value in ids.items():
+        for one in listed(value) or [0]:
+            # -1 was once written where there is no padding.
+            least = -1 if name == "pad_token_id" else 0
+            if type(one) is not int or not least <= one < vocab_size:
+                raise BadWeights(
+                    f"{file}: {name} is {shown(value)}; the model's ids are 0 to "
+                    f"{vocab_size - 1:,}"
+                )
+    return ids
+
+
+def listed(ids: Any) -> list[Any]:
+    """None, one id or several, as they may stand in such a file, as several."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 class _Numbers:
@@ -79,8 +117,18 @@ class _Numbers:
 
     def __getitem__(self, name: str) -> int:
         value = self._found.get(name)
-        if not isinstance(value, int) or value < 1:
-            raise BadWeights(f"{self._file}: {name} is {value!r}, not a positive count")
+        if type(value) is not int or value < 1:
+            raise BadWeights(
+                f"{self._file}: {name} is {shown(value)}, not a positive count"
+            )
+        return value
+
+    def get(self, name: str) -> int | None:
+        return None if self._found.get(name) is None else self[name]
+
+    def decimal(self, name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not abs(value) < 1e300:
+            raise BadWeights(f"{self._file}: {name} is {shown(value)}, not a number")
         return value
 
 
@@ -88,7 +136,7 @@ def _require_rope_computed(file: Path, rope: dict[str, Any]) -> None:
     _require_computed(file, "rope: ", rope, _ROPE_COMPUTED)
     for name in rope.keys() - {"rope_theta", *_ROPE_COMPUTED}:
         raise BadWeights(
-            f"{file}: rope: {name} is {rope[name]!r}; this model does not scale "
+            f"{file}: rope: {name} is {shown(rope[name])}; this model does not scale "
             "rotary positions"
         )
 
@@ -99,7 +147,7 @@ def _require_computed(
     for name, values in computed.items():
         if found.get(name, values[0]) not in values:
             raise BadWeights(
-                f"{file}: {prefix}{name} is {found[name]!r}; this model computes "
+                f"{file}: {prefix}{name} is {shown(found[name])}; this model computes "
                 f"{values[0]!r} alone"
             )
 
@@ -110,7 +158,7 @@ def config_json(
     *,
     dtype: str,
     context: int,
-    end_of_text: int | None,
+    token_ids: Mapping[str, Any],
 ) -> str:
     """What transformers, 4 or 5, needs to make this model."""
     found = {
@@ -130,8 +178,7 @@ def config_json(
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": context,
-        "bos_token_id": None,
-        "eos_token_id": end_of_text,
+        **{name: token_ids.get(name) for name in TOKEN_IDS},
         "torch_dtype": dtype,
     }
     return json.dumps(found, indent=2) + "\n"

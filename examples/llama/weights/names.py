@@ -4,7 +4,9 @@ A file has one tensor for each layer, (out, in); a leaf of ours is (in, out) and
 stack the layers. So a tensor is a view of a leaf: of one layer, transposed.
 """
 
+import math
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ from examples.llama.pure import Params, PureLlama
 
 class BadWeights(ValueError):
     """A file is not the weights of a Llama that this model can be."""
+
+
+_brief = reprlib.Repr()
+_brief.maxlevel, _brief.maxstring = 3, 80
+shown = _brief.repr
+"""A value of somebody's file, for a message: it may be of any size and depth."""
 
 
 # By our path without the layer's number; {} is that number.
@@ -51,11 +59,18 @@ GGUF = {
 }
 
 
-def unfilled(config: ModelConfig, vocab_size: int, dtype: Any) -> Params:
-    """Parameters in host memory (NumPy), to be written into."""
+def outline(config: ModelConfig, vocab_size: int, dtype: Any) -> Params:
+    """Parameters that take no memory: of each a single number, seen everywhere."""
     init = PureLlama(config, vocab_size).init
     shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda x: np.empty(x.shape, dtype), shapes)
+    number = np.zeros((), dtype)
+    return jax.tree.map(lambda x: np.broadcast_to(number, x.shape), shapes)
+
+
+def unfilled(config: ModelConfig, vocab_size: int, dtype: Any) -> Params:
+    """Parameters in host memory (NumPy), to be written into."""
+    shapes = outline(config, vocab_size, dtype)
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
 
 
 def as_tensors(params: Params, names: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -73,6 +88,32 @@ def as_tensors(params: Params, names: Mapping[str, str]) -> dict[str, np.ndarray
             name = name.format(layer[1]) if layer else name
             tensors[name] = leaf.T if is_kernel else leaf
     return tensors
+
+
+def check_sizes(
+    config: ModelConfig,
+    vocab_size: int,
+    found: Mapping[str, tuple[Path, tuple[int, ...]]],
+    source: Path,
+) -> None:
+    """Raise ``BadWeights`` for a model that is larger than what is ``found``.
+
+    Even the shapes of one with a trillion layers would take forever.
+    """
+    shapes = [shape for _, shape in found.values() if math.prod(shape)]
+    longest = max((max(shape, default=1) for shape in shapes), default=0)
+    if config.num_layers > len(found):
+        raise BadWeights(
+            f"{source}: asks for {config.num_layers:,} layers; there are only "
+            f"{len(found):,} tensors"
+        )
+    sizes = {"width": config.width, "feed-forward width": config.ffn_width}
+    for name, size in {**sizes, "vocabulary": vocab_size}.items():
+        if size > longest:
+            raise BadWeights(
+                f"{source}: asks for a {name} of {size:,}; no axis of any tensor is "
+                f"longer than {longest:,}"
+            )
 
 
 def check_tensors(
@@ -102,3 +143,14 @@ def check_tensors(
         faults.sort()
         more = f"\n... and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise BadWeights("\n".join(faults[:8]) + more)
+
+
+def fill(part: np.ndarray, values: np.ndarray, file: Path, name: str) -> None:
+    """Write ``values`` into ``part``; ``BadWeights`` where that makes it not finite."""
+    with np.errstate(over="ignore"):
+        part[...] = values
+    if not np.isfinite(part).all():
+        raise BadWeights(
+            f"{file}: tensor {name} is not finite in {part.dtype.name}: it has NaN, "
+            "infinity or values too large for that"
+        )
