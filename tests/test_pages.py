@@ -1,5 +1,6 @@
 """Every page: its code as printed, its links, its commands, what it must name."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -142,7 +143,10 @@ def test_every_public_name_has_an_entry_and_an_example():
     entries, examples = set(), set()
     for page in api:
         text = (ROOT / page).read_text()
-        entries |= set(re.findall(r":: lorapre_jax\.(\w+)$", text, re.MULTILINE))
+        for path in re.findall(r"^\.\. auto\w+:: ([\w.]+)", text, re.MULTILINE):
+            module, _, name = path.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), path
+            entries |= {name} if module == "lorapre_jax" else set()
         code = [x.text for x in pages.blocks(page) if x.language == "python"]
         examples |= set(re.findall(r"\blp\.(\w+)", "\n".join(code)))
     assert entries == set(lp.__all__)
