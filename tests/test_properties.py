@@ -13,7 +13,7 @@ import pytest
 import scipy.linalg
 
 import lorapre_jax as lp
-from lorapre_jax import _online_regression as regression
+from lorapre_jax._numerics.orthonormal import orthonormal_columns
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -432,7 +432,7 @@ def test_bases_are_orthonormal_or_empty(seed, decades, rank):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(40, 8)) * np.logspace(0, -decades, 8)
     x[:, rank:] = x[:, :1]  # Rank-deficient below 8.
-    basis = np.asarray(regression.orthonormal_columns(jnp.asarray(x, "float32")))
+    basis = np.asarray(orthonormal_columns(jnp.asarray(x, "float32")))
     values = np.linalg.svd(basis, compute_uv=False)
     assert values.max() < 1 + 1e-5
     kept = rank if decades <= 3 else 1  # Smaller ones drown in the rounding of others.
