@@ -25,6 +25,19 @@ def write(path: Path, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """With those that it is in; nothing where it is there.
+
+    Raises ``ValueError`` where a file is in its place, or in that of one of those.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        above = (folder, *folder.parents)
+        file = next((p for p in above if p.exists() and not p.is_dir()), folder)
+        raise ValueError(f"{folder}: {file} is a file, not a folder") from error
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``folder`` when all is well, and else is removed.

@@ -20,6 +20,19 @@ class ConfigFileError(ValueError):
     """The file cannot be read as settings; the message names it and the place."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own takes the last of two values of a name, and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name} is given twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def dump(groups: Mapping[str, Any]) -> str:
     """As YAML; `load` and `options_of` read it back."""
     return yaml.safe_dump(groups, sort_keys=False)
@@ -28,7 +41,7 @@ def dump(groups: Mapping[str, Any]) -> str:
 def load(path: Path) -> Any:
     """The file's content, a mapping; ``ConfigFileError`` where it is not one."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise ConfigFileError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

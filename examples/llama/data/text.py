@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from examples.llama import files
 from examples.llama.config import DataConfig
 from examples.llama.data import token_cache, tokenizers
 from examples.llama.data.documents import BadLines, DataError, Source, Split
@@ -161,7 +162,7 @@ def _tokenizer(config: DataConfig, source: Source) -> Tokenizer:
     if not (folder / "tokenizer.json").exists():
         texts = read_texts(source, "train", config.skip_bad_lines)
         trained = tokenizers.train_bpe(texts, config.vocab_size)
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         trained.save(folder)
     return tokenizers.load_saved(folder)
 

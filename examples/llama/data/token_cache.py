@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.llama import files
 from examples.llama.data.documents import (
     BadLines,
     DataError,
@@ -125,7 +126,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
             if time.time() - newest > _SECONDS_TO_ABANDON:
                 shutil.rmtree(abandoned, ignore_errors=True)
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    part.mkdir(parents=True)
+    files.make_folder(part)
     try:
         yield part
         try:
@@ -217,9 +218,9 @@ def _open(folder: Path) -> Tokens:
         ends = MappedArray(folder / "ends.bin", "<i8")
         if (len(ids), len(ends)) != (meta["tokens"], meta["documents"]):
             raise ValueError("a file is not as long as it was")
-    except (OSError, ValueError, KeyError) as error:
+        return Tokens(ids, ends, meta["bad_lines"], meta["first_bad_lines"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder}: damaged: {error}; remove the folder, and the text is tokenised "
             "again"
         ) from error
-    return Tokens(ids, ends, meta["bad_lines"], meta["first_bad_lines"])

@@ -21,7 +21,12 @@ from examples.llama.config import Config, ModelConfig
 from examples.llama.data import tokenizers
 from examples.llama.data.tokenizers import Tokenizer
 from examples.llama.pure import Params, PureLlama
-from examples.llama.run_record import data_of, record_weights, settings_of
+from examples.llama.run_record import (
+    data_of,
+    model_of,
+    record_weights,
+    settings_of,
+)
 from examples.llama.weights import hugging_face
 from examples.llama.weights.gguf_file import GGUFFile
 from examples.llama.weights.names import BadWeights
@@ -57,11 +62,7 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
 
     Raises ``ValueError``, which names the file, where there is nothing good to read.
     """
-    try:
-        config = ModelConfig(**settings_of(workdir)["model"])
-    except (TypeError, KeyError) as error:
-        raise BadWeights(f"{workdir}: settings of another version: {error}") from error
-    data = data_of(workdir)
+    config, data = model_of(workdir), data_of(workdir)
     params = _restored(newest(workdir), config, data["vocab_size"], mesh)
     return Weights(workdir, config, data["vocab_size"], params, data["end_of_text"])
 
