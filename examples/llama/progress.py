@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from examples.llama.metrics import Record, perplexity
+from examples.llama.terminal import say
 
 
 class ProgressDisplay:
@@ -19,7 +20,7 @@ class ProgressDisplay:
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -40,7 +41,7 @@ class ProgressDisplay:
         due = step % self._log_every == 0 or step == self._steps
         if due and not self._console.is_terminal:
             line = f"step {step}/{self._steps}: {text}, {self._time_left(step)} left"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            say(self._console, line)
 
     def _describe(self, record: Record) -> str:
         parts = []

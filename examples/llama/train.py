@@ -13,7 +13,7 @@ from jax.sharding import Mesh, Sharding
 from rich.console import Console
 
 import lorapre_jax as lp
-from examples.llama import flops, hosts, layout
+from examples.llama import flops, hosts, layout, terminal
 from examples.llama.checkpoint import Checkpoints
 from examples.llama.config import Config
 from examples.llama.data.batches import batches_on_devices, placed
@@ -21,6 +21,7 @@ from examples.llama.data.rows import held_out_batches
 from examples.llama.data.text import Text, TextData, open_text
 from examples.llama.data.tokenizers import unused_ids
 from examples.llama.gradients import make_loss_and_grads
+from examples.llama.lock import Lock
 from examples.llama.metrics import MetricsLog, perplexity, plot_losses
 from examples.llama.optimizers import schedules
 from examples.llama.page import write_page
@@ -76,7 +77,7 @@ def train(config: Config, console: Console | None = None) -> Result:
     # What the devices do not allow is refused before anything is done.
     mesh = layout.make_mesh(config.mesh, jax.devices())
     by_row = layout.by_row(mesh, config.data.batch_size, config.micro_batch_size)
-    with Checkpoints(config.workdir) as checkpoints:
+    with Lock(config.workdir), Checkpoints(config.workdir) as checkpoints:
         run = prepare(config, mesh, by_row, checkpoints, console)
         with (
             contextlib.closing(run.batches),
@@ -158,7 +159,7 @@ def prepare(
 
     def say(*lines: str) -> None:
         for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            terminal.say(console, line)
 
     say(*checkpoints.set_aside)
     if checkpoints.latest_step == 0:
@@ -195,7 +196,7 @@ def prepare(
         by_row,
         config.data.workers,
     )
-    console.print(opening_line(config, text, data, start), soft_wrap=True)
+    say(opening_line(config, text, data, start))
     loss_and_grads = make_loss_and_grads(model, config.micro_batch_size, config.z_loss)
     rate, _ = schedules(config.optimizer, config.steps)
     return Run(
