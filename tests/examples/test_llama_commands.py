@@ -1,15 +1,24 @@
 """The command line: where settings come from, and what is refused."""
 
+import gc
+import io
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 import yaml
+from command_line import REPOSITORY
 from rich.console import Console
 
-from examples.llama import __main__
+from examples.llama import __main__, main
 from examples.llama.checkpoint import DamagedCheckpoint
 from examples.llama.commands import Eval, Export, Generate, Train, parse
 from examples.llama.config import (
@@ -24,7 +33,10 @@ from examples.llama.config import (
 )
 from examples.llama.config.recipes import RECIPES
 from examples.llama.run_record import record_run, record_weights
+from examples.llama.terminal import say
 from examples.llama.using import evaluate
+
+DATA = {"vocab_size": 300, "end_of_text": 0, "context": None}
 
 
 def config_of(arguments):
@@ -67,7 +79,7 @@ def test_each_source_wins_over_those_before_it(tmp_path):
 def test_weights_to_begin_with_win_over_those_of_a_file(tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
-    record_weights(weights, ModelConfig(width=64), {"vocab_size": 300})
+    record_weights(weights, ModelConfig(width=64), DATA)
     path = tmp_path / "config.yaml"
     path.write_text(file.dump(as_groups(Config(ModelConfig(width=64)))))
     begin = ["train", "--config", str(path)]
@@ -108,6 +120,7 @@ def test_what_is_written_is_read_back(config, tmp_path):
         ("- 1", "holds no settings"),
         ("a: [", "not YAML"),
         ("3: 4", "3 is no setting"),
+        ("steps: 3\nseed: 1\nsteps: 4", "not YAML: steps is given twice"),
         (None, "No such file"),
     ],
 )
@@ -153,6 +166,25 @@ def test_help_has_units_and_defaults(capsys):
     assert "--preset {9m,20m,60m,130m,350m,1b,7b}" in text
 
 
+def test_paths_begin_at_home(tmp_path, monkeypatch):
+    """Where the path is only a part of a word, no shell has seen to it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    record_weights(tmp_path, ModelConfig(), DATA)
+    (tmp_path / "some.yaml").write_text("data: {cache: ~/tokens, tokenizer: ~/t.model}")
+    options = ("--workdir=~/run", "--data=~", "--init-from=~", "--config=~/some.yaml")
+    config = config_of(["train", *options])
+    assert (config.workdir, config.init_from) == (tmp_path / "run", tmp_path)
+    assert (config.data.path, config.data.cache) == (tmp_path, tmp_path / "tokens")
+    assert config.data.tokenizer == str(tmp_path / "t.model")
+    hub = config_of(["train", "--hub=~/hub:en", "--train-tokens", "9"])
+    assert hub.data.hub == f"{tmp_path}/hub:en"
+    for command in ("eval ~ --data=~", "generate ~", "import ~ ~", "export ~ ~"):
+        asked = vars(parse([*command.split()]))
+        paths = [path for path in asked.values() if isinstance(path, Path)]
+        assert paths == [tmp_path] * command.count("~")
+
+
 def test_the_other_commands():
     asked = parse(["eval", "runs/x", "--eval-tokens", "9"])
     assert isinstance(asked, Eval)
@@ -171,6 +203,9 @@ def test_the_other_commands():
         ({"z_loss": -1}, "z_loss must not be negative"),
         ({"profile": "4:3"}, "first:last"),
         ({"profile": "4"}, "first:last"),
+        ({"profile": "4:8", "steps": 7}, r"profile \(4:8\) is beyond .* step \(7\)"),
+        ({"mesh": "fsdp=2,tensor=2,fsdp=4"}, "has fsdp twice"),
+        ({"time_limit": math.inf}, "time_limit must be a finite number, got inf"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -178,9 +213,16 @@ def test_impossible_settings_are_refused(settings, message):
         Config(**settings)
 
 
+def test_numbers_of_all_groups_are_finite():
+    with pytest.raises(ValueError, match="rope_base must be a finite number"):
+        ModelConfig(rope_base=math.inf)
+    with pytest.raises(ValueError, match="learning_rate must be a finite number"):
+        OptimizerConfig(learning_rate=math.inf)
+
+
 def test_an_impossible_evaluation_is_refused_before_anything_is_read(tmp_path):
     config = Config(ModelConfig(loss_chunk=64), micro_batch_size=4, workdir=tmp_path)
-    record_run(config, {"vocab_size": 257, "end_of_text": 256})
+    record_run(config, DATA)
     with pytest.raises(ValueError, match=r"loss_chunk \(64\) must divide seq_len \(96"):
         evaluate(Eval(tmp_path, seq_len=96), Console(quiet=True))
     # How training divides its batch is nothing to it: it fails for want of weights.
@@ -297,14 +339,137 @@ def test_what_goes_on_again_is_training_alone(monkeypatch, capsys, tmp_path):
         raise OSError("no space left")
 
     command = ["examples.llama", "export", str(tmp_path), str(tmp_path)]
-    monkeypatch.setattr(__main__, "export_weights", full)
+    monkeypatch.setattr(main, "export_weights", full)
     monkeypatch.setattr(sys, "argv", command)
     assert __main__.main() == 74
     assert capsys.readouterr().err == "error: no space left\n"
-    monkeypatch.setattr(__main__, "train", full)
+    monkeypatch.setattr(main, "train", full)
     monkeypatch.setattr(sys, "argv", ["examples.llama", "train"])
     assert __main__.main() == 74
     assert "Run the same command again" in capsys.readouterr().err
+
+
+def outcome(monkeypatch, capsys, error, *arguments):
+    """Exit code and words of a command that ends so."""
+
+    def end(*_):
+        raise error
+
+    monkeypatch.setattr(main, "train", end)
+    monkeypatch.setattr(main, "evaluate", end)
+    monkeypatch.setattr(sys, "argv", ["examples.llama", *arguments])
+    return __main__.main(), capsys.readouterr()
+
+
+def test_memory_that_does_not_suffice_is_told(monkeypatch, capsys):
+    try:
+        jnp.zeros(2**48, jnp.uint8).block_until_ready()
+    except jax.errors.JaxRuntimeError as error:
+        of_device = error
+    code, printed = outcome(monkeypatch, capsys, of_device, "eval", "runs/x")
+    assert code == 71
+    assert printed.err.startswith("error: RESOURCE_EXHAUSTED: Out of memory allocating")
+    assert "--micro-batch-size" in printed.err
+    code, printed = outcome(monkeypatch, capsys, MemoryError(), "train")
+    assert (code, printed.err[:21]) == (71, "error: out of memory\n")
+
+
+def test_an_unforeseen_error_has_a_traceback_and_a_code(monkeypatch, capsys):
+    error = ZeroDivisionError("surprise")
+    code, printed = outcome(monkeypatch, capsys, error, "train")
+    assert code == 70
+    assert "Traceback" in printed.err
+    assert printed.err.endswith("ZeroDivisionError: surprise\n")
+
+
+def test_ctrl_c_has_its_words(monkeypatch, capsys):
+    again = "Interrupted. Run the same command again to go on.\n"
+    code, printed = outcome(monkeypatch, capsys, KeyboardInterrupt(), "train")
+    assert (code, printed) == (130, (again, ""))
+    code, printed = outcome(monkeypatch, capsys, KeyboardInterrupt(), "eval", "runs/x")
+    assert (code, printed) == (130, ("Interrupted.\n", ""))
+
+
+class CtrlC:
+    """Comes while a module is imported."""
+
+    def find_spec(self, name, *_):
+        if name == "examples.llama.main":
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "examples.llama.main")
+    monkeypatch.delattr("examples.llama.main")
+    monkeypatch.setattr(sys, "meta_path", [CtrlC(), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["examples.llama", "generate", "runs/x"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as exit_:
+        __main__.main()
+    assert exit_.value.code == 130
+    assert capsys.readouterr() == ("Interrupted.\n", "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_where_python_drops_exceptions(monkeypatch, capsys):
+    """JAX has a callback of the garbage collection."""
+    came = []
+
+    def callback(phase, _):
+        if phase == "start" and not came:
+            came.append(os.kill(os.getpid(), signal.SIGINT))
+
+    def collect(*_):
+        gc.collect()
+        time.sleep(10)
+
+    monkeypatch.setattr(main, "evaluate", collect)
+    monkeypatch.setattr(sys, "argv", ["examples.llama", "eval", "runs/x"])
+    gc.callbacks.append(callback)
+    try:
+        assert __main__.main() == 130
+    finally:
+        gc.callbacks.remove(callback)
+    assert capsys.readouterr() == ("Interrupted.\n", "")
+
+
+def test_nothing_large_is_imported_before_ctrl_c_is_understood():
+    code = (
+        "import sys; python = set(sys.modules); import examples.llama.__main__; "
+        "more = sys.modules.keys() - python; "
+        "assert not [x for x in more if '.' not in x and x not in "
+        "{*sys.stdlib_module_names, 'examples'}], more"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_output_that_nobody_reads_ends_the_command(monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    stdout = os.dup(1)
+    try:
+        with open(write, "w") as pipe:
+            monkeypatch.setattr(sys, "stdout", pipe)
+            monkeypatch.setattr(sys, "argv", ["examples.llama", "describe"])
+            assert __main__.main() == 141
+            os.dup2(1, write)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    assert capfd.readouterr().err == "error: what reads the output is gone.\n"
+
+
+@pytest.mark.parametrize("name", ["a[/b]", "[bold]a", ":smile:"])
+def test_names_are_printed_as_they_are(name, tmp_path, monkeypatch, capsys):
+    """Not as the display's markup."""
+    monkeypatch.chdir(tmp_path)
+    code, printed = outcome(
+        monkeypatch, capsys, ValueError(f"{name} is bad"), "train", "--workdir", name
+    )
+    assert (code, printed.err) == (1, f"error: {name} is bad\n")
+    told = io.StringIO()
+    say(Console(file=told), f"new run in {name}")
+    assert told.getvalue() == f"new run in {name}\n"
 
 
 def test_settings_of_a_run_are_json_values():

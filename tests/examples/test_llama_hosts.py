@@ -76,8 +76,10 @@ def test_a_job_that_lost_a_process_goes_on_as_another_job(make_config, tmp_path)
     first, second = two_processes(config)
     wait_for(lambda: len(records(config)) > 8)
     second.kill()
-    _, errors = first.communicate(timeout=60)  # 15 s where nothing else runs.
-    assert first.returncode != 0, errors
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 68, errors
+    assert f"process 1 (pid {second.pid} on " in errors
+    assert "is gone, and no other can go on without it" in errors
     second.communicate()
 
     alone = start(config, "--mesh", "fsdp=4", devices=4)

@@ -10,6 +10,7 @@ from outcome import losses
 
 from examples.llama import __main__
 from examples.llama.config import DataConfig
+from examples.llama.train import train
 from examples.llama.weights.folder import load_params
 from examples.llama.weights.names import BadWeights
 
@@ -87,7 +88,7 @@ def test_weights_of_another_model_or_without_a_tokenizer_are_refused(
     make_config, tmp_path, run
 ):
     config = make_config(tmp_path / "run", steps=1)
-    __main__.train(config)
+    train(config)
     run("export", config.workdir, tmp_path / "hf")  # Bytes have no file.
     assert "without a tokenizer" in run("import", tmp_path / "hf", tmp_path / "back")
     assert "back has no tokenizer" in run("eval", tmp_path / "back", code=1)
