@@ -96,15 +96,13 @@ def data_of(workdir: Path) -> dict[str, Any]:
     """What ``record_run`` was given. Raises as ``settings_of`` does."""
     path = _existing(workdir, _DATA)
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise _damaged(path, f"not JSON: {error}") from error
-    if not isinstance(data, Mapping):
-        raise _damaged(path, f"not an object, but {data!r}")
+        data = files.read_json(path)
+    except files.BadFile as error:
+        raise _damaged(path, str(error).removeprefix(f"{path}: ")) from error
     _require(data, ("vocab_size", "end_of_text", "context"), path)
     if not isinstance(data["vocab_size"], int):
         raise _damaged(path, f"vocab_size is {data['vocab_size']!r}")
-    return dict(data)
+    return data
 
 
 def _require(
