@@ -42,8 +42,8 @@ def without(groups, *names):
     ("content", "why"),
     [
         (b"", "not JSON"),
-        (b"\xff", "not JSON"),
-        (b"[]", "not an object"),
+        (b"\xff", "not UTF-8"),
+        (b"[]", "not a JSON object"),
         (b"{}", "without context, end_of_text, vocab_size"),
         (json.dumps(DATA | {"vocab_size": "257"}).encode(), "vocab_size is '257'"),
         (json.dumps(DATA).replace("fingerprint", "x").encode(), "without fingerprint"),
