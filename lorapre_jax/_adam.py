@@ -11,6 +11,7 @@ from lorapre_jax import _checks
 from lorapre_jax._adam_rule import adam
 from lorapre_jax._boxes import unboxed
 from lorapre_jax._choice import choice
+from lorapre_jax._fit import check_fits
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import LowRank, Methods, RankOne, RotatedRankOne
 from lorapre_jax._plan import init_moment, make_plan
@@ -82,6 +83,12 @@ def scale_by_lorapre_adam(
 
     Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
     in the same state.
+
+    Finite gradients may overflow inside: factors, where sums over a side of the matrix
+    do (entries near 1e38 in float32), `Dense()` second moments and `AlgorithmOne()`,
+    where squares do (1.8e19), as `optax.adam`'s. The state then stays non-finite, and
+    `optax.apply_if_finite`, which looks at gradients, lets them pass. Clip before,
+    `optax.clip(1e18)` or by the global norm.
 
     Args:
       rank: Rank r of the factors; or a `fractions.Fraction` of the smaller side of each
@@ -158,6 +165,7 @@ def scale_by_lorapre_adam(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _checks.check_state(state, ScaleByLorapreAdamState)
+        check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
         hyper = {"b1": b1, "b2": b2, "eps": eps, "update_scale": update_scale}
 

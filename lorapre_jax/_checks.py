@@ -1,5 +1,6 @@
 """Checks of arguments, made where a transform is built, before any compute."""
 
+import numbers
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -98,11 +99,16 @@ def check_array(path: str, leaf: Any) -> None:
             "model, pass the arrays by path: {v.path: v.value for v in "
             "model.trainable_variables}."
         )
-    if not hasattr(leaf, "dtype"):
-        raise TypeError(
-            f"Leaf '{path}' is a {type(leaf).__name__}, not an array; make it one with "
-            "jnp.asarray."
-        )
+    if hasattr(leaf, "dtype"):
+        return
+    what = f"Leaf '{path}' is a {type(leaf).__name__}, not an array"
+    if isinstance(leaf, numbers.Number):
+        raise TypeError(f"{what}; make it one with jnp.asarray.")
+    raise TypeError(
+        f"{what}. What is no parameter, such as the activation function of a module, "
+        "has to be partitioned out: by eqx.filter(model, eqx.is_inexact_array) for an "
+        "Equinox model, or by optax.masked around the optimizer."
+    )
 
 
 def check_floating(path: str, leaf: Any) -> None:
@@ -164,6 +170,14 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(
             f"`{name}` must be a number; to schedule it, wrap the transform in "
             "optax.inject_hyperparams."
+        )
+    dtype = getattr(value, "dtype", np.dtype(float))
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        raise TypeError(
+            f"`{name}` is an array of dtype {dtype}, which rounds 0.999 to 1 or 1e-8 "
+            "to 0. optax.inject_hyperparams casts every hyperparameter, also those "
+            "that have their default, to the parameters' dtype: pass it "
+            "hyperparam_dtype=jnp.float32."
         )
     if isinstance(value, jax.core.Tracer):
         return

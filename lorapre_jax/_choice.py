@@ -4,21 +4,23 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from lorapre_jax._paths import compiled
+
 
 class Choice(NamedTuple):
     """Attributes:
     argument: Its name, for errors.
-    rules: Patterns on leaf paths and their methods.
+    rules: Patterns on leaf paths, compiled once, and their methods.
     block, end: The method of all other leaves; `end` is of embeddings and heads.
     """
 
     argument: str
-    rules: tuple[tuple[str, Any], ...]
+    rules: tuple[tuple[re.Pattern[str], Any], ...]
     block: Any
     end: Any
 
     def of(self, path: str, is_end: bool) -> Any:
-        found = {method for pattern, method in self.rules if re.search(pattern, path)}
+        found = {method for pattern, method in self.rules if pattern.search(path)}
         if len(found) > 1:
             raise ValueError(
                 f"`{self.argument}`: two patterns give leaf '{path}' different "
@@ -31,10 +33,10 @@ class Choice(NamedTuple):
         """Every pattern is of some leaf, masked ones included."""
         paths = list(paths)
         for pattern, _ in self.rules:
-            if not any(re.search(pattern, path) for path in paths):
+            if not any(map(pattern.search, paths)):
                 raise ValueError(
-                    f"`{self.argument}`: pattern {pattern!r} matches no leaf. The "
-                    f"leaves are {', '.join(map(repr, paths[:8]))}"
+                    f"`{self.argument}`: pattern {pattern.pattern!r} matches no leaf. "
+                    f"The leaves are {', '.join(map(repr, paths[:8]))}"
                     f"{' ...' if len(paths) > 8 else ''}."
                 )
 
@@ -46,15 +48,16 @@ def choice(argument: str, given: Any, block: Any, end: Any = None) -> Choice:
         return Choice(argument, (), block, end)
     if not isinstance(given, Mapping):
         return Choice(argument, (), given, given)
-    for pattern in given:
+    rules = []
+    for pattern, method in given.items():
         if not isinstance(pattern, str):
             raise TypeError(
                 f"`{argument}` takes regular expressions as keys, got {pattern!r}."
             )
         try:
-            re.compile(pattern)
+            rules.append((compiled(pattern), method))
         except re.error as error:
             raise ValueError(
                 f"`{argument}`: {pattern!r} is not a regular expression: {error}."
             ) from error
-    return Choice(argument, tuple(given.items()), block, end)
+    return Choice(argument, tuple(rules), block, end)

@@ -1,14 +1,17 @@
 """A running optimizer's moments, carried over into the state of another."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lorapre_jax._boxes import unboxed
 from lorapre_jax._factors import open_boxes
+from lorapre_jax._fit import check_all_fit
 from lorapre_jax._methods import Dense
 from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import has_plan
@@ -48,6 +51,10 @@ def convert_state(
       A second moment that stays dense is copied: where it is next to nothing,
       `optax.adam` divides by as little what factors left of the first moment there.
     - A moment that is kept as before, with factors of the same rank, is copied.
+    - A leaf of which the old state keeps nothing, as of one that was frozen before,
+      starts from zero moments. A warning names all such leaves. They share the count
+      of the others, which corrects no bias any more: for `1 / (1 - b2)` steps their
+      updates are up to `1 / sqrt(1 - b2)` times as large as at the start of a run.
     - Counts are kept. Other numbers come from the same place in the old state;
       hyperparameters are always those of `new_tx`. A wrapper around `new_tx` that the
       old one had not (`optax.MultiSteps`, `apply_if_finite`) has numbers of its own:
@@ -70,12 +77,18 @@ def convert_state(
 
     Raises:
       TypeError: It is called under jit.
-      ValueError: The old state lacks a moment or a number that the new one keeps, keeps
-        a moment twice or in another shape, or lies on other devices; a decay rate is
-        needed; factors are of differently chosen matrices. The message names the leaf.
+      ValueError: The old state knows no leaf, lacks one of a leaf's moments or a number
+        that the new one keeps, keeps a moment twice or in another shape (also than its
+        own plan says), or lies on other devices; a decay rate is needed; factors are of
+        differently chosen matrices. The message names the leaf.
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, params))):
         raise TypeError("convert_state cannot be traced: call it outside jit and vmap.")
+    check_all_fit(state)
+    # NumPy's arrays, as Flax's `from_bytes` returns them, lie on no device.
+    state = jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, state
+    )
     nodes = named_leaves(state, is_leaf=_keeps_moments)
     old = _Old({}, dict(nodes), {"first": b1, "second": b2})
     for node in (node for _, node in nodes if _keeps_moments(node)):
@@ -100,6 +113,7 @@ def convert_state(
             f"{', '.join(steps)}. Convert them one by one."
         )
     fresh = new_tx.init(params)
+    _report_new(fresh, old)
     everywhere = replicated(filter(None, map(known_sharding, jax.tree.leaves(params))))
     try:
         carried = [
@@ -171,8 +185,40 @@ class _Old(NamedTuple):
         return found
 
     @property
+    def paths(self) -> set[str]:
+        """Of the leaves that it keeps moments of."""
+        return {path for path, _ in self.moments}
+
+    @property
     def count(self) -> Any:
         return next(iter(self.moments.values())).count
+
+
+def _report_new(fresh: Any, old: _Old) -> None:
+    """Says which leaves the old state does not know, as those that were frozen."""
+    nodes = filter(_keeps_moments, jax.tree.leaves(fresh, is_leaf=_keeps_moments))
+    moments = [moment for node in nodes for moment in _moments(node).values()]
+    wanted = dict.fromkeys(moment.path for moment in moments if not moment.is_empty)
+    new = [path for path in wanted if path not in old.paths]
+    if not new:
+        return
+    if len(new) == len(wanted):
+        raise ValueError(
+            f"Leaf '{new[0]}': the old state keeps no moment of it, nor of any other "
+            "leaf of the new one. Start from new_tx.init(params), or pass the state "
+            "that belongs to these parameters."
+        )
+    gone = sorted(old.paths - wanted.keys())
+    dropped = f" It keeps those of {_listed(gone)}, which no leaf has." if gone else ""
+    warnings.warn(
+        f"convert_state: the old state keeps no moments of {_listed(new)}. Theirs "
+        f"start from zero, as if their gradients had been zero so far.{dropped}",
+        stacklevel=3,
+    )
+
+
+def _listed(paths: list[str]) -> str:
+    return ", ".join(f"'{path}'" for path in paths)
 
 
 def _filled(name: str, node: Any, old: _Old) -> Any:
@@ -180,16 +226,15 @@ def _filled(name: str, node: Any, old: _Old) -> Any:
     values: dict[str, dict[str, Any]] = {}
     for (field, path), moment in _moments(node).items():
         source = old.moments.get((path, moment.kind))
-        empty = not moment.is_factored and moment.value.size == 0
-        if source is None and not empty:
+        value, is_empty = moment.value, moment.is_empty
+        if source is None and not is_empty and path in old.paths:
             raise ValueError(
                 f"Leaf '{path}': the old state keeps no {moment.kind} moment of it. "
                 "Start from new_tx.init(params), or take a transform that needs none."
             )
-        value = moment.value
         if moment.first is not None:
             moment = moment._replace(first=values["mu"][path])
-        if source is not None and not empty:
+        if source is not None and not is_empty:
             value = translated(source, moment, old.decays[moment.kind])
         values.setdefault(field, {})[path] = value
     fields: dict[str, Any] = {"count": old.count} if old.moments else {}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lorapre_jax import _online_regression as regression
 from lorapre_jax._factors import FactorPair, open_boxes
+from lorapre_jax._fit import check_fits
 from lorapre_jax._methods import at_least_float32
 from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import LeafPlan, has_plan
@@ -64,12 +65,13 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
 
     Raises:
       ValueError: No moment in the state is a pair of factors; a leaf of the state is
-        not in `grads`, or has another shape there; two states keep the same moment of
-        one leaf. The message names the leaf.
+        not in `grads`, or has another shape there; an array is not what the state's
+        plan says; two states keep the same moment of one leaf. The message names it.
     """
     by_path = dict(named_leaves(grads))
     found: dict[str, dict[str, FactorDiagnostics]] = {}
     for ours in filter(has_plan, jax.tree.leaves(state, is_leaf=has_plan)):
+        check_fits(ours)
         for leaf in ours.plan.leaves:
             _check_gradient(leaf, by_path)
             for moment, pair in _factor_pairs(ours, leaf.path):

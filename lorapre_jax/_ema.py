@@ -10,6 +10,7 @@ import optax
 from lorapre_jax import _checks
 from lorapre_jax._boxes import unboxed
 from lorapre_jax._choice import choice
+from lorapre_jax._fit import check_fits
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import LowRank, Methods, mass
 from lorapre_jax._plan import init_moment, make_plan
@@ -95,6 +96,7 @@ def lorapre_ema(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _checks.check_state(state, LorapreEmaState)
+        check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
         hyper = {"decay": decay, "count": unboxed(count), "seed": seed}
 

@@ -42,7 +42,7 @@ def as_row_column(x: Matrix) -> RowColumn:
     if isinstance(x, FactorPair):
         # The rows of U S, and those of V S, have the norms of the product's.
         left, right = _truncated(x, x.left.shape[1])
-        rows = left * jnp.linalg.norm(right, axis=0)
+        rows = left * jnp.linalg.norm(right, axis=0, keepdims=True)
         return RowColumn(
             jnp.linalg.norm(rows, axis=1) / jnp.sqrt(len(right)),
             jnp.linalg.norm(right, axis=1) / jnp.sqrt(len(left)),
@@ -54,7 +54,7 @@ def as_row_column(x: Matrix) -> RowColumn:
 def unrotated(x: RotatedRowColumn, left: jax.Array) -> RowColumn:
     """Root mean squares of whole rows; directions are taken as uncorrelated."""
     return RowColumn(
-        jnp.hypot(x.row, jnp.linalg.norm(left * x.direction, axis=1)), x.column
+        jnp.hypot(x.row, jnp.linalg.norm(left * x.direction[None], axis=1)), x.column
     )
 
 
@@ -91,7 +91,7 @@ def rotated(
     direction = jnp.where(
         is_found, jnp.maximum(direction, least), energy / jnp.sqrt(len(whole.row))
     )
-    along = jnp.linalg.norm(pair.left * direction, axis=1)
+    along = jnp.linalg.norm(pair.left * direction[None], axis=1)
     rest = jnp.sqrt(jnp.maximum((whole.row - along) * (whole.row + along), 0))
     return RotatedRowColumn(jnp.hypot(rest, FLOOR * whole.row), whole.column, direction)
 
@@ -133,6 +133,6 @@ def _truncated(pair: FactorPair, rank: int) -> FactorPair:
     core = dot(dot(u.T, pair.left), dot(pair.right.T, v))
     inner_u, s, inner_vt = jnp.linalg.svd(core)
     left = dot(u, inner_u)[:, :rank]
-    right = dot(v, inner_vt.T * s)[:, :rank]
+    right = dot(v, inner_vt.T * s[None])[:, :rank]
     missing = ((0, 0), (0, max(0, rank - right.shape[1])))
     return FactorPair(jnp.pad(left, missing), jnp.pad(right, missing))

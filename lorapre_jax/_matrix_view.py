@@ -124,6 +124,11 @@ class MatrixView:
         axes = {"row": self.row_axes, "column": self.column_axes, "rank": (None,)}
         return self.batch_axes + tuple(axis for side in sides for axis in axes[side])
 
+    def factor_shape(self, sides: tuple[str, ...], rank: int) -> tuple[int, ...]:
+        """Of such an array as it is stored."""
+        axes = self.factor_axes(sides)
+        return tuple(rank if axis is None else self.shape[axis] for axis in axes)
+
     def fuse(self, state: Any) -> Any:
         """A factored state as it is stored -> of matrices, `(*batch, p, r)` say."""
 
@@ -137,14 +142,11 @@ class MatrixView:
 
     def unfuse(self, state: Any) -> Any:
         """The inverse of `fuse`."""
-
-        def shape(x, sides) -> tuple[int, ...]:
-            axes = self.factor_axes(sides)
-            return tuple(x.shape[-1] if a is None else self.shape[a] for a in axes)
-
         kind = type(state)
-        shapes = map(shape, state, kind.sides)
-        return kind(*(x.reshape(to) for x, to in zip(state, shapes, strict=True)))
+        arrays = zip(state, kind.sides, strict=True)
+        return kind(
+            *(x.reshape(self.factor_shape(sides, x.shape[-1])) for x, sides in arrays)
+        )
 
     @property
     def _order(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from lorapre_jax import _checks
 from lorapre_jax._factors import is_factors
+from lorapre_jax._fit import check_all_fit
 from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import LeafPlan
 from lorapre_jax._report import LeafReport, Report
@@ -45,7 +46,7 @@ def describe(
     Raises:
       TypeError: A parameter is no array; the message names the leaf.
       ValueError: `state` lacks an array that the state of `tx` has, or has it in
-        another shape; the message names it.
+        another shape, or in another than its own plan says; the message names it.
       What `tx.init` raises.
     """
     leaves = named_leaves(params)
@@ -156,23 +157,25 @@ def _placed(found: list[Part], state: Any) -> dict[str, Sharding]:
         keys = path.split("/")
         for i in range(len(keys)):
             by_end.setdefault("/".join(keys[i:]), path)
+    arrays = {name: array for part in found for name, array in part.arrays()}
+    leaves = {name: given.get(by_end.get(name, "")) for name in arrays}
     placed = {}
-    for part in found:
-        for name, array in part.arrays():
-            leaf: Any = given.get(by_end.get(name, ""))
-            sharding = leaf if isinstance(leaf, Sharding) else _sharding_of(leaf)
-            if sharding is None:
-                raise ValueError(
-                    f"describe: the given state has no array or sharding '{name}'. "
-                    "Pass a state of this transform, or a tree like it of shardings."
-                )
-            shape = getattr(leaf, "shape", array.shape)
-            if shape != array.shape:
-                raise ValueError(
-                    f"describe: '{name}' has shape {shape} in the given state, "
-                    f"and {array.shape} in that of this transform."
-                )
-            placed[name] = sharding
+    for name, leaf in leaves.items():
+        sharding = leaf if isinstance(leaf, Sharding) else _sharding_of(leaf)
+        if sharding is None:
+            raise ValueError(
+                f"describe: the given state has no array or sharding '{name}'. "
+                "Pass a state of this transform, or a tree like it of shardings."
+            )
+        placed[name] = sharding
+    check_all_fit(state)
+    for name, array in arrays.items():
+        shape = getattr(leaves[name], "shape", array.shape)
+        if shape != array.shape:
+            raise ValueError(
+                f"describe: '{name}' has shape {shape} in the given state, "
+                f"and {array.shape} in that of this transform."
+            )
     return placed
 
 

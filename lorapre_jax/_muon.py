@@ -10,10 +10,11 @@ import optax
 from lorapre_jax import _checks
 from lorapre_jax._boxes import unboxed
 from lorapre_jax._choice import choice
+from lorapre_jax._fit import check_fits
 from lorapre_jax._map_leaves import map_leaves
 from lorapre_jax._methods import LowRank, Methods
 from lorapre_jax._muon_rule import MuonRule
-from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients
+from lorapre_jax._orthogonalize import NS_COEFFS, NS_STEPS, Coefficients
 from lorapre_jax._plan import Plan, init_moment, make_plan
 from lorapre_jax._selection import Matrices
 from lorapre_jax._sharding import replicated_zero
@@ -49,7 +50,7 @@ def scale_by_lorapre_muon(
     rank: int | Fraction,
     beta: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
-    ns_steps: int = 5,
+    ns_steps: int | None = None,
     *,
     ns_coeffs: Coefficients = NS_COEFFS,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -88,7 +89,7 @@ def scale_by_lorapre_muon(
       rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
       beta: Decay rate of the momentum, in [0, 1).
       nesterov: Whether to look one step ahead, as `optax.contrib.muon` does. Static.
-      ns_steps: Number of Newton-Schulz iterations. Static.
+      ns_steps: Number of Newton-Schulz iterations; None: 5. Static.
       ns_coeffs: Their coefficients `(a, b, c)`, or at least `ns_steps` such triples.
       eps: Added to the Frobenius norm that the iteration's start is divided by.
       consistent_rms: None scales the update by `sqrt(max(1, q/p))` (Jordan et al.,
@@ -121,6 +122,8 @@ def scale_by_lorapre_muon(
     kept = choice("moment", moment, DEFAULT_MOMENT)
     _checks.check_methods(kept, "first_moment")
     _checks.check_flag("nesterov", nesterov)
+    # None by default: optax.inject_hyperparams makes arrays of numbers.
+    ns_steps = NS_STEPS if ns_steps is None else ns_steps
     _checks.check_count("ns_steps", ns_steps)
     _checks.check_ns_coeffs(ns_coeffs, ns_steps)
     rule = MuonRule(nesterov, ns_steps, ns_coeffs)
@@ -143,6 +146,7 @@ def scale_by_lorapre_muon(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         _checks.check_state(state, ScaleByLorapreMuonState)
+        check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
 
         hyper = {

@@ -27,7 +27,7 @@ def lorapre_muon(
     rank: int | Fraction,
     beta: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
-    ns_steps: int = 5,
+    ns_steps: int | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     *,

@@ -96,7 +96,7 @@ def _by_elimination(gram):
     def eliminate(j, rows):
         pivot = rows[j] / jnp.sqrt(rows[j, j])
         below = jnp.where(jnp.arange(size) > j, pivot[:size], 0)
-        return (rows - below[:, None] * pivot).at[j].set(pivot)
+        return (rows - below[:, None] * pivot[None]).at[j].set(pivot)
 
     rows = jnp.concatenate([gram, jnp.eye(size, dtype=gram.dtype)], axis=1)
     return jax.lax.fori_loop(0, size, eliminate, rows)[:, size:]

@@ -13,6 +13,7 @@ Coefficients = tuple[float, float, float] | tuple[tuple[float, float, float], ..
 # Quintic with the steepest slope at zero that still keeps singular values near one
 # (Jordan et al., 2024).
 NS_COEFFS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
 
 
 def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.Array:

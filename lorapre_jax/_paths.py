@@ -1,5 +1,7 @@
 """Leaves of a tree by their paths: the names that rules, reports and states go by."""
 
+import functools
+import re
 from collections import Counter
 from typing import Any
 
@@ -7,6 +9,9 @@ import jax
 import optax
 
 from lorapre_jax._boxes import is_box, unboxed
+
+compiled = functools.cache(re.compile)
+"""A pattern on paths. `re.compile` itself forgets all but the last 512."""
 
 
 def path_str(path: tuple[Any, ...]) -> str:

@@ -56,6 +56,13 @@ class LeafPlan:
     def is_factored(self) -> bool:
         return self.rank is not None
 
+    def kind_of(self, index: int) -> Any:
+        """The class of the factors that moment `index` is kept as; None: an array."""
+        method = self.methods[index]
+        if not self.is_factored or isinstance(method, Dense):
+            return None
+        return method.kind
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -208,7 +215,7 @@ def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]
         leaf, param = plans.get(path), unboxed(node)
         if leaf is None or not leaf.methods:
             dense.append(node if param is None else optax.MaskedNode())
-        elif not leaf.is_factored or isinstance(leaf.methods[index], Dense):
+        elif leaf.kind_of(index) is None:
             dtype, sharding = at_least_float32(param.dtype), known_sharding(param)
             zeros = jnp.zeros(leaf.shape, dtype, device=sharding)
             dense.append(refilled(node, zeros))

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from lorapre_jax import _names as names
 from lorapre_jax._boxes import axis_names, unboxed
 from lorapre_jax._layers import Leaf, sides_in_layers
 from lorapre_jax._matrix_view import MatrixAxes
@@ -31,31 +32,6 @@ class Role(NamedTuple):
     is_end: bool = False
 
 
-# Names of axes.
-_STACK = re.compile(r"(.*_)?(layers?|blocks?|stack|stages?|repeats?|layers_per_stage)")
-_EXPERT = re.compile(r"(num_)?(exp|experts?)(_.*)?|num_activations")
-_VOCAB = re.compile(r"vocab(ulary)?(_size)?")
-_EMBED = re.compile(r"(embed|embedding|emb|d_?model|model_dim|hidden(_size)?)(_.*)?")
-
-# Keys of paths, each between slashes or underscores.
-_VECTOR = re.compile(r"(.*_)?(bias|biases|scale|gamma|beta|sinks?|A_log)")
-_NORM = re.compile(r"(.*[_a-z])?norm(alization)?(_?\d+)?|ln\d*(_\w+)?", re.IGNORECASE)
-# Of PyTorch and those who follow it: outputs first.
-_OUT_FIRST = re.compile(r"weight(_[ih]h(_l\d+)?)?")
-_STACK_KEY = re.compile(r"(.*_)?(layers?|blocks?|stack(ed)?|scan(ned)?|h)")
-_END = re.compile(
-    r"embed|(^|/)w[tp]e(/|$)|vocab|logits|(^|/)shared(/|$)"
-    r"|(^|/)(lm_|output_|decoder_)?head(/|$)",
-    re.IGNORECASE,
-)
-_CONV = re.compile(r"conv|patch", re.IGNORECASE)
-_ATTENTION = re.compile(r"att(e)?n|(^|[/_])mha|einsum", re.IGNORECASE)
-_INTO_HEADS = re.compile(
-    r"(^|[/_])(to_)?w?(q|k|v|kv|qkv|query|key|value)(_?proj|_?einsum)?([/_]|$)"
-)
-_OUT_OF_HEADS = re.compile(r"(^|[/_])(to_)?(w?o|out|output|vec)([/_]|$)")
-_EXPERTS = re.compile(r"mlp|ffn|feed_?forward|moe|expert", re.IGNORECASE)
-
 _TALL = 8  # Over this, one side to the other, a matrix is taken to have a vocabulary.
 
 
@@ -69,13 +45,15 @@ def roles(params: Any) -> dict[str, Role]:
     layers = sides_in_layers(params)
     width = _width(leaves)
     stacked = _stacked(leaves, width)
+    outputs_first = _outputs_first(leaves, width)
     times = Counter(map(_place, leaves))
     found = {}
     for leaf in leaves:
         is_alone = times[_place(leaf)] == 1
         batch = _batch_axes(leaf, leaf.path in stacked, width)
         sides = layers.get(leaf.path)
-        found[leaf.path] = _role(leaf, batch, sides, width, is_alone)
+        is_out_first = leaf.path in outputs_first
+        found[leaf.path] = _role(leaf, batch, sides, width, is_alone, is_out_first)
     return found
 
 
@@ -83,6 +61,8 @@ def warn_of_unknown(
     by_role: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], least: int
 ) -> None:
     """Names the leaves of which nothing is known, with what to write.
+
+    Once: `describe` and its like call `init` on the same parameters again.
 
     Args:
       shapes: Of the leaves that the default decides on.
@@ -101,26 +81,35 @@ def warn_of_unknown(
         for path in unknown[:8]
     )
     more = f"\n        # and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-    warnings.warn(
+    message = (
         f"lorapre_jax keeps {len(unknown)} large leaves densely, for neither their "
         "paths nor names of their axes say which axes are rows (inputs) and which are "
         "columns. Fill in, for example rows=-2, columns=-1 for a stack of matrices:\n"
         f"    matrices=lp.select_matrices(axes={{\n{rules}{more}\n    }}, "
-        "extend_default=True)",
-        stacklevel=2,
+        "extend_default=True)"
     )
+    if message not in _told:
+        warnings.warn(message, stacklevel=2)
+        _told.add(message)
 
+
+_told: set[str] = set()
 
 UNKNOWN = "more than two axes, and nothing says which are rows and columns"
 
 
 def _role(
-    leaf: Leaf, batch: set[int], sides: Any, width: int | None, is_alone: bool
+    leaf: Leaf,
+    batch: set[int],
+    sides: Any,
+    width: int | None,
+    is_alone: bool,
+    is_out_first: bool,
 ) -> Role:
     ndim = len(leaf.shape)
     if ndim < 2:
         return Role(None, "fewer than two axes")
-    if _is_vector(leaf):
+    if names.is_vector(leaf):
         return Role(None, "a bias or a scale, by its name")
     is_end = _is_end(leaf, batch, is_alone)
     if sides is not None and (known := sides(leaf)) is not None:
@@ -130,8 +119,7 @@ def _role(
     if len(inner) < 2:
         return Role(None, "fewer than two axes in a slice")
     if len(inner) == 2:
-        out_first = _OUT_FIRST.fullmatch(leaf.last_key)
-        rows, columns = reversed(inner) if out_first else inner
+        rows, columns = reversed(inner) if is_out_first else inner
         return Role(_axes([rows], [columns]), is_end=is_end)
     split = _split(leaf, inner, width)
     if split is None:
@@ -153,16 +141,17 @@ def _split(leaf: Leaf, inner: list[int], width: int | None):
     Kernels have their inputs first, and the model's width is one axis of either side.
     """
     first, last = inner[0], inner[-1]
-    in_attention = _is_in_attention(leaf)
-    embed = _named(leaf, _EMBED)
-    if not embed and not in_attention and _is_convolution(leaf, inner):
-        out = first if leaf.last_key == "weight" else last
+    in_attention = names.is_in_attention(leaf)
+    embed = names.named(leaf, names.EMBED)
+    if not embed and not in_attention and names.is_convolution(leaf, inner):
+        behind = inner[-2] if names.TRANSPOSED_CONV.search(leaf.path) else last
+        out = first if leaf.last_key == "weight" else behind
         return [axis for axis in inner if axis != out], [out]
     if not embed and in_attention:
         axis = _width_in_attention(leaf, inner, width)
-    elif not embed and not any(map(_known, filter(None, leaf.names))):
+    elif not embed and not any(map(names.is_known, filter(None, leaf.names))):
         # Matrices of experts, one behind the other.
-        return ([inner[-2]], [last]) if _EXPERTS.search(leaf.path) else None
+        return ([inner[-2]], [last]) if names.EXPERTS.search(leaf.path) else None
     else:
         axis = embed[0] if embed else first
     if axis is None:
@@ -170,14 +159,18 @@ def _split(leaf: Leaf, inner: list[int], width: int | None):
     others = [other for other in inner if other != axis]
     if "einsum" in leaf.path and len(inner) == 4:
         others.remove(min(others))  # Queries, keys, values: matrices of their own.
-    return (others, [axis]) if axis == last else ([axis], others)
+    is_output = axis == last and not names.GATES.search(leaf.path)
+    return (others, [axis]) if is_output else ([axis], others)
 
 
 def _width_in_attention(leaf: Leaf, inner: list[int], width: int | None) -> int | None:
     """The axis that is the model's width; None where that is not clear."""
     sides = [
         (match.start(), axis)
-        for axis, pattern in ((inner[0], _INTO_HEADS), (inner[-1], _OUT_OF_HEADS))
+        for axis, pattern in (
+            (inner[0], names.INTO_HEADS),
+            (inner[-1], names.OUT_OF_HEADS),
+        )
         for match in pattern.finditer(leaf.path)
     ]
     of_width = [axis for axis in inner if leaf.shape[axis] == width]
@@ -189,73 +182,59 @@ def _width_in_attention(leaf: Leaf, inner: list[int], width: int | None) -> int 
     return axis if not of_width or axis in of_width else None
 
 
-def _is_in_attention(leaf: Leaf) -> bool:
-    own = "/".join(leaf.path.split("/")[-4:])
-    return bool(_ATTENTION.search(own) or _INTO_HEADS.search(own))
-
-
-def _is_convolution(leaf: Leaf, inner: list[int]) -> bool:
-    """By its name; or four axes, the first two as long as the sides of a window."""
-    if _CONV.search(leaf.path):
-        return True
-    if len(inner) != 4:
-        return False
-    height, width, p, q = (leaf.shape[axis] for axis in inner)
-    # The windows of patches are larger, and their inputs few.
-    is_window = height in (1, 3, 5, 7, 9, 11) or (height <= 32 and p <= 4 < q)
-    return height == width and is_window
-
-
-def _known(name: str) -> bool:
-    return any(p.fullmatch(str(name)) for p in (_STACK, _EXPERT, _VOCAB, _EMBED)) or (
-        re.search(r"head|mlp|ffn|lora|^kv$|^qkv$", str(name)) is not None
-    )
-
-
-def _named(leaf: Leaf, pattern: re.Pattern[str]) -> list[int]:
-    names = enumerate(leaf.names)
-    return [i for i, name in names if isinstance(name, str) and pattern.fullmatch(name)]
-
-
-def _is_vector(leaf: Leaf) -> bool:
-    if "norm" in leaf.names or _VECTOR.fullmatch(leaf.last_key):
-        return True
-    # The layer that holds it, not one around that: `norm1/linear/kernel` is a matrix.
-    own = leaf.path.split("/")[-2:]
-    return "kernel" not in leaf.last_key and any(map(_NORM.fullmatch, own))
-
-
 def _batch_axes(leaf: Leaf, is_stacked: bool, width: int | None) -> set[int]:
-    batch = {*_named(leaf, _STACK), *_named(leaf, _EXPERT)}
+    batch = {*names.named(leaf, names.STACK), *names.named(leaf, names.EXPERT)}
     if not batch and is_stacked:
         batch.add(0)
     inner = [axis for axis in range(len(leaf.shape)) if axis not in batch]
     if not any(leaf.names):
         batch.update(axis for axis in inner[:-2] if leaf.shape[axis] == 1)
-    if len(inner) != 3 or _named(leaf, _EMBED) or not _EXPERTS.search(leaf.path):
+    if (
+        len(inner) != 3
+        or names.named(leaf, names.EMBED)
+        or not names.EXPERTS.search(leaf.path)
+    ):
         return batch
     begins_with_width = [leaf.shape[axis] == width for axis in inner] == [1, 0, 0]
-    if not (_is_in_attention(leaf) or _CONV.search(leaf.path) or begins_with_width):
+    if not (
+        names.is_in_attention(leaf) or names.CONV.search(leaf.path) or begins_with_width
+    ):
         batch.add(inner[0])
     return batch
 
 
 def _is_end(leaf: Leaf, batch: set[int], is_alone: bool) -> bool:
-    if _named(leaf, _VOCAB):
+    if names.named(leaf, names.VOCAB):
         return True
     if batch or len(leaf.shape) != 2:
         return False
-    in_block = _ATTENTION.search(leaf.path) or _EXPERTS.search(leaf.path)
+    in_block = names.ATTENTION.search(leaf.path) or names.EXPERTS.search(leaf.path)
     own = "/".join(leaf.path.split("/")[-2:])
-    if _END.search(own if in_block else leaf.path):
+    if names.END.search(own if in_block else leaf.path):
         return True
     p, q = leaf.shape
     return max(p, q) > _TALL * min(p, q) and not in_block and is_alone
 
 
+def _outputs_first(leaves: list[Leaf], width: int | None) -> set[str]:
+    """Which matrices of two axes have the columns of `x @ W` as their first."""
+    # What begins with as many inputs as the model is wide ends with them in FlaxGPT2.
+    is_conv_1d = any(
+        leaf.shape[-1] == width != leaf.shape[-2]
+        for leaf in leaves
+        if len(leaf.shape) > 1 and names.FROM_WIDTH.search(leaf.path)
+    )
+    return {
+        leaf.path
+        for leaf in leaves
+        if names.OUT_FIRST.fullmatch(leaf.last_key)
+        or (is_conv_1d and names.CONV_1D.search(leaf.path))
+    }
+
+
 def _place(leaf: Leaf) -> Any:
     """The same for leaves of different layers that are alike."""
-    return re.sub(r"\d+", "", leaf.path), leaf.shape
+    return names.DIGITS.sub("", leaf.path), leaf.shape
 
 
 def _stacked(leaves: list[Leaf], width: int | None) -> set[str]:
@@ -273,13 +252,15 @@ def _stacked(leaves: list[Leaf], width: int | None) -> set[str]:
                 below["/".join(keys[:i])].append(leaf)
     found: set[str] = set()
     for prefix, group in below.items():
-        vectors = [leaf for leaf in group if _is_vector(leaf)]
-        matrices = [leaf for leaf in group if not _is_vector(leaf)]
-        is_named = _STACK_KEY.fullmatch(prefix.rpartition("/")[2])
+        vectors = [leaf for leaf in group if names.is_vector(leaf)]
+        matrices = [leaf for leaf in group if not names.is_vector(leaf)]
+        is_named = names.STACK_KEY.fullmatch(prefix.rpartition("/")[2])
         says_so = all(len(leaf.shape) > 1 for leaf in vectors)
         if (vectors or is_named) and says_so and _may_be_stacked(group, matrices):
             found.update(leaf.path for leaf in group)
-    deep = [leaf for leaf in leaves if len(leaf.shape) > 2 and not _is_vector(leaf)]
+    deep = [
+        leaf for leaf in leaves if len(leaf.shape) > 2 and not names.is_vector(leaf)
+    ]
     if len(deep) > 1 and _may_be_stacked(deep, deep) and deep[0].shape[0] != width:
         found.update(leaf.path for leaf in deep)
     return found
@@ -293,7 +274,7 @@ def _may_be_stacked(group: list[Leaf], matrices: list[Leaf]) -> bool:
         and all(
             len(leaf.shape) > 2
             and leaf.shape[0] < max(leaf.shape[1:])
-            and not _is_convolution(leaf, list(range(len(leaf.shape))))
+            and not names.is_convolution(leaf, list(range(len(leaf.shape))))
             for leaf in matrices
         )
     )
@@ -304,7 +285,7 @@ def _width(leaves: list[Leaf]) -> int | None:
     counts = Counter(
         size
         for leaf in leaves
-        if len(leaf.shape) > 1 and not _is_vector(leaf)
+        if len(leaf.shape) > 1 and not names.is_vector(leaf)
         for size in set(leaf.shape)
     )
     return max(counts, key=lambda size: (counts[size], size), default=None)

@@ -14,17 +14,19 @@ from lorapre_jax._matrix_view import (
     as_matrix_axes,
     matrix_view,
 )
-from lorapre_jax._paths import is_masked, named_leaves
+from lorapre_jax._paths import compiled, is_masked, named_leaves
 from lorapre_jax._roles import Role
+
+Pattern = re.Pattern[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSelection:
     """What `select_matrices` returns; see there."""
 
-    include: tuple[str, ...] | None
-    exclude: tuple[str, ...]
-    axes: MatrixAxes | tuple[tuple[str, MatrixAxes], ...] | None
+    include: tuple[Pattern, ...] | None
+    exclude: tuple[Pattern, ...]
+    axes: MatrixAxes | tuple[tuple[Pattern, MatrixAxes], ...] | None
     extend_default: bool = False
 
 
@@ -69,9 +71,11 @@ def select_matrices(
     """
     rules: Any = axes
     if isinstance(axes, Mapping):
-        where = "select_matrices: axes of {!r}"
         rules = tuple(
-            (key, as_matrix_axes(value, where.format(key)))
+            (
+                _compiled("axes", key),
+                as_matrix_axes(value, f"select_matrices: axes of {key!r}"),
+            )
             for key, value in axes.items()
         )
     elif axes is not None:
@@ -81,25 +85,12 @@ def select_matrices(
             "select_matrices: `extend_default` goes with a mapping as `axes` and with "
             "`exclude`; `include`, or one `MatrixAxes` for all, leaves no default."
         )
-    selection = MatrixSelection(
-        None if include is None else _as_patterns(include),
-        _as_patterns(exclude),
+    return MatrixSelection(
+        None if include is None else _as_patterns("include", include),
+        _as_patterns("exclude", exclude),
         rules,
         extend_default,
     )
-    for role, pattern in _patterns(selection):
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"select_matrices: {role} takes regular expressions as strings, got "
-                f"{pattern!r}."
-            )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"select_matrices: {pattern!r} is not a regular expression: {error}."
-            ) from error
-    return selection
 
 
 class Resolved(NamedTuple):
@@ -170,10 +161,10 @@ def _resolve_selection(
     selection: MatrixSelection, shapes, paths, by_role
 ) -> dict[str, Resolved]:
     for role, pattern in _patterns(selection):
-        if not any(re.search(pattern, path) for path in paths):
+        if not any(map(pattern.search, paths)):
             raise ValueError(
-                f"select_matrices: {role} pattern {pattern!r} matches no leaf. The "
-                f"leaves are {_listed(paths)}."
+                f"select_matrices: {role} pattern {pattern.pattern!r} matches no leaf. "
+                f"The leaves are {_listed(paths)}."
             )
     return {
         path: _resolve_leaf(selection, path, shape, by_role[path])
@@ -184,10 +175,10 @@ def _resolve_selection(
 def _resolve_leaf(
     selection: MatrixSelection, path: str, shape: tuple[int, ...], role: Role
 ) -> Resolved:
-    if any(re.search(pattern, path) for pattern in selection.exclude):
+    if any(pattern.search(path) for pattern in selection.exclude):
         return Resolved(None, "excluded")
     include, rules = selection.include, selection.axes
-    if include is not None and not any(re.search(each, path) for each in include):
+    if include is not None and not any(each.search(path) for each in include):
         return Resolved(None, "not included")
     if isinstance(rules, MatrixAxes):
         if include is None and not _fits(rules, len(shape)):
@@ -195,7 +186,7 @@ def _resolve_leaf(
         return Resolved(rules)
     if rules is None and include is not None:
         return Resolved(MatrixAxes())
-    matching = [axes for pattern, axes in rules or () if re.search(pattern, path)]
+    matching = [axes for pattern, axes in rules or () if pattern.search(path)]
     if selection.extend_default and not matching:
         return _of_role(role)
     if include is None and not matching and len(shape) != 2:
@@ -257,7 +248,7 @@ def _resolve_tree(tree: Any, shapes, paths, nones) -> dict[str, Resolved]:
     return resolved
 
 
-def _patterns(selection: MatrixSelection) -> list[tuple[str, str]]:
+def _patterns(selection: MatrixSelection) -> list[tuple[str, Pattern]]:
     rules = selection.axes if isinstance(selection.axes, tuple) else ()
     return (
         [("include", pattern) for pattern in selection.include or ()]
@@ -266,10 +257,23 @@ def _patterns(selection: MatrixSelection) -> list[tuple[str, str]]:
     )
 
 
-def _as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return tuple(value)
-    return (value,)
+def _as_patterns(role: str, value: str | Iterable[str]) -> tuple[Pattern, ...]:
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return tuple(_compiled(role, each) for each in (value if several else (value,)))
+
+
+def _compiled(role: str, pattern: Any) -> Pattern:
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"select_matrices: {role} takes regular expressions as strings, got "
+            f"{pattern!r}."
+        )
+    try:
+        return compiled(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"select_matrices: {pattern!r} is not a regular expression: {error}."
+        ) from error
 
 
 def _is_spec(x: Any) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lorapre_jax._fit import check_all_fit
 from lorapre_jax._methods import have_rank
 from lorapre_jax._paths import named_leaves
 from lorapre_jax._plan import LeafPlan, has_plan
@@ -22,7 +23,12 @@ def state_record(state: Any) -> dict[str, dict[str, dict[str, Any]]]:
     Returns:
       JSON-able: by place of each of this library's transforms in the state, and by leaf
       path, `shape`, `matrices`, `rank` and `moments`. Empty where there are none.
+
+    Raises:
+      ValueError: An array of the state has not the shape that was decided, as after a
+        restore into a state of another rank; the message names the leaf.
     """
+    check_all_fit(state)
     return {
         place: {leaf.path: _of_leaf(leaf) for leaf in node.plan.leaves}
         for place, node in named_leaves(state, is_leaf=has_plan)
@@ -39,7 +45,8 @@ def check_state_record(record: Record | None, state: Any) -> None:
 
     Raises:
       ValueError: One or more leaves differ; all are listed, with what to call. Or
-        `record` is none, for example None where nothing was recorded.
+        `record` is none, for example None where nothing was recorded. What
+        `state_record` raises.
     """
     if not _is_record(record):
         raise ValueError(

@@ -38,6 +38,11 @@ class Moment(NamedTuple):
         return not isinstance(self.method, Dense)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether the leaf has no elements."""
+        return not self.is_factored and self.value.size == 0
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the leaf."""
         return self.view.shape if self.view and self.is_factored else self.value.shape

@@ -10,6 +10,8 @@ import jax
 import pytest
 from contract_cases import CASES, Case
 
+from lorapre_jax import _roles
+
 
 @pytest.fixture(scope="module")
 def quick_compilation():
@@ -17,6 +19,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def nothing_was_said(monkeypatch):
+    """For modules that look for a warning which a process gives once."""
+    monkeypatch.setattr(_roles, "_told", set())
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ MATRICES = lp.select_matrices(
     axes={"^heads$": lp.MatrixAxes(0, (1, 2)), "^(stack|w)$": lp.MatrixAxes()}
 )
 FACTORED = frozenset(SHAPES)
-STATIC_ARGS = ("rank", "ns_steps")
+STATIC_ARGS = ("rank",)  # What `optax.inject_hyperparams` has to be told.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,6 @@ class Case:
             return self.make(learning_rate=learning_rate, **overrides)
         scale = optax.scale_by_learning_rate(learning_rate)
         return optax.chain(self.make(**overrides), scale)
-
-    @property
-    def static_args(self) -> tuple[str, ...]:
-        """What `optax.inject_hyperparams` has to be told."""
-        names = self.factory.__annotations__
-        return tuple(name for name in STATIC_ARGS if name in names)
 
     def tree(self, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
         """Random parameters, or gradients: the three matrices, and a vector."""

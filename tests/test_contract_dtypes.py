@@ -21,6 +21,8 @@ from contract_cases import (
     w_trees,
 )
 
+import lorapre_jax as lp
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 tree_get = optax.tree_utils.tree_get
@@ -132,6 +134,47 @@ def test_strict_dtype_promotion(name, grad_dtype, param_dtype):
         assert factored_paths(tx, params) == FACTORED
         outcome = jax.eval_shape(tx.update, grads, tx.init(params), params)
     assert shapes_of(outcome) == shapes_of(expected)
+
+
+SECOND_MOMENTS = {"rank one": lp.RankOne(), "low rank": lp.LowRank()}
+
+
+def under_strict_rank_promotion(tx, params, grads):
+    """Tracing is enough: JAX raises where arrays of different ranks meet."""
+    with jax.numpy_rank_promotion("raise"):
+        state = jax.eval_shape(tx.init, params)
+        return jax.eval_shape(tx.update, grads, state, params)
+
+
+@pytest.mark.parametrize("slices", [None, 1])
+def test_strict_rank_promotion(case, slices):
+    params, grads = case.tree(), case.tree(1)
+    tx = case.make(slices_at_once=slices)
+    assert factored_paths(tx, params) == FACTORED
+    expected = jax.eval_shape(tx.update, grads, tx.init(params), params)
+    outcome = under_strict_rank_promotion(tx, params, grads)
+    assert shapes_of(outcome) == shapes_of(expected)
+
+
+@pytest.mark.parametrize("second", SECOND_MOMENTS.values(), ids=SECOND_MOMENTS)
+def test_strict_rank_promotion_in_second_moments(second):
+    case = CASES["adam"]
+    tx = case.make(second_moment=second)
+    under_strict_rank_promotion(tx, case.tree(), case.tree(1))
+
+
+def test_strict_rank_promotion_in_what_is_asked_of_a_state():
+    case = CASES["adam"]
+    params, grads = w_trees(0, 1)
+    dense = {"first_moment": lp.Dense(), "second_moment": lp.Dense()}
+    kinds = [{"second_moment": lp.LowRank()}, {"second_moment": lp.RankOne()}, dense]
+    with jax.numpy_rank_promotion("raise"):
+        state = only_w(case).init(params)
+        jax.eval_shape(lp.diagnostics, state, grads)
+        for kind in [*kinds, {"rank": 1}]:
+            state = lp.convert_state(
+                state, only_w(case, **kind), params, b1=0.9, b2=0.95
+            )
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

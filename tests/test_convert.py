@@ -284,6 +284,53 @@ def test_arguments_in_optax_state_are_those_of_the_new_transform():
     assert_close(converted.mu, state.mu)
 
 
+FROZEN = {name: name != "w" for name in SHAPES}
+
+
+@pytest.mark.parametrize(
+    "tx", [adam(), adam(first_moment=PAPER, second_moment=PAPER), optax.adam(1e-3)]
+)
+def test_leaves_that_were_frozen_start_fresh(tx):
+    params = random_tree(SHAPES)
+    masked: Any = optax.masked(tx, FROZEN)
+    state = jax.tree.map(lambda x: x + 1, masked.init(params))
+    with pytest.warns(UserWarning, match=r"no moments of 'w'\. Theirs start from zero"):
+        new = lp.convert_state(state, tx, params)
+    fresh = tx.init(params)
+    assert jax.tree.structure(new) == jax.tree.structure(fresh)
+
+    def of_w(path):
+        return any(getattr(key, "key", None) == "w" for key in path)
+
+    before = {
+        jax.tree_util.keystr(path): x
+        for path, x in jax.tree_util.tree_leaves_with_path(state.inner_state)
+    }
+    for (path, x), start in zip(
+        jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(fresh), strict=True
+    ):
+        expected = start if of_w(path) else before[jax.tree_util.keystr(path)]
+        np.testing.assert_array_equal(x, expected)
+    # Freezing them again is nothing to report.
+    assert_same(lp.convert_state(new, masked, params), state)
+
+
+def test_leaves_that_have_another_name():
+    params = random_tree(SHAPES)
+    state = adam().init(params)
+    renamed = {("u" if name == "w" else name): x for name, x in params.items()}
+    matrices = lp.select_matrices(
+        axes={"^heads$": lp.MatrixAxes(0, (1, 2)), "^(stack|u)$": lp.MatrixAxes()}
+    )
+    tx = lp.scale_by_lorapre_adam(4, **BETAS, matrices=matrices)
+    with pytest.warns(
+        UserWarning, match=r"of 'u'\. .* It keeps those of 'w', which no"
+    ):
+        lp.convert_state(state, tx, renamed)
+    with pytest.raises(ValueError, match="Leaf 'x': the old state keeps no moment of "):
+        lp.convert_state(state, optax.scale_by_adam(), {"x": params["w"]})
+
+
 def test_amsgrad_keeps_its_maximum():
     params, state = trained(optax.scale_by_amsgrad(**BETAS))
     new = lp.convert_state(state, optax.scale_by_amsgrad(**BETAS), params)

@@ -9,6 +9,8 @@ import pytest
 import lorapre_jax as lp
 from lorapre_jax._roles import UNKNOWN
 
+pytestmark = pytest.mark.usefixtures("nothing_was_said")
+
 PARAMS = {
     "w": jnp.zeros((12, 8)),
     "stack": jnp.zeros((3, 12, 8)),

@@ -1,5 +1,6 @@
 """Bad input: an error that names the argument or the leaf, and the mend."""
 
+import inspect
 import re
 from fractions import Fraction
 from typing import Any
@@ -184,6 +185,34 @@ def test_leaves_that_are_no_arrays():
         lp.describe(optax.adam(0.1), {"layer": {"gain": 1.0}})
 
 
+@pytest.mark.parametrize("leaf", [jax.nn.relu, len, "gelu", object()])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda params: adam().init(params),
+        lambda params: lp.describe(adam(), params),
+        lambda params: lp.state_sharding(adam(), params),
+        lambda params: muon().init(params),
+    ],
+)
+def test_leaves_that_are_no_parameters(ask, leaf):
+    """As an Equinox module has its activation function."""
+    params = {"layer": {"w": jnp.zeros((12, 8)), "activation": leaf}}
+    message = (
+        rf"Leaf 'layer/activation' is a {type(leaf).__name__}, not an array\. .* "
+        r"eqx\.filter\(model, eqx\.is_inexact_array\).*optax\.masked"
+    )
+    with pytest.raises(TypeError, match=message):
+        ask(params)
+
+
+def test_they_can_be_masked():
+    params = {"w": jnp.zeros((12, 8)), "activation": jax.nn.relu}
+    tx = optax.masked(adam(matrices=lp.MatrixAxes()), {"w": True, "activation": False})
+    state: Any = tx.init(params)
+    assert state.inner_state.mu_factors.keys() == {"w"}
+
+
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "float8_e4m3fn"])
 @pytest.mark.parametrize("make", [adam, lambda: lp.lorapre_muon(0.1, 2)])
 def test_leaves_that_are_not_real_floats(make, dtype):
@@ -234,10 +263,66 @@ def test_static_arguments_under_inject_hyperparams(name):
         factory(1e-3, **given).init(MATRIX)
 
 
-def test_what_nobody_gave_is_no_hyperparameter():
-    factory = optax.inject_hyperparams(lp.lorapre_adamw, static_args="rank")
-    state: Any = factory(1e-3, rank=2).init({"w": jnp.zeros((128, 256))})
-    assert state.inner_state[0].plan.leaves[0].is_factored
+TRANSFORMS = (
+    "lorapre_adamw",
+    "lorapre_ema",
+    "lorapre_muon",
+    "scale_by_lorapre_adam",
+    "scale_by_lorapre_muon",
+)
+REQUIRED = {"learning_rate": 1e-2, "rank": 1, "decay": 0.9}
+
+
+def injected(name, **options: Any):
+    """A transform with what has no default alone; only the rank is named static."""
+    factory = getattr(lp, name)
+    parameters = inspect.signature(factory).parameters.values()
+    required = {p.name: REQUIRED[p.name] for p in parameters if p.default is p.empty}
+    wrapped = optax.inject_hyperparams(factory, static_args="rank", **options)
+    return wrapped(**required)
+
+
+def test_these_are_all_transforms():
+    takes_rank = {
+        name
+        for name in lp.__all__
+        if not isinstance(getattr(lp, name), type)
+        and "rank" in inspect.signature(getattr(lp, name)).parameters
+    }
+    assert takes_rank == set(TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_what_nobody_gave_is_no_static_hyperparameter(name):
+    """On a leaf that is factored, at `init` and at `update`."""
+    tx, params = injected(name), {"w": jnp.zeros((128, 130))}
+    state = jax.eval_shape(tx.init, params)
+    (leaf,) = lp.describe(tx, params).leaves
+    assert leaf.is_factored
+    jax.eval_shape(tx.update, params, state, params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_hyperparameters_in_half_precision(name, dtype):
+    """optax.inject_hyperparams casts them to the parameters' dtype; 0.999 is 1 then."""
+    params = {"w": jnp.zeros((128, 130), dtype)}
+    for init in (injected(name).init, jax.jit(injected(name).init)):
+        with pytest.raises(
+            TypeError, match=rf"is an array of dtype {dtype}, .* hyperparam_dtype="
+        ):
+            init(params)
+    tx = injected(name, hyperparam_dtype=jnp.float32)
+    state: Any = jax.eval_shape(tx.init, params)
+    jax.eval_shape(tx.update, params, state, params)
+    halved = state._replace(
+        hyperparams={
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype if name == "seed" else dtype)
+            for name, x in state.hyperparams.items()
+        }
+    )
+    with pytest.raises(TypeError, match="pass it hyperparam_dtype="):
+        jax.eval_shape(tx.update, params, halved, params)
 
 
 def test_paths_that_collide():

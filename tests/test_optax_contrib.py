@@ -1,21 +1,29 @@
 """optax's own checks of contributed optimizers, run on ours.
 
-They come from the installed wheel. Its leaves are small, so that most of ours stay
-dense there; the tests of the contract ask the same of factored leaves.
+They come from the installed wheel. Its leaves are small: at rank one those of the check
+of `inject_hyperparams` are factored, and all others dense. The tests of the contract
+ask the same of factored leaves.
 """
 
 import ast
 import importlib.util
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 import lorapre_jax as lp
 
 
-def averaged_sgd(learning_rate: optax.ScalarOrSchedule, rank: int, decay: float = 0.9):
+def averaged_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    decay: float = 0.9,
+    matrices: Any = None,
+):
     return optax.chain(
-        lp.lorapre_ema(decay, rank), optax.scale_by_learning_rate(learning_rate)
+        lp.lorapre_ema(decay, rank, matrices=matrices),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 
@@ -27,7 +35,11 @@ FACTORIES = {
 OPTIMIZERS = tuple(
     {
         "opt_name": name,
-        "opt_kwargs": {"learning_rate": learning_rate, "rank": 8},
+        "opt_kwargs": {
+            "learning_rate": learning_rate,
+            "rank": 1,
+            "matrices": lp.MatrixAxes(),
+        },
         "wrapper_name": None,
         "wrapper_kwargs": None,
     }
@@ -63,6 +75,13 @@ def optax_checks() -> Any:
 
 
 ContribTest = optax_checks()
+
+
+def test_the_leaves_of_the_check_of_hyperparameters_are_factored():
+    params = [jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
+    for optimizer in OPTIMIZERS:
+        tx = FACTORIES[optimizer["opt_name"]](**optimizer["opt_kwargs"])
+        assert all(leaf.is_factored for leaf in lp.describe(tx, params).leaves)
 
 
 def test_every_check_of_optax_is_run_on_every_optimizer():

@@ -155,6 +155,34 @@ def test_degenerate_gradients_stay_finite(name, shape, seed, kind):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+# Up to where the state stays finite. Beyond, sums over a side of a matrix overflow, or
+# the squares of Algorithm 1.
+LARGEST = dict.fromkeys(TRANSFORMS, 1e37) | {"adam_paper": 1e18}
+TOO_LARGE = dict.fromkeys(TRANSFORMS, 3e38) | {"adam_paper": 1e20}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gradients_near_the_end_of_float32(name):
+    """As documented: nothing bounds them, and a clip before the transform mends it."""
+
+    def is_finite(size, limit=np.inf):
+        signs = np.sign(normal(0, SHAPES[0], steps=6))
+        grads = np.float32(size) * signs * (np.arange(6) % 2 == 0)[:, None, None, None]
+        outcome = run(name, np.clip(grads, -limit, limit))
+        return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome))
+
+    assert is_finite(LARGEST[name])
+    assert not is_finite(TOO_LARGE[name])
+    assert is_finite(TOO_LARGE[name], limit=1e18)
+
+
+def test_so_it_is_of_adam():
+    """optax's, whose squares overflow sooner."""
+    tx: Any = optax.scale_by_adam()
+    _, state = tx.update(jnp.full(3, 1e20), tx.init(jnp.zeros(3)))
+    assert not np.isfinite(state.nu).any()
+
+
 @functools.cache
 def default_without_eps(name):
     tx = {

@@ -13,6 +13,8 @@ import pytest
 
 import lorapre_jax as lp
 
+pytestmark = pytest.mark.usefixtures("nothing_was_said")
+
 ENDS = lp.RankOne()
 BLOCKS = lp.RotatedRankOne()
 
@@ -257,6 +259,82 @@ def test_paths():
             {"x": ((8, 96, 64), (None, "vocab", "embed"))},
             {"x": ((), (0, 1), (2,), ENDS)},
         ),
+        # Haiku's transposed convolutions; Flax's have their outputs last.
+        (
+            {
+                "net/~/conv2_d_transpose/w": (3, 3, 64, 32),
+                "net/~/conv1_d_transpose_1/w": (5, 64, 32),
+                "net/~/conv2_d/w": (3, 3, 32, 64),
+                "ConvTranspose_0/kernel": (3, 3, 32, 64),
+            },
+            {
+                "net/~/conv2_d_transpose/w": ((), (0, 1, 3), (2,), BLOCKS),
+                "net/~/conv1_d_transpose_1/w": ((), (0, 2), (1,), BLOCKS),
+                "net/~/conv2_d/w": ((), (0, 1, 2), (3,), BLOCKS),
+                "ConvTranspose_0/kernel": ((), (0, 1, 2), (3,), BLOCKS),
+            },
+        ),
+        # FlaxGPT2's kernels, outputs first, and those of a port of GPT-2.
+        (
+            {
+                "h/0/attn/c_attn/kernel": (192, 64),
+                "h/0/attn/c_proj/kernel": (64, 64),
+                "h/0/mlp/c_fc/kernel": (256, 64),
+                "h/0/mlp/c_proj/kernel": (64, 256),
+                "wte/embedding": (500, 64),
+            },
+            {
+                "h/0/attn/c_attn/kernel": ((), (1,), (0,), BLOCKS),
+                "h/0/attn/c_proj/kernel": ((), (1,), (0,), BLOCKS),
+                "h/0/mlp/c_fc/kernel": ((), (1,), (0,), BLOCKS),
+                "h/0/mlp/c_proj/kernel": ((), (1,), (0,), BLOCKS),
+                "wte/embedding": ((), (0,), (1,), ENDS),
+            },
+        ),
+        (
+            {
+                "h/0/attn/c_attn/kernel": (64, 192),
+                "h/0/attn/c_proj/kernel": (64, 64),
+                "h/0/mlp/c_fc/kernel": (64, 256),
+                "h/0/mlp/c_proj/kernel": (256, 64),
+            },
+            {
+                "h/0/attn/c_attn/kernel": ((), (0,), (1,), BLOCKS),
+                "h/0/attn/c_proj/kernel": ((), (0,), (1,), BLOCKS),
+                "h/0/mlp/c_fc/kernel": ((), (0,), (1,), BLOCKS),
+                "h/0/mlp/c_proj/kernel": ((), (0,), (1,), BLOCKS),
+            },
+        ),
+        # Gemma's gates, either way round, alone and in a stack.
+        (
+            {
+                "layer_0/mlp/gating_einsum/w": (2, 256, 64),
+                "layer_1/mlp/gating_einsum/w": (2, 64, 256),
+                "layer_0/mlp/linear/w": (256, 64),
+                "layer_1/mlp/linear/w": (256, 64),
+                "layer_0/attn/q_einsum/w": (4, 64, 16),
+            },
+            {
+                "layer_0/mlp/gating_einsum/w": ((), (2,), (0, 1), BLOCKS),
+                "layer_1/mlp/gating_einsum/w": ((), (1,), (0, 2), BLOCKS),
+                "layer_0/mlp/linear/w": ((), (0,), (1,), BLOCKS),
+                "layer_1/mlp/linear/w": ((), (0,), (1,), BLOCKS),
+                "layer_0/attn/q_einsum/w": ((), (1,), (0, 2), BLOCKS),
+            },
+        ),
+        (
+            {
+                "layers/mlp/gating_einsum": (3, 2, 256, 64),
+                "layers/mlp/linear": (3, 256, 64),
+                "layers/attn/q_einsum": (3, 4, 64, 16),
+                "layers/norm/scale": (3, 64),
+            },
+            {
+                "layers/mlp/gating_einsum": ((0,), (3,), (1, 2), BLOCKS),
+                "layers/mlp/linear": ((0,), (1,), (2,), BLOCKS),
+                "layers/attn/q_einsum": ((0,), (2,), (1, 3), BLOCKS),
+            },
+        ),
         # PyTorch's way round.
         ({"fc/weight": (128, 64)}, {"fc/weight": ((), (1,), (0,), BLOCKS)}),
         # Lists without names: what is far from square has a vocabulary.
@@ -301,6 +379,22 @@ def test_a_stack_of_which_nothing_is_known_is_named_with_the_code_to_paste():
         warnings.simplefilter("error")
         pasted = found(leaves, matrices=matrices)
     assert pasted == by_default | {"a": ((0,), (1,), (2,), BLOCKS)}
+
+
+def test_what_is_not_known_is_said_once():
+    """`describe` and its like ask `init` again."""
+    params = tree({"a": (5, 64, 128), "b": (64, 64)})
+    tx = lp.scale_by_lorapre_adam(4, min_dim_size_to_factor=16)
+    others = tree({"a": (7, 64, 128), "b": (64, 64)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jax.eval_shape(tx.init, params)
+        lp.describe(tx, params)
+        lp.rank_for_budget(10**9, params, min_dim_size_to_factor=16)
+        lp.describe(tx, others)
+    first, second = (str(warning.message) for warning in caught)
+    assert "(5, 64, 128)" in first
+    assert "(7, 64, 128)" in second
 
 
 ALONE = {

@@ -1,5 +1,6 @@
 """Which leaves are factored, along which axes, at which rank."""
 
+import re
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -180,6 +181,29 @@ def test_selections_are_frozen_values():
     assert not callable(selection)
     with pytest.raises(AttributeError):
         setattr(selection, "include", ())  # noqa: B010 (pyright knows it is frozen)
+
+
+def test_patterns_are_compiled_once(monkeypatch):
+    """However many: `re` itself forgets all but the last 512."""
+    params: Any = {f"w{i}": struct(12, 8) for i in range(3)}
+    patterns = [f"^{name}$" for name in params]
+    matrices = lp.select_matrices(
+        patterns, exclude="^w2$", axes=dict.fromkeys(patterns, lp.MatrixAxes())
+    )
+    moments = dict.fromkeys(patterns, lp.LowRank())
+    lp.lorapre_muon(0.1, 2, moment=moments)
+
+    def forbidden(pattern, *_):
+        raise AssertionError(f"{pattern!r} is looked up again")
+
+    state: Any
+    with monkeypatch.context() as patched:
+        for name in ("compile", "search", "match", "fullmatch", "sub"):
+            patched.setattr(re, name, forbidden)
+        tx = lp.lorapre_muon(0.1, 2, moment=moments, matrices=matrices)
+        state = tx.init(params)
+    leaves = state.inner_states["muon"].inner_state[0].plan.leaves
+    assert [leaf.path for leaf in leaves] == ["w0", "w1"]
 
 
 def test_rank_as_a_fraction_of_the_smaller_side():

@@ -16,6 +16,7 @@ from examples.llama.commands import (
     Import,
     Train,
 )
+from examples.llama.config import recipes
 from examples.llama.data.text import planned_vocabulary
 from examples.llama.divergence import Diverged
 from examples.llama.plan import plan
@@ -70,6 +71,9 @@ def _train(command: Train, console: Console) -> None:
         return
     if config.distributed is not None:
         hosts.join(config.distributed)
+    for note in recipes.notes(command.recipe, config.optimizer):
+        if hosts.is_first():
+            _say(console, note)
     result = train(config, console)
     console.quiet = not hosts.is_first()
     _say(console, "\n".join(f"{name:<17}{x}" for name, x in result.lines().items()))
@@ -83,6 +87,7 @@ def _plan_of(command: Train | Describe, every_leaf: bool) -> str:
     vocab_size, notes = planned_vocabulary(command.config.data)
     devices = jax.device_count()
     text = plan(command.config, vocab_size, command.recipe, devices, every_leaf)
+    notes = [*notes, *recipes.notes(command.recipe, command.config.optimizer)]
     return "\n".join([*notes, text])
 
 

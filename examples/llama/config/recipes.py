@@ -1,6 +1,9 @@
 """The published way to train a size, every value with where it is from."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from examples.llama.config.optimizer import OptimizerConfig
 
 _LORAPRE = "LoRA-Pre, arXiv 2602.24283"
 _GALORE = "GaLore, arXiv 2403.03507"
@@ -59,6 +62,19 @@ def paper(preset: str, optimizer: str | None = None) -> dict[str, Setting]:
         "optimizer.update_scale": Setting(0.25, _GALORE),
         "optimizer.learning_rate": Setting(rate, _SCRIPTS),
     }
+
+
+UNCLIPPED = (
+    "--recipe paper clips gradients at 7b only, as published: after a single gradient "
+    "30 times as large as the others, an update of Algorithm 1 may be 700 times as "
+    "large as the others (python -m benchmarks.spike). --clip-norm 1 prevents it."
+)
+
+
+def notes(recipe: Mapping[str, Setting], optimizer: OptimizerConfig) -> list[str]:
+    """What a run should know of its recipe at its start."""
+    unclipped = optimizer.algorithm == "paper" and optimizer.clip_norm is None
+    return [UNCLIPPED] if recipe and unclipped else []
 
 
 RECIPES = {"paper": paper}

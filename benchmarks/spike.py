@@ -1,0 +1,75 @@
+"""One gradient far larger than the others: how large do the updates after it get?
+
+    python -m benchmarks.spike
+
+A matrix of 256 x 256 and 200 gradients of root mean square one: `L S_t R` of rank 12,
+with L and R drawn once and `S_t: (12, 12)` at every step, plus noise of a tenth of that
+size, all normal. The 100th gradient is multiplied by each factor in turn. No clipping,
+b1 = 0.9, b2 = 0.95, rank 16, no `update_scale`. Rows, in results/spike.json, have the
+largest root mean square of an update after that gradient, for each optimizer.
+"""
+
+import argparse
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lorapre_jax as lp
+from benchmarks import _record
+
+SIDE, HELD, NOISE, RANK, STEPS, SPIKE = 256, 12, 0.1, 16, 200, 100
+FACTORS = (1, 3, 10, 30, 100)
+PAPER = lp.AlgorithmOne()
+OPTIMIZERS = {
+    "Adam": optax.scale_by_adam(0.9, 0.95),
+    "default": lp.scale_by_lorapre_adam(RANK),
+    "Algorithm 1": lp.scale_by_lorapre_adam(
+        RANK, first_moment=PAPER, second_moment=PAPER
+    ),
+}
+
+
+def gradients(seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    left, right = rng.standard_normal((2, SIDE, HELD))
+    cores = rng.standard_normal((STEPS, HELD, HELD))
+    held = left @ cores @ right.T / HELD
+    noise = rng.standard_normal((STEPS, SIDE, SIDE))
+    return (np.sqrt(1 - NOISE**2) * held + NOISE * noise).astype(np.float32)
+
+
+def largest_update(tx: Any, grads: jax.Array) -> jax.Array:
+    """Root mean square, of those after the spike."""
+
+    def step(state, g):
+        update, state = tx.update(g, state)
+        return state, jnp.sqrt(jnp.mean(jnp.square(update)))
+
+    sizes = jax.lax.scan(step, tx.init(grads[0]), grads)[1]
+    return jnp.max(sizes[SPIKE:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    plain = gradients()
+    rows = []
+    for factor in FACTORS:
+        grads = plain.copy()
+        grads[SPIKE - 1] *= factor
+        sizes = {
+            name: float(jax.jit(largest_update, static_argnums=0)(tx, grads))
+            for name, tx in OPTIMIZERS.items()
+        }
+        rows.append({"factor": factor} | sizes)
+    print(_record.table(rows))
+    print(_record.save("spike", rows))
+
+
+if __name__ == "__main__":
+    main()
