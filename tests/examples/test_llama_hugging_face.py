@@ -125,6 +125,18 @@ def test_a_tokenizer_goes_with_it(tmp_path):
     )
 
 
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}])
+def test_so_does_a_sentencepiece_model(tmp_path, settings):
+    """And says what is put before a text: transformers has defaults of its own."""
+    (tmp_path / "tokenizer.model").write_bytes(b"a model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    there = tmp_path / "llama"
+    hugging_face.save(there, TIED, VOCAB, params_of(TIED), tokenizer=tmp_path)
+    assert (there / "tokenizer.model").read_bytes() == b"a model"
+    found = json.loads((there / "tokenizer_config.json").read_text())
+    assert found == {"add_bos_token": False, "add_eos_token": False} | settings
+
+
 def test_an_export_that_is_killed_is_no_export(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
