@@ -10,6 +10,7 @@ import sentencepiece
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from examples.llama import files
 from examples.llama.config import DataConfig
 from examples.llama.data.documents import DataError
 from examples.llama.data.text import open_text
@@ -250,6 +251,21 @@ def test_what_is_beside_a_tokenizer_goes_with_it(tmp_path, models_folder):
     assert files_of(saved) == BESIDE | {"tokenizer.model": other}
     ByteTokenizer().save(saved)
     assert files_of(saved) == {}
+
+
+def test_a_tokenizer_stays_while_it_is_written_again(tmp_path, monkeypatch):
+    """As when several processes begin one run, or share a cache."""
+    tokenizer = load_file(words(tmp_path, template("<s> $A"), {"eos_token": "</s>"}))
+    tokenizer.save(tmp_path)
+    written = []
+
+    def watched(path, content):
+        assert load_saved(tmp_path).fingerprint == tokenizer.fingerprint
+        written.append(path.name)
+
+    monkeypatch.setattr(files, "write", watched)
+    tokenizer.save(tmp_path)
+    assert written == ["tokenizer_config.json", "tokenizer.json"]
 
 
 def test_special_tokens_that_no_text_gets_need_no_place_in_a_model(tmp_path):
