@@ -129,6 +129,11 @@ def test_ids_may_be_missing(tmp_path):
     pieces.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_file(tmp_path / "tokenizer.json")
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (8, 3)
+    pieces = Tokenizer(models.WordLevel(words | {"b": 2**31}, unk_token="a"))
+    pieces.add_special_tokens(["</s>"])
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="ids up to 2,147,483,648, over 31 bits"):
+        load_file(tmp_path / "tokenizer.json")
 
 
 def test_the_end_of_text_may_be_named_beside_it(models_folder, tmp_path):
