@@ -63,12 +63,14 @@ def test_quickstart_goes_on_from_what_it_saved(tmp_path, capsys):
 def test_nano_llama_compares_the_two(sources, tmp_path, capsys, monkeypatch):
     text = nano_llama.read_text(sources)
     monkeypatch.setattr(nano_llama, "read_text", lambda: text)
-    batches, step = [], nano_llama.train_step
-    monkeypatch.setattr(
-        nano_llama,
-        "train_step",
-        lambda *arguments: batches.append(arguments[-1]) or step(*arguments),
-    )
+    parts, batches, sample = [], [], nano_llama.sample
+
+    def recorded(part, *arguments):
+        parts.append(part is text.held_out)
+        batches.append(sample(part, *arguments))
+        return batches[-1]
+
+    monkeypatch.setattr(nano_llama, "sample", recorded)
     picture = tmp_path / "new" / "nano.png"
     runs = nano_llama.main(TINY, picture)
     adamw, ours = runs["AdamW"], runs["lorapre_adamw"]
@@ -86,7 +88,11 @@ def test_nano_llama_compares_the_two(sources, tmp_path, capsys, monkeypatch):
         assert re.search(row, printed, re.M)
     assert str(picture) in printed.splitlines()[-1]
     assert matplotlib.image.imread(picture).std() > 0.05  # not blank
-    np.testing.assert_array_equal(batches[: TINY.steps], batches[TINY.steps :])
+    assert parts == 2 * ([True] + TINY.steps * [False])
+    half = len(batches) // 2
+    for one, other in zip(batches[:half], batches[half:], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len({batch.tobytes() for batch in map(np.asarray, batches)}) == half
 
 
 def test_nano_llama_reads_each_file_into_one_part(sources):
