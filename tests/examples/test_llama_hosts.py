@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import signal
 import socket
 import time
@@ -110,6 +111,15 @@ def test_a_job_told_to_stop_saves_and_the_same_command_goes_on(make_config, tmp_
     steps = [record["step"] for record in records(config)]
     assert steps == list(range(len(steps)))
     assert saved < steps[-1] < 3000
+
+
+def test_a_job_that_diverges_stops_at_one_step(make_config, tmp_path):
+    config = make_config(tmp_path / "run", steps=40, checkpoint_every=5)
+    first, second = job = two_processes(config, "--learning-rate", "1e20")
+    outputs = [process.communicate(timeout=240) for process in job]
+    assert [first.returncode, second.returncode] == [76, 76], outputs
+    steps = {re.findall(r"not finite at step (\d+)", error)[0] for _, error in outputs}
+    assert steps == {str(records(config)[-1]["step"])}
 
 
 def test_each_process_reads_its_own_rows():
