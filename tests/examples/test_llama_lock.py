@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -95,8 +96,8 @@ def test_it_is_free_after_sigterm_before_the_first_step(tmp_path, monkeypatch, c
 
 def test_locks_of_the_dead_are_no_obstacle(tmp_path, gone):
     dead, zombie = gone
-    later = {"started": "1"}  # Another process has its number now.
-    unwaited = {"pid": zombie, "started": lock._look_up(zombie).started}
+    later: dict[str, Any] = {"started": "1"}  # Another process has its number now.
+    unwaited: dict[str, Any] = {"pid": zombie, "started": lock._look_up(zombie).started}
     for number, process in enumerate([{"pid": dead}, unwaited, later]):
         workdir = tmp_path / str(number)
         first = leave_lock(workdir, pid=dead)  # Which the process has taken over.
