@@ -3,14 +3,17 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from examples.llama import __main__, ending, lock
+from examples.llama import __main__, ending, lock, main
 from examples.llama.lock import Holder, Lock, WorkdirInUse, require_free
 from examples.llama.train import train
 
@@ -75,17 +78,35 @@ def test_it_is_free_after_an_error_and_when_the_process_is_ended(tmp_path, monke
         assert not list(tmp_path.iterdir())
 
 
+def test_it_is_free_after_sigterm_before_the_first_step(tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def prepare(*_):
+        with Lock(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    monkeypatch.setattr(main, "train", prepare)
+    monkeypatch.setattr(sys, "argv", ["examples.llama", "train"])
+    assert __main__.main() == 143
+    assert "Stopped by SIGTERM. Run the same command" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_locks_of_the_dead_are_no_obstacle(tmp_path, gone):
     dead, zombie = gone
-    first = leave_lock(tmp_path, pid=dead, started="1")
-    second = leave_lock(tmp_path, f"lock.{first.id}", pid=zombie)
-    # A later process has the number of the dead one.
-    leave_lock(tmp_path, f"lock.{second.id}", started="1")
-    with Lock(tmp_path):
-        assert len(list(tmp_path.iterdir())) == 4
-        with pytest.raises(WorkdirInUse), Lock(tmp_path):
-            pass
-    assert not list(tmp_path.iterdir())
+    later: dict[str, Any] = {"started": "1"}  # Another process has its number now.
+    unwaited: dict[str, Any] = {"pid": zombie, "started": lock._look_up(zombie).started}
+    for number, process in enumerate([{"pid": dead}, unwaited, later]):
+        workdir = tmp_path / str(number)
+        first = leave_lock(workdir, pid=dead)  # Which the process has taken over.
+        leave_lock(workdir, f"lock.{first.id}", **process)
+        with Lock(workdir):
+            assert len(list(workdir.iterdir())) == 3
+            with pytest.raises(WorkdirInUse), Lock(workdir):
+                pass
+        assert not list(workdir.iterdir())
 
 
 @pytest.mark.parametrize("elsewhere", [{"host": "other"}, {"machine": "other"}])
