@@ -141,9 +141,12 @@ def scale_by_lorapre_adam(
       Adam would return; the state's dtypes do not depend on the gradients'.
 
     Raises:
-      TypeError, ValueError: An argument is out of range, or an array where a static
-        value is needed; at `init`, a leaf is not real floating point or lacks the axes
-        it is said to have. The message names the argument or the leaf's path.
+      TypeError, ValueError: An argument is out of range, an array where a static value
+        is needed, or a number in half precision (`optax.inject_hyperparams` takes
+        `static_args="rank"` and `hyperparam_dtype=`); at `init`, a leaf is not real
+        floating point or lacks the axes it is said to have; at `update`, an array of
+        the state has another shape than was decided. The message names the argument or
+        the leaf's path.
     """
     checks.check_storage(rank, slices_at_once, factor_dtype, seed)
     checks.check_decay("b1", b1)

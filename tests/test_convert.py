@@ -291,7 +291,13 @@ FROZEN = {name: name != "w" for name in SHAPES}
 
 
 @pytest.mark.parametrize(
-    "tx", [adam(), adam(first_moment=PAPER, second_moment=PAPER), optax.adam(1e-3)]
+    "tx",
+    [
+        adam(),
+        adam(first_moment=PAPER, second_moment=PAPER),
+        optax.adam(1e-3),
+        optax.scale_by_amsgrad(),
+    ],
 )
 def test_leaves_that_were_frozen_start_fresh(tx):
     params = random_tree(SHAPES)

@@ -13,6 +13,7 @@ import pytest
 import scipy.linalg
 
 import lorapre_jax as lp
+from benchmarks import spike
 from lorapre_jax._numerics.orthonormal import orthonormal_columns
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -181,6 +182,13 @@ def test_so_it_is_of_adam():
     tx: Any = optax.scale_by_adam()
     _, state = tx.update(jnp.full(3, 1e20), tx.init(jnp.zeros(3)))
     assert not np.isfinite(state.nu).any()
+
+
+def test_what_follows_a_spike():
+    """As Algorithm 1 says of itself; `benchmarks/spike.py` has the figures."""
+    grads = spike.gradients(30)
+    assert spike.largest_update(spike.OPTIMIZERS["Algorithm 1"], grads) > 20
+    assert spike.largest_update(spike.OPTIMIZERS["default"], grads) < 1
 
 
 @functools.cache

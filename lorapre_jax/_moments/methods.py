@@ -210,9 +210,9 @@ class AlgorithmOne:
 
     The step is quadratic in the target, and nothing bounds it: after a gradient far
     larger than those before it the factors overshoot. Without clipping, one gradient
-    times 3 / 10 / 30 / 100 is followed by updates whose root mean square is up to 0.72
-    / 5.7 / 257 / 854, where it is 0.35 without it, at most 0.41 for Adam, and never
-    above 0.98 for the default (`benchmarks/spike.py`: 256 x 256, rank 16, gradients of
+    times 3 / 10 / 30 / 100 is followed by updates whose root mean square is up to 0.54
+    / 3.2 / 62 / 762, where it is 0.35 without it, at most 0.40 for Adam, and never
+    above 0.99 for the default (`benchmarks/spike.py`: 256 x 256, rank 16, gradients of
     rank 12 and a tenth of noise). Clip the gradients, `optax.clip_by_global_norm`.
     """
 

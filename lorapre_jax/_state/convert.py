@@ -117,7 +117,7 @@ def convert_state(
     everywhere = replicated(filter(None, map(known_sharding, jax.tree.leaves(params))))
     try:
         carried = [
-            _filled(name, node, old) if _keeps_moments(node) else old.same(name, node)
+            _filled(node, old) if _keeps_moments(node) else old.same(name, node)
             for name, node in named_leaves(fresh, is_leaf=_keeps_moments)
         ]
     finally:
@@ -190,6 +190,13 @@ class _Old(NamedTuple):
         return {path for path, _ in self.moments}
 
     @property
+    def maxima(self) -> dict[str, Any]:
+        """Of AMSGrad, by leaf path."""
+        nodes = self.others.values()
+        states = [x for x in nodes if isinstance(x, optax.ScaleByAmsgradState)]
+        return {path: x for node in states for path, x in named_leaves(node.nu_max)}
+
+    @property
     def count(self) -> Any:
         return next(iter(self.moments.values())).count
 
@@ -199,7 +206,8 @@ def _report_new(fresh: Any, old: _Old) -> None:
     nodes = filter(_keeps_moments, jax.tree.leaves(fresh, is_leaf=_keeps_moments))
     moments = [moment for node in nodes for moment in _moments(node).values()]
     wanted = dict.fromkeys(moment.path for moment in moments if not moment.is_empty)
-    new = [path for path in wanted if path not in old.paths]
+    known = old.paths
+    new = [path for path in wanted if path not in known]
     if not new:
         return
     if len(new) == len(wanted):
@@ -208,7 +216,7 @@ def _report_new(fresh: Any, old: _Old) -> None:
             "leaf of the new one. Start from new_tx.init(params), or pass the state "
             "that belongs to these parameters."
         )
-    gone = sorted(old.paths - wanted.keys())
+    gone = sorted(known - wanted.keys())
     dropped = f" It keeps those of {_listed(gone)}, which no leaf has." if gone else ""
     warnings.warn(
         f"convert_state: the old state keeps no moments of {_listed(new)}. Theirs "
@@ -221,7 +229,7 @@ def _listed(paths: list[str]) -> str:
     return ", ".join(f"'{path}'" for path in paths)
 
 
-def _filled(name: str, node: Any, old: _Old) -> Any:
+def _filled(node: Any, old: _Old) -> Any:
     """A fresh state with the moments and the count of the old one."""
     values: dict[str, dict[str, Any]] = {}
     for (field, path), moment in _moments(node).items():
@@ -238,9 +246,10 @@ def _filled(name: str, node: Any, old: _Old) -> Any:
             value = translated(source, moment, old.decays[moment.kind])
         values.setdefault(field, {})[path] = value
     fields: dict[str, Any] = {"count": old.count} if old.moments else {}
-    twin, amsgrad = old.others.get(name), optax.ScaleByAmsgradState
-    if isinstance(node, amsgrad) and isinstance(twin, amsgrad):
-        fields["nu_max"] = twin.nu_max
+    if isinstance(node, optax.ScaleByAmsgradState):
+        known = old.maxima
+        kept = [known.get(path, x) for path, x in named_leaves(node.nu_max)]
+        fields["nu_max"] = jax.tree.unflatten(jax.tree.structure(node.nu_max), kept)
     for field, by_path in values.items():
         tree = getattr(node, field)
         kept = [by_path[path] for path, _ in named_leaves(tree)]
