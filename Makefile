@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tpu test-parity test-maxtext test-tunix test-haliax lint bootstrap bench-memory bench-quality bench-device
+.PHONY: demo test test-tpu test-parity test-maxtext test-tunix test-haliax docs lint bootstrap bench-memory bench-quality bench-device
 
 demo: bootstrap  ## A small Llama by AdamW and by lorapre_adamw, drawn; about three minutes.
 	$(BIN)/python -m examples.nano_llama
@@ -33,6 +33,12 @@ test-tunix: $(TUNIX_VENV)/.installed  ## Tunix's trainer with our optimizers.
 HALIAX_VENV ?= .venv-haliax
 test-haliax: $(HALIAX_VENV)/.installed  ## Haliax, and Levanter's trainer.
 	$(HALIAX_VENV)/bin/python -m pytest tests/frameworks/test_haliax.py
+
+# Every warning is an error: a broken link, a name that leads nowhere.
+DOCS_VENV ?= .venv-docs
+docs: $(DOCS_VENV)/.installed  ## The documentation's pages, into build/docs.
+	rm -rf build/docs
+	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -q docs build/docs
 
 lint: bootstrap
 	$(BIN)/ruff check .
@@ -64,6 +70,12 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(TPU_VENV)/.installed: pyproject.toml

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.report --scale a
 
-The page begins with the first page's table, as the README has it. Differences are to
+The page begins with the table of docs/results/loss.md. Differences are to
 AdamW on the same seed and text (the same rows in the same order); their 95 % interval
 is Student's, over seeds. Times are those of timing.py. With `--rows`, of rows made
 elsewhere: without times, searched rates and ablations, which are this folder's. With
@@ -39,7 +39,7 @@ HEAD_OF_ROWS = """\
 Rows of `{0}`, by `python -m benchmarks.quality.table --scale {1}{2}`;
 held-out text: {3}."""
 
-FIRST_PAGE = {
+RESULTS_PAGE = {
     "muon": ("optax muon", ""),
     "default_muon/8": ("`lorapre_muon`", "width / 8"),
     "default_muon/32": ("`lorapre_muon`", "width / 32"),
@@ -57,16 +57,16 @@ FIRST_PAGE = {
     "paper_common/8": ("Algorithm 1, embedding at the common rate", "width / 8"),
     "paper_0.25/8": ("Algorithm 1, `update_scale=0.25`", "width / 8"),
 }
-"""The README's methods, by the names and ranks that it calls them."""
+"""The methods of docs/results/loss.md, by their names and ranks there."""
 
 
-def first_page(known: Rows, times: Mapping[str, float]) -> str:
-    """The README's table: fewer methods and columns, the losses' spread in brackets."""
-    lines = [line for line in summary(known) if line.key.method in FIRST_PAGE]
+def results_page(known: Rows, times: Mapping[str, float]) -> str:
+    """The table there: fewer methods and columns, the losses' spread in brackets."""
+    lines = [line for line in summary(known) if line.key.method in RESULTS_PAGE]
     counts = {len(line.losses) for line in lines}
     table = []
     for line in lines:
-        name, rank = FIRST_PAGE[line.key.method]
+        name, rank = RESULTS_PAGE[line.key.method]
         spread = "" if line.spread is None else f" ({line.spread:.3f})"
         seeds = {} if len(counts) == 1 else {"seeds": len(line.losses)}
         cells = {
@@ -197,7 +197,7 @@ def page(table: Rows, scale: str, file: str | None = None) -> str:
     """
     times = {} if file else seconds_a_step(scale)
     plain = plain_only(table)
-    parts = [_section("the first page's", plain, first_page(plain, times))]
+    parts = [_section("the results page", plain, results_page(plain, times))]
     if file:
         held_out = next(iter(table.values())).get("held_out", "of an older run")
         head = HEAD_OF_ROWS.format(file, scale, _options(table, scale), held_out)
@@ -261,7 +261,7 @@ def main() -> None:
         return
     text = page(known, args.scale, args.rows and path.name)
     path.with_suffix(".md").write_text(text)
-    names = {method: " ".join(each) for method, each in FIRST_PAGE.items()}
+    names = {method: " ".join(each) for method, each in RESULTS_PAGE.items()}
     times = {} if args.rows else seconds_a_step(args.scale)
     plot(plain_only(known), names, times, path.with_suffix(".png"))
     print(text)

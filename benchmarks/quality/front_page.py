@@ -1,0 +1,133 @@
+"""The README's table and figure, from the committed rows.
+
+    python -m benchmarks.quality.front_page
+
+prints the table, and draws held-out loss against the optimizer state of all
+parameters into `results/quality/front_page.png`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+from benchmarks import _record
+from benchmarks.quality import rows
+from benchmarks.quality.report import plain_only, seconds_a_step
+from benchmarks.quality.summary import REFERENCE, Line, summary
+
+SCALE = "a"
+FIGURE = rows.FOLDER / "front_page.png"
+
+FULL_MEMORY = {"muon": "`optax.contrib.muon`", "adamw_b1_0.5": "AdamW, b1 = 0.5"}
+"""Peers that keep a dense moment of every matrix, beside AdamW."""
+LOW_RANK = {
+    "fira/4": "Fira",
+    "galore/4": "`optax.contrib.galore`",
+    "galore_published/4": "GaLore",
+    "q_galore/4": "Q-GaLore",
+    "apollo/4": "APOLLO",
+    "apollo_mini": "APOLLO-Mini",
+    "flora/4": "Flora",
+    "mlorc/8": "MLorc",
+    "dct/4": "DCT basis",
+}
+"""Peers that keep a moment of low rank."""
+OURS = {
+    "default_all/8": "`lorapre_adamw`",
+    "default_all/32": "`lorapre_adamw`",
+    "default_muon/8": "`lorapre_muon`",
+}
+
+POINTS = {
+    "adamw": ("AdamW", (8, -3), "left"),
+    "adamw_b1_0.5": ("AdamW, b1 = 0.5", (-8, -3), "right"),
+    "muon": ("Muon", (8, -3), "left"),
+    "fira/4": ("Fira", (8, -7), "left"),
+    "galore_published/4": ("GaLore", (8, 2), "left"),
+    "apollo/4": ("APOLLO", (8, -3), "left"),
+    "adafactor": ("Adafactor", (8, -3), "left"),
+    "default_all/8": ("lorapre_adamw, width/8", (0, 8), "center"),
+    "default_all/32": ("lorapre_adamw, width/32", (-4, 8), "left"),
+    "default_muon/8": ("lorapre_muon, width/8", (6, -13), "center"),
+}
+"""The figure's: label, where it is in points from its point, and how aligned."""
+
+
+def front_table(by_method: Mapping[str, Line], times: Mapping[str, float]) -> str:
+    """Six rows: AdamW, the best two of its peers, and three of ours."""
+
+    def best(names: Mapping[str, str]) -> str:
+        return min(names, key=lambda method: by_method[method].loss)
+
+    names = {"adamw": "AdamW"} | FULL_MEMORY | LOW_RANK | OURS
+    methods = ["adamw", best(FULL_MEMORY), best(LOW_RANK), *OURS]
+    return _record.table(
+        [_row(names[method], by_method[method], times) for method in methods]
+    )
+
+
+def _row(name: str, line: Line, times: Mapping[str, float]) -> dict[str, str]:
+    _, _, share = line.key.method.partition("/")
+    return {
+        "optimizer": name,
+        "rank": f"width / {share}" if share else "",
+        "held-out loss": f"{line.loss:.3f} ± {line.spread:.3f}",
+        "optimizer state": f"{line.all_state:.1%}".replace("100.0%", "100%"),
+        "time of a step": f"{times[line.key.method] / times[REFERENCE]:.2f}",
+    }
+
+
+def draw(by_method: Mapping[str, Line], path: Path) -> Axes:
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for method, (label, offset, side) in POINTS.items():
+        line = by_method[method]
+        color = "#c2410c" if method in OURS else "0.45"
+        axes.plot(line.all_state, line.loss, "o", color=color, markersize=7)
+        axes.annotate(
+            label,
+            (line.all_state, line.loss),
+            offset,
+            textcoords="offset points",
+            ha=side,
+            color=color,
+            weight="bold" if method in OURS else "normal",
+            fontsize=10,
+        )
+    axes.set(
+        xlabel="optimizer state of all parameters, share of AdamW's",
+        ylabel="held-out loss (nats per byte)",
+        xscale="log",
+        xlim=(0.025, 1.7),
+        ylim=(1.56, 1.735),
+    )
+    axes.xaxis.set_major_locator(FixedLocator([0.03, 0.1, 0.3, 1]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    note = "lower and further left is better"
+    axes.text(0.02, 0.03, note, color="0.45", style="italic", transform=axes.transAxes)
+    figure.savefig(path, dpi=130)
+    return axes
+
+
+def committed() -> dict[str, Line]:
+    """By method: what raced under plain conditions at the README's scale."""
+    known = rows.read(rows.FOLDER / f"table_{SCALE}.jsonl")
+    return {line.key.method: line for line in summary(plain_only(known))}
+
+
+def main() -> None:
+    by_method = committed()
+    draw(by_method, FIGURE)
+    print(front_table(by_method, seconds_a_step(SCALE)))
+
+
+if __name__ == "__main__":
+    main()
