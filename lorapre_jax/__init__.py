@@ -1,14 +1,9 @@
 """LoRA-Pre: low-rank Adam and Muon momenta as optax gradient transformations."""
 
 from lorapre_jax._adam import lorapre_adamw, scale_by_lorapre_adam
-from lorapre_jax._boxes import register_box
-from lorapre_jax._budget import rank_for_budget
-from lorapre_jax._convert import convert_state
-from lorapre_jax._diagnostics import diagnostics
 from lorapre_jax._ema import lorapre_ema
-from lorapre_jax._matrix_view import MatrixAxes
-from lorapre_jax._memory import check_state_sharding, describe
-from lorapre_jax._methods import (
+from lorapre_jax._leaves.selection import select_matrices
+from lorapre_jax._moments.methods import (
     AlgorithmOne,
     Dense,
     LowRank,
@@ -17,9 +12,14 @@ from lorapre_jax._methods import (
 )
 from lorapre_jax._muon import scale_by_lorapre_muon
 from lorapre_jax._muon_alias import lorapre_muon
-from lorapre_jax._selection import select_matrices
-from lorapre_jax._state_record import check_state_record, state_record
-from lorapre_jax._state_sharding import state_sharding
+from lorapre_jax._state.budget import rank_for_budget
+from lorapre_jax._state.convert import convert_state
+from lorapre_jax._state.diagnostics import diagnostics
+from lorapre_jax._state.memory import check_state_sharding, describe
+from lorapre_jax._state.record import check_state_record, state_record
+from lorapre_jax._state.sharding import state_sharding
+from lorapre_jax._trees.boxes import register_box
+from lorapre_jax._trees.matrix_view import MatrixAxes
 
 __all__ = [
     "AlgorithmOne",

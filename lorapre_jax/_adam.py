@@ -5,18 +5,25 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from lorapre_jax import _checks
-from lorapre_jax._adam_rule import adam
-from lorapre_jax._boxes import unboxed
-from lorapre_jax._choice import choice
-from lorapre_jax._fit import check_fits
-from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import LowRank, Methods, RankOne, RotatedRankOne
-from lorapre_jax._plan import init_moment, make_plan
-from lorapre_jax._selection import Matrices
-from lorapre_jax._sharding import replicated_zero
+from lorapre_jax._leaves import checks
+from lorapre_jax._leaves.choice import choice
+from lorapre_jax._leaves.fit import check_fits
+from lorapre_jax._leaves.map_leaves import map_leaves
+from lorapre_jax._leaves.plan import init_moment, make_plan
+from lorapre_jax._leaves.selection import Matrices
+from lorapre_jax._moments.methods import (
+    AlgorithmOne,
+    LowRank,
+    Methods,
+    RankOne,
+    RotatedRankOne,
+)
+from lorapre_jax._numerics.averages import unbiased_decay
+from lorapre_jax._trees.boxes import unboxed
+from lorapre_jax._trees.sharding import replicated_zero
 
 
 class ScaleByLorapreAdamState(NamedTuple):
@@ -134,20 +141,23 @@ def scale_by_lorapre_adam(
       Adam would return; the state's dtypes do not depend on the gradients'.
 
     Raises:
-      TypeError, ValueError: An argument is out of range, or an array where a static
-        value is needed; at `init`, a leaf is not real floating point or lacks the axes
-        it is said to have. The message names the argument or the leaf's path.
+      TypeError, ValueError: An argument is out of range, an array where a static value
+        is needed, or a number in half precision (`optax.inject_hyperparams` takes
+        `static_args="rank"` and `hyperparam_dtype=`); at `init`, a leaf is not real
+        floating point or lacks the axes it is said to have; at `update`, an array of
+        the state has another shape than was decided. The message names the argument or
+        the leaf's path.
     """
-    _checks.check_storage(rank, slices_at_once, factor_dtype, seed)
-    _checks.check_decay("b1", b1)
-    _checks.check_decay("b2", b2)
-    _checks.check_not_negative("eps", eps)
-    _checks.check_not_negative("update_scale", update_scale)
+    checks.check_storage(rank, slices_at_once, factor_dtype, seed)
+    checks.check_decay("b1", b1)
+    checks.check_decay("b2", b2)
+    checks.check_not_negative("eps", eps)
+    checks.check_not_negative("update_scale", update_scale)
     first = choice("first_moment", first_moment, LowRank())
     second = choice("second_moment", second_moment, RotatedRankOne(), RankOne())
-    _checks.check_methods(first, "first_moment")
-    _checks.check_methods(second, "second_moment", "rotated_moment")
-    _checks.check_moments(first.block, second.block)
+    checks.check_methods(first, "first_moment")
+    checks.check_methods(second, "second_moment", "rotated_moment")
+    checks.check_moments(first.block, second.block)
 
     def init_fn(params):
         plan = make_plan(
@@ -164,13 +174,13 @@ def scale_by_lorapre_adam(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        _checks.check_state(state, ScaleByLorapreAdamState)
+        checks.check_state(state, ScaleByLorapreAdamState)
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
         hyper = {"b1": b1, "b2": b2, "eps": eps, "update_scale": update_scale}
 
         updates, (mu, mu_factors), (nu, nu_factors) = map_leaves(
-            adam,
+            _adam,
             hyper | {"count": unboxed(count), "seed": seed},
             state.plan,
             updates,
@@ -182,6 +192,35 @@ def scale_by_lorapre_adam(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _adam(leaf, hyper, g, mu, nu):
+    """Of one matrix, or of a dense leaf of any shape.
+
+    Returns the update and the new states of the two moments.
+    """
+    first, second = leaf.methods
+    b1, b2, count, seed = (hyper[name] for name in ("b1", "b2", "count", "seed"))
+    # What the moments have of one gradient.
+    c1, c2 = (1 - unbiased_decay(b, count, g.dtype) for b in (b1, b2))
+
+    def divided(m, root_v, share):
+        if leaf.is_factored and not isinstance(second, AlgorithmOne):
+            root_v = jnp.maximum(root_v, jnp.sqrt(c2) * share * jnp.abs(m))
+        return m / (root_v + jnp.asarray(hyper["eps"], g.dtype))
+
+    if isinstance(second, RotatedRankOne):
+        mu, along, rest = first.split_moment(mu, g, b1, count, seed)
+        (root_v, root_w), nu = second.rotated_moment(nu, g, along, rest, b2, count)
+        update = mu.left @ divided(mu.right, root_v, c1).T
+        update += first.complement_gain * divided(rest, root_w, 1)
+    else:
+        m, mu = first.first_moment(mu, g, b1, count, seed)
+        root_v, nu = second.second_moment(nu, g, b2, count, seed)
+        update = divided(m, root_v, c1)
+    if leaf.is_factored:
+        update = update * jnp.asarray(hyper["update_scale"], g.dtype)
+    return update, mu, nu
 
 
 def lorapre_adamw(

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorapre_jax import _checks
-from lorapre_jax._boxes import unboxed
-from lorapre_jax._choice import choice
-from lorapre_jax._fit import check_fits
-from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import LowRank, Methods, mass
-from lorapre_jax._plan import init_moment, make_plan
-from lorapre_jax._selection import Matrices
-from lorapre_jax._sharding import replicated_zero
+from lorapre_jax._leaves import checks
+from lorapre_jax._leaves.choice import choice
+from lorapre_jax._leaves.fit import check_fits
+from lorapre_jax._leaves.map_leaves import map_leaves
+from lorapre_jax._leaves.plan import init_moment, make_plan
+from lorapre_jax._leaves.selection import Matrices
+from lorapre_jax._moments.methods import LowRank, Methods
+from lorapre_jax._numerics.averages import mass
+from lorapre_jax._trees.boxes import unboxed
+from lorapre_jax._trees.sharding import replicated_zero
 
 
 class LorapreEmaState(NamedTuple):
@@ -76,11 +77,11 @@ def lorapre_ema(
     Raises:
       TypeError, ValueError: As `scale_by_lorapre_adam`.
     """
-    _checks.check_decay("decay", decay)
-    _checks.check_storage(rank, slices_at_once, factor_dtype, seed)
-    _checks.check_flag("debias", debias)
+    checks.check_decay("decay", decay)
+    checks.check_storage(rank, slices_at_once, factor_dtype, seed)
+    checks.check_flag("debias", debias)
     kept = choice("moment", moment, LowRank())
-    _checks.check_methods(kept, "first_moment")
+    checks.check_methods(kept, "first_moment")
 
     def init_fn(params):
         plan = make_plan(
@@ -95,7 +96,7 @@ def lorapre_ema(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        _checks.check_state(state, LorapreEmaState)
+        checks.check_state(state, LorapreEmaState)
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
         hyper = {"decay": decay, "count": unboxed(count), "seed": seed}

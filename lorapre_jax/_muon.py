@@ -5,24 +5,31 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from lorapre_jax import _checks
-from lorapre_jax._boxes import unboxed
-from lorapre_jax._choice import choice
-from lorapre_jax._fit import check_fits
-from lorapre_jax._map_leaves import map_leaves
-from lorapre_jax._methods import LowRank, Methods
-from lorapre_jax._muon_rule import MuonRule
-from lorapre_jax._orthogonalize import NS_COEFFS, NS_STEPS, Coefficients
-from lorapre_jax._plan import Plan, init_moment, make_plan
-from lorapre_jax._selection import Matrices
-from lorapre_jax._sharding import replicated_zero
-from lorapre_jax._shares import (
+from lorapre_jax._leaves import checks
+from lorapre_jax._leaves.choice import choice
+from lorapre_jax._leaves.fit import check_fits
+from lorapre_jax._leaves.map_leaves import map_leaves
+from lorapre_jax._leaves.plan import Plan, init_moment, make_plan
+from lorapre_jax._leaves.selection import Matrices
+from lorapre_jax._moments.methods import LowRank, Methods
+from lorapre_jax._muon_shares import (
     orthogonalize_shares,
     plan_shares,
     without_underflow,
 )
+from lorapre_jax._numerics.averages import mass
+from lorapre_jax._numerics.newton_schulz import (
+    NS_COEFFS,
+    NS_STEPS,
+    Coefficients,
+    orthogonalize,
+)
+from lorapre_jax._numerics.norms import divided, frobenius_norm, hypot
+from lorapre_jax._trees.boxes import unboxed
+from lorapre_jax._trees.sharding import replicated_zero
 
 
 class ScaleByLorapreMuonState(NamedTuple):
@@ -113,19 +120,19 @@ def scale_by_lorapre_muon(
       TypeError, ValueError: As `scale_by_lorapre_adam`; and at `init`, for a leaf that
         is not a matrix, or that `param_shardings` has no fitting sharding for.
     """
-    _checks.check_storage(rank, slices_at_once, factor_dtype, seed)
-    _checks.check_decay("beta", beta)
-    _checks.check_not_negative("eps", eps)
-    _checks.check_not_negative("update_scale", update_scale)
+    checks.check_storage(rank, slices_at_once, factor_dtype, seed)
+    checks.check_decay("beta", beta)
+    checks.check_not_negative("eps", eps)
+    checks.check_not_negative("update_scale", update_scale)
     if consistent_rms is not None:
-        _checks.check_not_negative("consistent_rms", consistent_rms)
+        checks.check_not_negative("consistent_rms", consistent_rms)
     kept = choice("moment", moment, DEFAULT_MOMENT)
-    _checks.check_methods(kept, "first_moment")
-    _checks.check_flag("nesterov", nesterov)
+    checks.check_methods(kept, "first_moment")
+    checks.check_flag("nesterov", nesterov)
     # None by default: optax.inject_hyperparams makes arrays of numbers.
     ns_steps = NS_STEPS if ns_steps is None else ns_steps
-    _checks.check_count("ns_steps", ns_steps)
-    _checks.check_ns_coeffs(ns_coeffs, ns_steps)
+    checks.check_count("ns_steps", ns_steps)
+    checks.check_ns_coeffs(ns_coeffs, ns_steps)
     rule = MuonRule(nesterov, ns_steps, ns_coeffs)
 
     def init_fn(params):
@@ -145,7 +152,7 @@ def scale_by_lorapre_muon(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        _checks.check_state(state, ScaleByLorapreMuonState)
+        checks.check_state(state, ScaleByLorapreMuonState)
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
 
@@ -188,3 +195,69 @@ def _refuse_other_than_matrices(plan: Plan) -> None:
                 f"({leaf.dense}), and Muon orthogonalises matrices only. Name its axes "
                 "in `matrices=`, or use lorapre_muon, which gives such leaves to Adam."
             )
+
+
+class MuonRule(NamedTuple):
+    """`whole`, or in two parts around the costly orthogonalisation, `polar`."""
+
+    nesterov: bool
+    ns_steps: int
+    ns_coeffs: Coefficients
+
+    def whole(self, leaf, hyper, g, mu):
+        rest, mu = self.begin(leaf, hyper, g, mu)
+        return self.finish(leaf, hyper, g, mu, self.polar(rest))[:2]
+
+    def begin(self, leaf, hyper, g, mu):
+        """What is orthogonalised at its full size, over its norm; the new momentum."""
+        method, step = leaf.methods[0], (hyper["count"], hyper["seed"])
+        beta = jnp.asarray(hyper["beta"], g.dtype)
+        if isinstance(method, LowRank):
+            mu, _, residual = method.split_moment(mu, g, beta, *step)
+            residual = _share_of_noise(beta, hyper["count"]) * residual
+            norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
+            return divided(residual, norm, hyper["eps"]), mu
+        m, mu = method.first_moment(mu, g, beta, *step)
+        m = self.look_ahead(hyper, m, g)
+        return divided(m, frobenius_norm(m), hyper["eps"]), mu
+
+    def finish(self, leaf, hyper, g, mu, orthogonal):
+        """The update from what `begin` gave, orthogonalised; momentum; that again."""
+        update = orthogonal
+        if isinstance(leaf.methods[0], LowRank):
+            beta = jnp.asarray(hyper["beta"], g.dtype)
+            gain = leaf.methods[0].complement_gain
+            gain = gain / _share_of_noise(beta, hyper["count"])
+            # The left factor is orthonormal, where `right` is not rounding alone: it
+            # stays outside.
+            right = self.look_ahead(hyper, mu.right, g.T @ mu.left)
+            right = divided(right, frobenius_norm(right), hyper["eps"])
+            update = mu.left @ self.polar(right).T + gain * orthogonal
+        scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
+        if leaf.is_factored:
+            scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)
+        return update * scale, mu, orthogonal
+
+    def polar(self, x):
+        return orthogonalize(x, self.ns_coeffs, self.ns_steps)
+
+    def look_ahead(self, hyper, m, g):
+        """The bias-corrected average as `optax.contrib.muon` looks ahead."""
+        if not self.nesterov:
+            return m
+        b, count = jnp.asarray(hyper["beta"], g.dtype), hyper["count"]
+        now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
+        return b * (now / ahead) * m + ((1 - b) / now) * g
+
+
+def _share_of_noise(beta, count):
+    """What the corrected average of `count` steps leaves of uncorrelated noise."""
+    total = mass(beta, count)
+    return jnp.sqrt((1 - beta) / (1 + beta) * (2 - total) / total)
+
+
+def _shape_scale(shape: tuple[int, ...], consistent_rms, dtype) -> jax.Array:
+    p, q = shape
+    if consistent_rms is None:
+        return jnp.sqrt(jnp.asarray(max(1.0, q / p), dtype))
+    return jnp.sqrt(jnp.asarray(max(p, q), dtype)) * jnp.asarray(consistent_rms, dtype)

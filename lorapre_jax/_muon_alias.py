@@ -8,18 +8,18 @@ from typing import Any
 import jax
 import optax
 
-from lorapre_jax import _checks
 from lorapre_jax._adam import decayed_weights, lorapre_adamw
-from lorapre_jax._methods import Methods
+from lorapre_jax._leaves import checks
+from lorapre_jax._leaves.roles import roles
+from lorapre_jax._leaves.selection import Decided, Matrices, resolve_axes
+from lorapre_jax._moments.methods import Methods
 from lorapre_jax._muon import (
     DEFAULT_MOMENT,
     ScaleByLorapreMuonState,
     scale_by_lorapre_muon,
 )
-from lorapre_jax._orthogonalize import NS_COEFFS, Coefficients
-from lorapre_jax._paths import named_leaves
-from lorapre_jax._roles import roles
-from lorapre_jax._selection import Decided, Matrices, resolve_axes
+from lorapre_jax._numerics.newton_schulz import NS_COEFFS, Coefficients
+from lorapre_jax._trees.paths import named_leaves
 
 
 def lorapre_muon(
@@ -69,8 +69,8 @@ def lorapre_muon(
       TypeError, ValueError: As `scale_by_lorapre_muon`; and by `update`, where weights
         decay and there are no `params`.
     """
-    _checks.check_decay("adam_b1", adam_b1)
-    _checks.check_decay("adam_b2", adam_b2)
+    checks.check_decay("adam_b1", adam_b1)
+    checks.check_decay("adam_b2", adam_b2)
     scale_by_muon = functools.partial(
         scale_by_lorapre_muon,
         rank,
@@ -112,7 +112,7 @@ def lorapre_muon(
 
     def init_fn(params):
         for path, leaf in named_leaves(params):
-            _checks.check_floating(path, leaf)
+            checks.check_floating(path, leaf)
         # Decided once: names and shapes say less in a part of a tree than in the whole.
         by_role = roles(params)
         decided = Decided(by_role, resolve_axes(matrices, params, by_role))
@@ -143,9 +143,9 @@ def _labels(decided: Decided, params: optax.Params) -> Any:
 
 def _labels_in(state: Any, updates: optax.Updates) -> Any:
     """The same, from the state: updates may have lost their boxes and their names."""
-    _checks.check_state(state, optax.PartitionState)
+    checks.check_state(state, optax.PartitionState)
     muon = state.inner_states["muon"].inner_state[0]
-    _checks.check_state(muon, ScaleByLorapreMuonState)
+    checks.check_state(muon, ScaleByLorapreMuonState)
     of_muon = {leaf.path for leaf in muon.plan.leaves}
     labels = [
         "muon" if path in of_muon else "adam" for path, _ in named_leaves(updates)

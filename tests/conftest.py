@@ -10,7 +10,7 @@ import jax
 import pytest
 from contract_cases import CASES, Case
 
-from lorapre_jax import _roles
+from lorapre_jax._leaves import roles
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def quick_compilation():
 @pytest.fixture
 def nothing_was_said(monkeypatch):
     """For modules that look for a warning which a process gives once."""
-    monkeypatch.setattr(_roles, "_told", set())
+    monkeypatch.setattr(roles, "_told", set())
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
-from lorapre_jax import _low_rank
-from lorapre_jax._factors import FactorPair, RowColumn
+from lorapre_jax._moments import representations
+from lorapre_jax._moments.factors import FactorPair, RowColumn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -86,11 +86,14 @@ def test_another_rank_is_the_best_one(rank):
 
 def test_nothing_of_the_size_of_a_matrix_is_formed_to_change_a_rank():
     pair = FactorPair(jnp.ones((100, 6)), jnp.ones((90, 6)))
-    for fn in (lambda x: _low_rank.as_factors(x, 4), _low_rank.as_row_column):
+    for fn in (
+        lambda x: representations.as_factors(x, 4),
+        representations.as_row_column,
+    ):
         assert "100,90" not in str(jax.make_jaxpr(fn)(pair))
-    assert "100,90" in str(jax.make_jaxpr(_low_rank.as_dense)(pair))
+    assert "100,90" in str(jax.make_jaxpr(representations.as_dense)(pair))
     row_column = RowColumn(jnp.ones(100), jnp.ones(90))
-    as_factors = jax.make_jaxpr(lambda x: _low_rank.as_factors(x, 4))(row_column)
+    as_factors = jax.make_jaxpr(lambda x: representations.as_factors(x, 4))(row_column)
     assert "100,90" not in str(as_factors)
 
 
@@ -101,7 +104,7 @@ def test_a_dense_moment_becomes_nearly_the_best_factors(fall, excess):
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     s = np.arange(1.0, 257) ** -fall if fall else s
     x = (u * s) @ vt
-    pair = _low_rank.as_factors(jnp.asarray(x, jnp.float32), 32)
+    pair = representations.as_factors(jnp.asarray(x, jnp.float32), 32)
     least = np.sqrt(np.sum(s[32:] ** 2))
     assert 0.9999 < np.linalg.norm(x - product(pair, 256, 688)[0]) / least < 1 + excess
 
@@ -288,7 +291,13 @@ FROZEN = {name: name != "w" for name in SHAPES}
 
 
 @pytest.mark.parametrize(
-    "tx", [adam(), adam(first_moment=PAPER, second_moment=PAPER), optax.adam(1e-3)]
+    "tx",
+    [
+        adam(),
+        adam(first_moment=PAPER, second_moment=PAPER),
+        optax.adam(1e-3),
+        optax.scale_by_amsgrad(),
+    ],
 )
 def test_leaves_that_were_frozen_start_fresh(tx):
     params = random_tree(SHAPES)

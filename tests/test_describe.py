@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lorapre_jax as lp
-from lorapre_jax._roles import UNKNOWN
+from lorapre_jax._leaves.roles import UNKNOWN
 
 pytestmark = pytest.mark.usefixtures("nothing_was_said")
 

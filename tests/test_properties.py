@@ -13,7 +13,8 @@ import pytest
 import scipy.linalg
 
 import lorapre_jax as lp
-from lorapre_jax import _online_regression as regression
+from benchmarks import spike
+from lorapre_jax._numerics.orthonormal import orthonormal_columns
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -181,6 +182,13 @@ def test_so_it_is_of_adam():
     tx: Any = optax.scale_by_adam()
     _, state = tx.update(jnp.full(3, 1e20), tx.init(jnp.zeros(3)))
     assert not np.isfinite(state.nu).any()
+
+
+def test_what_follows_a_spike():
+    """As Algorithm 1 says of itself; `benchmarks/spike.py` has the figures."""
+    grads = spike.gradients(30)
+    assert spike.largest_update(spike.OPTIMIZERS["Algorithm 1"], grads) > 20
+    assert spike.largest_update(spike.OPTIMIZERS["default"], grads) < 1
 
 
 @functools.cache
@@ -432,7 +440,7 @@ def test_bases_are_orthonormal_or_empty(seed, decades, rank):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(40, 8)) * np.logspace(0, -decades, 8)
     x[:, rank:] = x[:, :1]  # Rank-deficient below 8.
-    basis = np.asarray(regression.orthonormal_columns(jnp.asarray(x, "float32")))
+    basis = np.asarray(orthonormal_columns(jnp.asarray(x, "float32")))
     values = np.linalg.svd(basis, compute_uv=False)
     assert values.max() < 1 + 1e-5
     kept = rank if decades <= 3 else 1  # Smaller ones drown in the rounding of others.

@@ -14,7 +14,9 @@ import optax
 
 import lorapre_jax as lp
 from benchmarks.quality.methods import B1, Method, our_muon, ours, rank_one
-from lorapre_jax import _adam_rule, _factors, _methods, _online_regression
+from lorapre_jax import _adam as adam_module
+from lorapre_jax._moments import factors, methods
+from lorapre_jax._numerics import online_regression
 
 GAINS = (0.5, 1.4, 2.0)
 _HIGH = (1e-3, 2e-3, 4e-3)
@@ -61,7 +63,7 @@ class _FromRandomDirections(lp.LowRank):
     def init(self, batch, p, q, rank, dtype, seed):
         noise = jax.random.normal(jax.random.key(seed), (p, rank), dtype)
         left, right = super().init(batch, p, q, rank, dtype, seed)
-        return _factors.FactorPair(left + jnp.linalg.qr(noise)[0], right)
+        return factors.FactorPair(left + jnp.linalg.qr(noise)[0], right)
 
 
 def _along_the_width(width: int, b2: float) -> optax.GradientTransformation:
@@ -89,15 +91,15 @@ ABLATIONS: dict[str, Method] = {
     "v dense": _adam(second_moment=lp.Dense()),
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
     # What has no argument.
-    "no floor under v": _with(_methods, FLOOR=0.0),
+    "no floor under v": _with(methods, FLOOR=0.0),
     "no bounds on quotients": _with(
-        _adam_rule, unbiased_decay=lambda decay, count, dtype: jnp.ones((), dtype)
+        adam_module, unbiased_decay=lambda decay, count, dtype: jnp.ones((), dtype)
     ),
     "no bias correction": _with(
-        _methods, unbiased_decay=lambda decay, count, dtype: jnp.asarray(decay, dtype)
+        methods, unbiased_decay=lambda decay, count, dtype: jnp.asarray(decay, dtype)
     ),
     **{
-        f"{share:g} of noise in the sketch": _with(_online_regression, _NOISE=share)
+        f"{share:g} of noise in the sketch": _with(online_regression, _NOISE=share)
         for share in (1e-4, 1e-2)
     },
     "start from random directions": _adam(first_moment=_FromRandomDirections()),

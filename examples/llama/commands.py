@@ -4,15 +4,17 @@ import argparse
 import dataclasses
 import functools
 import operator
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from examples.llama.config import PRESETS, Config, file, flat, override
+from examples.llama.config import PRESETS, Config, as_groups, file, flat, override
+from examples.llama.config._checks import expand_home
 from examples.llama.config.recipes import RECIPES, Setting
 from examples.llama.data import tokenizers
-from examples.llama.run_record import data_of, settings_of
+from examples.llama.run_record import data_of, model_of
 
 PROGRAM = "python -m examples.llama"
 
@@ -60,6 +62,9 @@ class Eval:
     distributed: str | None = None
     """As for train: one job of several processes."""
 
+    def __post_init__(self) -> None:
+        expand_home(self, "workdir", "data")
+
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
@@ -78,6 +83,9 @@ class Generate:
     seed: int = 0
     """Of the draws."""
 
+    def __post_init__(self) -> None:
+        expand_home(self, "workdir")
+
 
 @dataclasses.dataclass(frozen=True)
 class Import:
@@ -92,6 +100,9 @@ class Import:
     scan_layers: bool = True
     """Stack the layers' parameters, as train does by default."""
 
+    def __post_init__(self) -> None:
+        expand_home(self, "source", "workdir")
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -103,6 +114,9 @@ class Export:
     """New folder, for transformers' from_pretrained."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the files (none: the parameters' own)."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "workdir", "target")
 
 
 Command = Train | Eval | Generate | Describe | Import | Export
@@ -144,7 +158,7 @@ def _configured(arguments: list[str]) -> tuple[Config, dict[str, Setting], list[
         recipe = RECIPES[options.recipe](options.preset, optimizer)
         config = override(config, {name: x.value for name, x in recipe.items()})
     if options.init_from not in (None, "None"):
-        config = override(config, _defaults_of(Path(options.init_from)))
+        config = override(config, _defaults_of(_path(options.init_from)))
     # Before what was given beside it, which wins.
     rest = file.options_of(content, options.config) + rest
     rest += ["--optimizer", options.optimizer] if options.optimizer else []
@@ -157,15 +171,19 @@ def _defaults_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="9m")
     parser.add_argument("--recipe", choices=RECIPES)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=_path)
     parser.add_argument("--optimizer")
     parser.add_argument("--init-from")
     return parser
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 def _defaults_of(folder: Path) -> dict[str, Any]:
     """Settings that parameters there ask for, by their dotted names."""
-    values = {f"model.{name}": x for name, x in settings_of(folder)["model"].items()}
+    values = flat({"model": as_groups(model_of(folder))})
     tokenizer = tokenizers.saved_file(folder)
     if tokenizer is not None:
         values["data.tokenizer"] = str(tokenizer)
@@ -178,9 +196,10 @@ def config_of(run: Path) -> Config:
 
     Of imported weights, the default settings with their model and tokenizer.
     """
+    own = _defaults_of(run)  # First, as it says best where there is no run.
     command = parse(["train", "--config", str(run / "config.yaml")])
     assert isinstance(command, Train)
-    return override(command.config, _defaults_of(run))
+    return override(command.config, own)
 
 
 _DEFAULTS = (

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,24 @@ def check_record(record: Mapping[str, float], skipped_at_most: int) -> None:
         raise NotFinite(step, f"{' and '.join(bad)} {'are' if bad[1:] else 'is'}")
 
 
+def are_finite(tree: Any) -> Any:
+    """A tree like it, of () bool."""
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
 def all_finite(tree: Any) -> jax.Array:
     """() bool."""
-    found = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(found).all()
+    return jnp.stack(jax.tree.leaves(are_finite(tree))).all()
+
+
+def not_so(found: Any) -> list[str]:
+    """Paths of the leaves of ``found`` that are false."""
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, is_so in leaves
+        if not is_so
+    ]
 
 
 def make_finite_check(replicated: Sharding) -> Callable[[int, Any], None]:
@@ -70,18 +83,10 @@ def make_finite_check(replicated: Sharding) -> Callable[[int, Any], None]:
     On several hosts all of them raise.
     """
 
-    @partial(jax.jit, out_shardings=replicated)
-    def find(state: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
+    find = jax.jit(are_finite, out_shardings=replicated)
 
     def check(step: int, state: Any) -> None:
-        found = jax.tree_util.tree_leaves_with_path(jax.device_get(find(state)))
-        bad = [
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, is_finite in found
-            if not is_finite
-        ]
-        if bad:
+        if bad := not_so(jax.device_get(find(state))):
             more = f" and {len(bad) - 4} leaves more" if bad[4:] else ""
             verb = "are" if bad[1:] else "is"
             raise NotFinite(step, f"{', '.join(bad[:4])}{more} {verb}")

@@ -79,6 +79,19 @@ def write(path: Path, content: str | bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """With those that it is in; nothing where it is there.
+
+    Raises ``ValueError`` where a file is in its place, or in that of one of those.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        above = (folder, *folder.parents)
+        file = next((p for p in above if p.exists() and not p.is_dir()), folder)
+        raise ValueError(f"{folder}: {file} is a file, not a folder") from error
+
+
 @contextmanager
 def named(path: Path) -> Iterator[None]:
     """Errors of the system name ``path``, also those of writing, which name no file."""
@@ -91,9 +104,10 @@ def named(path: Path) -> Iterator[None]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what ``write`` and ``new_folder`` leave in ``folder`` when killed."""
+    """Remove what ``write`` leaves in ``folder`` when it is killed."""
     for part in folder.glob("*.part"):
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -118,7 +132,7 @@ def digests(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as file:
+            with named(path), path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             found[str(path.relative_to(folder))] = digest
     return found

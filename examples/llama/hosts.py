@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import socket
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +12,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from examples.llama.ending import Code, end_now
+from examples.llama.peers import Peers
+from examples.llama.relay import relay
+
 _AUTO = "auto"
-_SECONDS_TO_NOTICE = 10
-"""That another process is gone: then all end, since none can go on without it."""
+_SECONDS_TO_ABORT = 60
+"""For JAX, without a heartbeat of a process, where `Peers` has not noticed before."""
+_SECONDS_TO_JOIN = 300
+
+others: Peers | None = None
+"""Of the job that this process has joined."""
+
+
+class FirstFailed(ValueError):
+    """The first process has stopped, and tells why."""
 
 
 def parse_job(text: str) -> dict[str, Any]:
@@ -34,8 +48,30 @@ def parse_job(text: str) -> dict[str, Any]:
 
 def join(text: str) -> None:
     """Before anything else asks JAX for its devices."""
+    global others
     job = parse_job(text)
-    jax.distributed.initialize(**job, heartbeat_timeout_seconds=_SECONDS_TO_NOTICE)
+    address = job.get("coordinator_address", "")
+    if job.get("process_id"):
+        job["coordinator_address"] = relay(address)
+    elif address:
+        # JAX would share the port with another job. Raises `OSError`.
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    late = "not all processes of the job have come"
+    late += f" to {address}" if address else ""
+    # Before JAX, which would abort.
+    limit = threading.Timer(_SECONDS_TO_JOIN, end_now, (late, Code.PEER_GONE))
+    limit.daemon = True
+    limit.start()
+    try:
+        jax.distributed.initialize(
+            **job,
+            initialization_timeout=_SECONDS_TO_JOIN + 60,
+            heartbeat_timeout_seconds=_SECONDS_TO_ABORT,
+        )
+    finally:
+        limit.cancel()
+    if jax.process_count() > 1:
+        others = Peers(address.rpartition(":")[0].strip("[]"))
 
 
 def is_first() -> bool:
@@ -46,18 +82,18 @@ def is_first() -> bool:
 def on_first(work: Callable[[], Any]) -> Any:
     """What `work` returns, done by the first process while the others wait; None there.
 
-    Where it raises `ValueError`, so do all.
+    Where it raises an error there, the others raise ``FirstFailed``.
     """
     result, error = None, None
     if is_first():
         try:
             result = work()
-        except ValueError as raised:
+        except Exception as raised:
             error = raised
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
         if failed and not is_first():
-            raise ValueError("the first process has stopped; it says why")
+            raise FirstFailed("the first process has stopped; it says why")
     if error is not None:
         raise error
     return result

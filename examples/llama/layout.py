@@ -35,7 +35,7 @@ _RULES: dict[str | None, tuple[str, ...]] = {
 
 def parse_mesh(text: str) -> dict[str, int]:
     """`"fsdp=4,tensor=2"` to sizes of all mesh axes; the ones not named are 1."""
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes, given = dict.fromkeys(MESH_AXES, 1), set[str]()
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
         if not match or match[1] not in sizes or int(match[2]) < 1:
@@ -43,6 +43,9 @@ def parse_mesh(text: str) -> dict[str, int]:
                 f"mesh: {part!r} is not one of {', '.join(f'{a}=N' for a in MESH_AXES)}"
                 ", N at least 1; give them like fsdp=4,tensor=2"
             )
+        if match[1] in given:
+            raise ValueError(f"mesh: {text!r} has {match[1]} twice")
+        given.add(match[1])
         sizes[match[1]] = int(match[2])
     return sizes
 
@@ -143,7 +146,9 @@ def _parts(mesh: Mesh | AbstractMesh, names: Sequence[str]) -> int:
 def _wanted(path: Any, leaf: Any) -> list[tuple[str, ...]]:
     """The mesh axes of each axis of a leaf, by the tables."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    axes = next(axes for p, axes in _LOGICAL_AXES.items() if re.search(p, name))
+    axes = next((x for p, x in _LOGICAL_AXES.items() if re.search(p, name)), None)
+    if axes is None:
+        raise ValueError(f"the table of axes has no row for {name}")
     stacked = ("layers",) * (leaf.ndim - len(axes))
     return [_RULES[axis] for axis in (*stacked, *axes)]
 

@@ -59,11 +59,12 @@ def write_page(
         "Python": platform.python_version(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
+    title = html.escape(config.workdir.resolve().name)
     content = "\n".join(
         [
             "<!doctype html><meta charset=utf-8>",
-            f"<title>{html.escape(config.workdir.name)}</title><style>{_STYLE}</style>",
-            f"<h1>{html.escape(config.workdir.name)}</h1>",
+            f"<title>{title}</title><style>{_STYLE}</style>",
+            f"<h1>{title}</h1>",
             _table(results.items()),
             f'<img alt="losses" src="data:image/png;base64,{picture}">',
             "<h2>Evaluations</h2>",

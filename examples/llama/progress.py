@@ -11,12 +11,7 @@ from examples.llama.config import Config
 from examples.llama.data.text import Text, TextData
 from examples.llama.metrics import Record, perplexity
 from examples.llama.optimizers import schedules
-
-
-def say(console: Console, *lines: str) -> None:
-    """As they are, whatever the names of files in them look like."""
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+from examples.llama.terminal import say
 
 
 def opening_lines(config: Config, text: Text, data: TextData, start: int) -> list[str]:
@@ -50,7 +45,7 @@ class ProgressDisplay:
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -71,7 +66,7 @@ class ProgressDisplay:
         due = step % self._log_every == 0 or step == self._steps
         if due and not self._console.is_terminal:
             line = f"step {step}/{self._steps}: {text}, {self._time_left(step)} left"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            say(self._console, line)
 
     def _describe(self, record: Record) -> str:
         parts = []

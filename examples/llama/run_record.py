@@ -1,7 +1,7 @@
 """Which run lives in a folder: ``config.yaml``, its settings, and ``data.json``."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,22 @@ class RunMismatch(ValueError):
     """The folder holds a run with other settings or other data."""
 
 
+class DamagedRecord(ValueError):
+    """A file about the run is not as it was written; the message names it."""
+
+
 def check_same_run(config: Config, data: Mapping[str, Any] | None = None) -> None:
     """Raise ``RunMismatch`` unless ``config`` can go on with the run in its workdir.
 
     Without ``data`` only the settings are compared, which needs no data.
     """
-    settings = settings_of(config.workdir)
-    different = differences(flat(settings), flat(as_groups(config)))
+    there, here = flat(settings_of(config.workdir)), flat(as_groups(config))
+    different = differences(there, here)
+    _require(there, different.keys() & here.keys(), config.workdir / _SETTINGS)
     if data is not None:
-        there = {"data": data_of(config.workdir)}
-        different |= differences(flat(there), flat({"data": data}))
+        there = data_of(config.workdir)
+        _require(there, data, config.workdir / _DATA)
+        different |= differences(flat({"data": there}), flat({"data": data}))
     if different:
         listed = "".join(
             f"\n  {name}: {there!r} there, {now!r} now"
@@ -60,16 +66,64 @@ def record_weights(workdir: Path, model: ModelConfig, data: Mapping[str, Any]) -
 
 
 def settings_of(workdir: Path) -> dict[str, Any]:
-    """In groups. Raises ``RunMismatch`` where no run lives there."""
-    return file.load(_existing(workdir, _SETTINGS))
+    """In groups, that of the model complete.
+
+    Raises ``RunMismatch`` where no run lives there, ``DamagedRecord`` where it is not
+    known any more which.
+    """
+    path = _existing(workdir, _SETTINGS)
+    try:
+        settings = file.load(path)
+    except file.ConfigFileError as error:
+        raise _damaged(path, str(error).removeprefix(f"{path}: ")) from error
+    model = settings.get("model")
+    if not isinstance(model, Mapping):
+        raise _damaged(path, "without model")
+    _require(model, as_groups(ModelConfig()), path, "model.")
+    return settings
+
+
+def model_of(workdir: Path) -> ModelConfig:
+    """Raises as ``settings_of`` does."""
+    settings = settings_of(workdir)["model"]
+    try:
+        return ModelConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise _damaged(workdir / _SETTINGS, f"model: {error}") from error
 
 
 def data_of(workdir: Path) -> dict[str, Any]:
     """What ``record_run`` was given. Raises as ``settings_of`` does."""
-    return json.loads(_existing(workdir, _DATA).read_text())
+    path = _existing(workdir, _DATA)
+    try:
+        data = files.read_json(path)
+    except files.BadFile as error:
+        raise _damaged(path, str(error).removeprefix(f"{path}: ")) from error
+    _require(data, ("vocab_size", "end_of_text", "context"), path)
+    if not isinstance(data["vocab_size"], int):
+        raise _damaged(path, f"vocab_size is {data['vocab_size']!r}")
+    return data
+
+
+def _require(
+    there: Mapping[str, Any], names: Iterable[str], path: Path, prefix: str = ""
+) -> None:
+    missing = [f"{prefix}{name}" for name in sorted(names) if name not in there]
+    if missing:
+        raise _damaged(path, f"without {', '.join(missing)}")
+
+
+def _damaged(path: Path, why: str) -> DamagedRecord:
+    return DamagedRecord(
+        f"{path} is damaged: {why}\nPut back a copy of it. The command that made "
+        f"{path.parent} writes the same file at its start: give it another folder, and "
+        "take it from there."
+    )
 
 
 def _existing(workdir: Path, name: str) -> Path:
+    if workdir.is_file():
+        raise RunMismatch(f"{workdir} is a file, not the folder of a run")
     if not (workdir / name).is_file():
         raise RunMismatch(f"{workdir}: no {name}, so neither a run nor weights")
     return workdir / name

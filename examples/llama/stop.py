@@ -1,8 +1,10 @@
 """Reasons to save and stop before the end: SIGTERM, or the time that was given."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,6 +24,30 @@ class Stopped(Exception):
         why = "at its time limit" if in_time else "by SIGTERM"
         super().__init__(f"Stopped {why}; saved after step {step}.")
         self.in_time = in_time
+
+
+class Terminated(BaseException):
+    """SIGTERM came where there is nothing to save; as Ctrl-C, it is no `Exception`."""
+
+    def __init__(self) -> None:
+        super().__init__("Stopped by SIGTERM.")
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Within it, but not within a `StopRequest`, SIGTERM raises ``Terminated``.
+
+    By itself it would end the process without a word, and leave the run's lock.
+    """
+
+    def receive(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:
@@ -45,7 +71,8 @@ class StopRequest:
         self.in_time = False
         self._timer = None
         if seconds is not None and hosts.is_first():
-            self._timer = threading.Timer(max(seconds, 0), self._time_is_up)
+            seconds = min(max(seconds, 0), threading.TIMEOUT_MAX)
+            self._timer = threading.Timer(seconds, self._time_is_up)
             self._timer.daemon = True
 
     def received(self, step: int) -> bool:

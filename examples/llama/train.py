@@ -22,6 +22,7 @@ from examples.llama.data.text import Text, open_text
 from examples.llama.data.tokenizers import unused_ids
 from examples.llama.divergence import Diverged, NotFinite, make_finite_check
 from examples.llama.gradients import make_loss_and_grads
+from examples.llama.lock import Lock
 from examples.llama.metrics import MetricsLog, perplexity, plot_losses
 from examples.llama.optimizers import schedules
 from examples.llama.page import write_page
@@ -77,7 +78,7 @@ def train(config: Config, console: Console | None = None) -> Result:
     # What the devices do not allow is refused before anything is done.
     mesh = layout.make_mesh(config.mesh, jax.devices())
     by_row = layout.by_row(mesh, config.data.batch_size, config.micro_batch_size)
-    with Checkpoints(config.workdir) as checkpoints:
+    with Lock(config.workdir), Checkpoints(config.workdir) as checkpoints:
         run = prepare(config, mesh, by_row, checkpoints, console)
         with (
             contextlib.closing(run.batches),

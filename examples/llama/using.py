@@ -18,6 +18,7 @@ from examples.llama.generate import generate
 from examples.llama.metrics import perplexity
 from examples.llama.pure import PureLlama
 from examples.llama.steps import make_evaluation
+from examples.llama.terminal import say
 from examples.llama.weights.folder import load_params
 
 
@@ -48,8 +49,7 @@ def evaluate(command: Eval, console: Console) -> Measured:
     weights = load_params(command.workdir, mesh)
     weights.tokenizer()  # Weights that came without one cannot be measured.
     held_out = open_text(data, console).held_out()
-    for note in held_out.notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    say(console, *held_out.notes)
     batches = list(held_out_batches(held_out.rows, data.batch_size))
     model = PureLlama(weights.config, weights.vocab_size, mesh)
     evaluate = make_evaluation(

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from examples.llama import train
-from examples.llama.__main__ import main
 from examples.llama.checkpoint import Checkpoints
+from examples.llama.main import run
 
 
 def kill() -> None:
@@ -137,4 +137,4 @@ FAULTS = {
 
 if __name__ == "__main__":
     FAULTS[sys.argv.pop(1)]()
-    sys.exit(main())
+    sys.exit(run(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """The command line: where settings come from, and what is refused."""
 
 import json
-import subprocess
+import math
 import sys
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from examples.llama.config import (
 from examples.llama.config.recipes import RECIPES
 from examples.llama.run_record import record_run, record_weights
 from examples.llama.using import evaluate
+
+DATA = {"vocab_size": 300, "end_of_text": 0, "context": None}
 
 
 def config_of(arguments):
@@ -67,7 +69,7 @@ def test_each_source_wins_over_those_before_it(tmp_path):
 def test_weights_to_begin_with_win_over_those_of_a_file(tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
-    record_weights(weights, ModelConfig(width=64), {"vocab_size": 300})
+    record_weights(weights, ModelConfig(width=64), DATA)
     path = tmp_path / "config.yaml"
     path.write_text(file.dump(as_groups(Config(ModelConfig(width=64)))))
     begin = ["train", "--config", str(path)]
@@ -108,6 +110,7 @@ def test_what_is_written_is_read_back(config, tmp_path):
         ("- 1", "holds no settings"),
         ("a: [", "not YAML"),
         ("3: 4", "3 is no setting"),
+        ("steps: 3\nseed: 1\nsteps: 4", "not YAML: steps is given twice"),
         (None, "No such file"),
     ],
 )
@@ -153,6 +156,25 @@ def test_help_has_units_and_defaults(capsys):
     assert "--preset {9m,20m,60m,130m,350m,1b,7b}" in text
 
 
+def test_paths_begin_at_home(tmp_path, monkeypatch):
+    """Where the path is only a part of a word, no shell has seen to it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    record_weights(tmp_path, ModelConfig(), DATA)
+    (tmp_path / "some.yaml").write_text("data: {cache: ~/tokens, tokenizer: ~/t.model}")
+    options = ("--workdir=~/run", "--data=~", "--init-from=~", "--config=~/some.yaml")
+    config = config_of(["train", *options])
+    assert (config.workdir, config.init_from) == (tmp_path / "run", tmp_path)
+    assert (config.data.path, config.data.cache) == (tmp_path, tmp_path / "tokens")
+    assert config.data.tokenizer == str(tmp_path / "t.model")
+    hub = config_of(["train", "--hub=~/hub:en", "--train-tokens", "9"])
+    assert hub.data.hub == f"{tmp_path}/hub:en"
+    for command in ("eval ~ --data=~", "generate ~", "import ~ ~", "export ~ ~"):
+        asked = vars(parse([*command.split()]))
+        paths = [path for path in asked.values() if isinstance(path, Path)]
+        assert paths == [tmp_path] * command.count("~")
+
+
 def test_the_other_commands():
     asked = parse(["eval", "runs/x", "--eval-tokens", "9"])
     assert isinstance(asked, Eval)
@@ -171,6 +193,9 @@ def test_the_other_commands():
         ({"z_loss": -1}, "z_loss must not be negative"),
         ({"profile": "4:3"}, "first:last"),
         ({"profile": "4"}, "first:last"),
+        ({"profile": "4:8", "steps": 7}, r"profile \(4:8\) is beyond .* step \(7\)"),
+        ({"mesh": "fsdp=2,tensor=2,fsdp=4"}, "has fsdp twice"),
+        ({"time_limit": math.inf}, "time_limit must be a finite number, got inf"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -178,9 +203,16 @@ def test_impossible_settings_are_refused(settings, message):
         Config(**settings)
 
 
+def test_numbers_of_all_groups_are_finite():
+    with pytest.raises(ValueError, match="rope_base must be a finite number"):
+        ModelConfig(rope_base=math.inf)
+    with pytest.raises(ValueError, match="learning_rate must be a finite number"):
+        OptimizerConfig(learning_rate=math.inf)
+
+
 def test_an_impossible_evaluation_is_refused_before_anything_is_read(tmp_path):
     config = Config(ModelConfig(loss_chunk=64), micro_batch_size=4, workdir=tmp_path)
-    record_run(config, {"vocab_size": 257, "end_of_text": 256})
+    record_run(config, DATA)
     with pytest.raises(ValueError, match=r"loss_chunk \(64\) must divide seq_len \(96"):
         evaluate(Eval(tmp_path, seq_len=96), Console(quiet=True))
     # How training divides its batch is nothing to it: it fails for want of weights.
@@ -275,36 +307,6 @@ def test_describe_has_every_leaf(capsys):
     text = planned(capsys, "describe", "--rank", "4")
     assert "layers/attention/q/kernel" in text
     assert "4 x 128 x 128 at rank 4: LowRank, RotatedRankOne" in text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--rank 0", "rank must be at least 1, got 0"),
-        ("--recipe paper", "recipe paper is for the presets"),
-    ],
-)
-def test_errors_are_told_without_a_traceback(options, message):
-    command = [sys.executable, "-m", "examples.llama", "train", *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert message in unboxed(done.stderr)
-    assert "Traceback" not in done.stderr
-
-
-def test_what_goes_on_again_is_training_alone(monkeypatch, capsys, tmp_path):
-    def full(*_):
-        raise OSError("no space left")
-
-    command = ["examples.llama", "export", str(tmp_path), str(tmp_path)]
-    monkeypatch.setattr(__main__, "export_weights", full)
-    monkeypatch.setattr(sys, "argv", command)
-    assert __main__.main() == 74
-    assert capsys.readouterr().err == "error: no space left\n"
-    monkeypatch.setattr(__main__, "train", full)
-    monkeypatch.setattr(sys, "argv", ["examples.llama", "train"])
-    assert __main__.main() == 74
-    assert "Run the same command again" in capsys.readouterr().err
 
 
 def test_settings_of_a_run_are_json_values():

@@ -3,14 +3,17 @@
 import dataclasses
 import io
 import json
+import re
 import signal
 import socket
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
 from command_line import start
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -76,8 +79,10 @@ def test_a_job_that_lost_a_process_goes_on_as_another_job(make_config, tmp_path)
     first, second = two_processes(config)
     wait_for(lambda: len(records(config)) > 8)
     second.kill()
-    _, errors = first.communicate(timeout=60)  # 15 s where nothing else runs.
-    assert first.returncode != 0, errors
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 68, errors
+    assert f"process 1 (pid {second.pid} on " in errors
+    assert "is gone, and no other can go on without it" in errors
     second.communicate()
 
     alone = start(config, "--mesh", "fsdp=4", devices=4)
@@ -110,6 +115,15 @@ def test_a_job_told_to_stop_saves_and_the_same_command_goes_on(make_config, tmp_
     assert saved < steps[-1] < 3000
 
 
+def test_a_job_that_diverges_stops_at_one_step(make_config, tmp_path):
+    config = make_config(tmp_path / "run", steps=40, checkpoint_every=5)
+    first, second = job = two_processes(config, "--learning-rate", "1e20")
+    outputs = [process.communicate(timeout=240) for process in job]
+    assert [first.returncode, second.returncode] == [76, 76], outputs
+    steps = {re.findall(r"not finite at step (\d+)", error)[0] for _, error in outputs}
+    assert steps == {str(records(config)[-1]["step"])}
+
+
 def test_each_process_reads_its_own_rows():
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     by_row = NamedSharding(mesh, P("x"))
@@ -134,3 +148,62 @@ def test_a_job_is_read():
         "num_processes": 4,
         "process_id": 3,
     }
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_where_the_first_one_fails_all_do(error, monkeypatch):
+    def fail():
+        raise error("a full disk")
+
+    said = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", said.append)
+    with pytest.raises(error, match="full disk"):
+        hosts.on_first(fail)
+    assert said == [1]
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: said[0])
+    with pytest.raises(hosts.FirstFailed, match="it says why"):
+        hosts.on_first(fail)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Which coordinators JAX has been told to join."""
+    addresses = []
+
+    def initialize(coordinator_address, **_):
+        addresses.append(coordinator_address)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    return addresses
+
+
+def test_jax_joins_others_through_a_relay(joined):
+    address = f"localhost:{free_port()}"
+    hosts.join(f"{address},2,0")
+    hosts.join(f"{address},2,1")
+    assert joined[0] == address
+    assert joined[1].startswith("127.0.0.1:")
+
+
+def test_a_port_of_another_job_is_not_shared(joined):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            hosts.join(f"localhost:{port},2,0")
+    assert not joined
+
+
+def test_a_job_that_is_never_whole_ends(monkeypatch):
+    has_ended, how = threading.Event(), []
+
+    def end(*message_and_code):
+        how.extend(message_and_code)
+        has_ended.set()
+
+    monkeypatch.setattr(hosts, "_SECONDS_TO_JOIN", 0)
+    monkeypatch.setattr(hosts, "end_now", end)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: has_ended.wait(60))
+    hosts.join("host0:1234,2,1")
+    assert how == ["not all processes of the job have come to host0:1234", 68]

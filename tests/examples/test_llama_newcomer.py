@@ -10,6 +10,8 @@ from outcome import losses
 
 from examples.llama import __main__
 from examples.llama.config import DataConfig
+from examples.llama.lock import Lock
+from examples.llama.train import train
 from examples.llama.weights.folder import load_params
 from examples.llama.weights.names import BadWeights
 
@@ -54,7 +56,9 @@ def test_pretrain_kill_resume_evaluate_export_import_generate(
     assert [record["step"] for record in losses(config.workdir)] == list(range(13))
     loss = held_out_loss(printed)
 
-    assert held_out_loss(run("eval", config.workdir)) == loss
+    with Lock(config.workdir):  # As beside a run at work.
+        assert held_out_loss(run("eval", config.workdir)) == loss
+        run("export", config.workdir, tmp_path / "hf")
     other = held_out_loss(run("eval", config.workdir, "--eval-tokens", "99"))
     assert other != loss
 
@@ -65,7 +69,6 @@ def test_pretrain_kill_resume_evaluate_export_import_generate(
     drawn = run("generate", config.workdir, *asked, "--temperature", "2")
     assert drawn != text
 
-    run("export", config.workdir, tmp_path / "hf")
     run("import", tmp_path / "hf", tmp_path / "back")
     same = ("--seq-len", "32", "--eval-tokens", "600", "--data", text_folder)
     assert held_out_loss(run("eval", tmp_path / "back", *same)) == loss
@@ -87,7 +90,7 @@ def test_weights_of_another_model_or_without_a_tokenizer_are_refused(
     make_config, tmp_path, run
 ):
     config = make_config(tmp_path / "run", steps=1)
-    __main__.train(config)
+    train(config)
     run("export", config.workdir, tmp_path / "hf")  # Bytes have no file.
     assert "without a tokenizer" in run("import", tmp_path / "hf", tmp_path / "back")
     assert "back has no tokenizer" in run("eval", tmp_path / "back", code=1)

@@ -15,7 +15,7 @@ from command_line import finish
 from outcome import assert_same_trees, checkpoint, losses
 from rich.console import Console
 
-from examples.llama import __main__, layout
+from examples.llama import __main__, layout, main
 from examples.llama.config import ModelConfig, OptimizerConfig
 from examples.llama.data.batches import placed
 from examples.llama.data.rows import DocumentRows, PackedRows, held_out_batches
@@ -343,7 +343,7 @@ def test_the_command_line_reports_a_stop_by_its_code(
     def stop(*_):
         raise Stopped(7, in_time)
 
-    monkeypatch.setattr(__main__, "train", stop)
+    monkeypatch.setattr(main, "train", stop)
     monkeypatch.setattr("sys.argv", ["examples.llama", "train"])
     assert __main__.main() == code
     assert "saved after step 7. Run the same command" in capsys.readouterr().out

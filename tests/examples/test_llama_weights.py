@@ -19,7 +19,7 @@ from examples.llama.config import Config, ModelConfig, OptimizerConfig
 from examples.llama.data.tokenizers import load_saved
 from examples.llama.optimizers import make_optimizer
 from examples.llama.pure import PureLlama
-from examples.llama.run_record import RunMismatch, record_run
+from examples.llama.run_record import DamagedRecord, RunMismatch, record_run
 from examples.llama.steps import init_state
 from examples.llama.train import train
 from examples.llama.using import evaluate, go_on
@@ -222,39 +222,34 @@ def test_a_tokenizer_that_cannot_be_used_is_kept_with_a_note(chat, tmp_path):
     assert (tmp_path / "there" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("settings", "data", "message"),
-    [
-        ({"width": 64}, {}, r"params/embed/embedding is float32 of \(257, 32\), by"),
-        ({"ffn_width": 10**12}, {}, r"mlp/down/kernel .* of \((2, )?1000000000000, 32"),
-        ({"param_dtype": "bfloat16"}, {}, "is float32 .* beside it bfloat16 of"),
-        (
-            {"tie_embeddings": True},
-            {},
-            "params/head/kernel .* beside it not there: they",
-        ),
-        ({}, {"vocab_size": 99}, r"params/embed/embedding .* of \(99, 32\)"),
-        ({}, {"vocab_size": "99"}, "run: settings of another version: .* of '99' ids"),
-        ({}, {"end_of_text": VOCAB}, r"ends of text \(257,\) of 257 ids"),
-        ({}, {"stops": ["</s>"]}, r"ends of text \('</s>',\) of 257 ids"),
-    ],
-)
-def test_parameters_of_other_settings_are_refused(run, settings, data, message):
+OTHERS = [
+    ({"width": 64}, {}, r"params/embed/embedding is float32 of \(257, 32\), by"),
+    ({"ffn_width": 10**12}, {}, r"mlp/down/kernel .* of \((2, )?1000000000000, 32"),
+    ({"param_dtype": "bfloat16"}, {}, "is float32 .* beside it bfloat16 of"),
+    ({"tie_embeddings": True}, {}, "params/head/kernel .* beside it not there: they"),
+    ({}, {"vocab_size": 99}, r"params/embed/embedding .* of \(99, 32\)"),
+    ({}, {"vocab_size": "99"}, "data.json is damaged: vocab_size is '99'"),
+    ({}, {"end_of_text": VOCAB}, r"ends of text \(257,\) of 257 ids"),
+    ({}, {"stops": ["</s>"]}, r"ends of text \('</s>',\) of 257 ids"),
+]
+
+
+def test_parameters_of_other_settings_are_refused(run):
     config, _ = run
-    model = dataclasses.replace(config.model, **settings)
-    data = {"vocab_size": VOCAB, "end_of_text": 0} | data
-    record_run(dataclasses.replace(config, model=model), data)
-    for mesh in (None, layout.make_mesh("fsdp=4,tensor=2", jax.devices())):
-        with pytest.raises(BadWeights, match=message):
-            load_params(config.workdir, mesh)
+    for settings, data, message in OTHERS:
+        model = dataclasses.replace(config.model, **settings)
+        data = {"vocab_size": VOCAB, "end_of_text": 0, "context": 9} | data
+        record_run(dataclasses.replace(config, model=model), data)
+        for mesh in (None, layout.make_mesh("fsdp=4,tensor=2", jax.devices())):
+            with pytest.raises((BadWeights, DamagedRecord), match=message):
+                load_params(config.workdir, mesh)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_is_no_weights(run, tmp_path, value):
+def test_what_is_not_finite_is_no_weights(run, tmp_path):
     config, params = run
-    params["norm"]["scale"] = np.full_like(params["norm"]["scale"], value)
+    params["norm"]["scale"] = np.full_like(params["norm"]["scale"], np.inf)
     params["embed"]["embedding"] = params["embed"]["embedding"].copy()
-    params["embed"]["embedding"][3, 2] = value
+    params["embed"]["embedding"][3, 2] = np.nan
     with Checkpoints(config.workdir) as checkpoints:
         checkpoints.save(3, {"params": params})
     message = r"checkpoints/3: embed/embedding and 1 more: not finite"

@@ -118,15 +118,20 @@ def test_a_tokenizer_json(folder, bpe, rule, settings):
         (None, False),
         ({"add_bos_token": False}, False),
         (LLAMA, False),
+        ({"add_bos_token": True}, True),
         (LLAMA | {"add_bos_token": True}, True),
         (LLAMA | {"add_bos_token": False}, False),
     ],
 )
-def test_a_sentencepiece_model(folder, sentences, settings, begins):
+def test_a_sentencepiece_model(folder, sentences, tmp_path, settings, begins):
     (folder / "tokenizer.model").write_bytes(sentences)
     write_settings(folder, settings)
     assert_same_tokens(folder, puts_end=False)
     assert load_saved(folder).begin == ((1,) if begins else ())
+    import_weights(folder, tmp_path / "there")
+    export_weights(tmp_path / "there", tmp_path / "back")
+    assert_same_tokens(tmp_path / "back", puts_end=False)
+    assert load_saved(tmp_path / "back").begin == load_saved(folder).begin
 
 
 @pytest.mark.parametrize("settings", [None, PLAIN])

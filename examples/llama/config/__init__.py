@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.llama.config._checks import require, require_positive
+from examples.llama.config._checks import (
+    expand_home,
+    require,
+    require_finite,
+    require_positive,
+)
 from examples.llama.config.data import DataConfig
 from examples.llama.config.model import PRESETS, ModelConfig
 from examples.llama.config.optimizer import OptimizerConfig, OptimizerName
@@ -79,6 +84,8 @@ class Config:
     (none: that of its data sheet, where it is known)."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "init_from", "workdir")
+        require_finite(self)
         require_positive(self, "steps", "eval_every", "checkpoint_every")
         require_positive(self, "diagnostics_every", "log_every")
         require(
@@ -93,7 +100,11 @@ class Config:
         if self.distributed is not None:
             parse_job(self.distributed)
         if self.profile is not None:
-            parse_steps(self.profile)
+            last = parse_steps(self.profile)[-1]
+            require(
+                last <= self.steps,
+                f"profile ({self.profile}) is beyond the last step ({self.steps})",
+            )
         for name in ("time_limit", "peak_tflops"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be > 0, got {value}")

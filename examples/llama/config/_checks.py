@@ -1,5 +1,8 @@
-"""What the settings check about themselves."""
+"""What the settings check about themselves, and what they read as a shell would."""
 
+import dataclasses
+import math
+import os
 from typing import Any
 
 
@@ -12,3 +15,22 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value >= 1, f"{name} must be at least 1, got {value}")
+
+
+def require_finite(config: Any) -> None:
+    """Of all fields that are floats."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        require(
+            not isinstance(value, float) or math.isfinite(value),
+            f"{field.name} must be a finite number, got {value}",
+        )
+
+
+def expand_home(config: Any, *names: str) -> None:
+    """Paths, or names of files, that begin with ~: in ``--x=~/y`` no shell does it."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            expanded = type(value)(os.path.expanduser(value))
+            object.__setattr__(config, name, expanded)  # It is frozen.

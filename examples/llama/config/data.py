@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from examples.llama.config._checks import require, require_positive
+from examples.llama.config._checks import expand_home, require, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class DataConfig:
     """Folder of tokenised text, which runs share."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "path", "cache", "tokenizer", "hub")
         require_positive(self, "seq_len", "batch_size", "eval_tokens")
         require(
             self.workers >= 0, f"data-workers must be 0 or more, got {self.workers}"

@@ -24,6 +24,19 @@ class ConfigFileError(ValueError):
     """The file cannot be read as settings; the message names it and the place."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own takes the last of two values of a name, and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name} is given twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def dump(groups: Mapping[str, Any]) -> str:
     """As YAML; `load` and `options_of` read it back."""
     return yaml.safe_dump(groups, sort_keys=False)
@@ -39,7 +52,7 @@ def load(path: Path) -> Any:
         raise ConfigFileError(str(error)) from error
     try:
         _check_plain(text)
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except Exception as error:  # PyYAML's constructors raise what they come across.
         raise ConfigFileError(f"{path}: not YAML that can be read: {error}") from error
     if not isinstance(content, Mapping):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from examples.llama.config._checks import require, require_positive
+from examples.llama.config._checks import require, require_finite, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ModelConfig:
     """Positions of each row whose logits exist at once (none: all of them)."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         names = ("width", "ffn_width", "num_layers", "num_heads", "kv_heads")
         require_positive(self, *names)
         require(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from examples.llama.config._checks import require, require_positive
+from examples.llama.config._checks import require, require_finite, require_positive
 
 OptimizerName = Literal["lorapre_adamw", "lorapre_muon", "adamw", "muon", "galore"]
 
@@ -44,6 +44,7 @@ class OptimizerConfig:
     lorapre_adamw, lorapre_muon)."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "rank")
         if self.layers_at_once is not None:
             require_positive(self, "layers_at_once")

@@ -5,6 +5,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from examples.llama.terminal import say
+
 _SECONDS_BETWEEN_LINES = 10
 
 
@@ -16,9 +18,9 @@ class TokenisingProgress:
         self._began = self._said = time.perf_counter()
         self._text = ""
         self._bar = Progress(
-            TextColumn(f"tokenising the {what}"),
+            TextColumn(f"tokenising the {what}", markup=False),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -34,7 +36,10 @@ class TokenisingProgress:
         self._bar.stop()
         if error is None and self._text:
             seconds = time.perf_counter() - self._began
-            self._say(f"tokenised the {self._what}: {self._text} in {seconds:.1f} s")
+            say(
+                self._console,
+                f"tokenised the {self._what}: {self._text} in {seconds:.1f} s",
+            )
 
     def update(self, done: float | None, documents: int, tokens: int) -> None:
         """``done`` is a part from 0 to 1, None where it is not known."""
@@ -47,7 +52,4 @@ class TokenisingProgress:
         if now - self._said > _SECONDS_BETWEEN_LINES and not self._console.is_terminal:
             self._said = now
             part = "" if done is None else f" ({done:.0%})"
-            self._say(f"tokenising the {self._what}{part}: {self._text}")
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+            say(self._console, f"tokenising the {self._what}{part}: {self._text}")

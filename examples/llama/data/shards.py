@@ -36,7 +36,8 @@ class Shards:
 
     def __init__(self, folder: Path, memory: Path):
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder")
+            what = "a file, not a folder" if folder.is_file() else "no such folder"
+            raise DataError(f"{folder}: {what}")
         self._folder, self._memory = folder, memory
         self.name = str(folder)
 
@@ -81,7 +82,7 @@ def digest_of(path: Path, memory: Path) -> str:
         return remembered
     with files.named(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    memory.mkdir(parents=True, exist_ok=True)
+    files.make_folder(memory)
     files.write(note, digest)
     return digest
 

@@ -169,7 +169,7 @@ def _tokenizer(config: DataConfig, source: Source) -> Tokenizer:
     if not note.exists():
         texts = read_texts(source, "train", config.skip_bad_lines)
         trained = tokenizers.train_bpe(texts, config.vocab_size)
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         trained.save(folder)
         files.write(note, trained.fingerprint)
     try:

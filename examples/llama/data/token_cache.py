@@ -133,7 +133,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
             if time.time() - newest > _SECONDS_TO_ABANDON:
                 shutil.rmtree(abandoned, ignore_errors=True)
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    part.mkdir(parents=True)
+    files.make_folder(part)
     try:
         yield part
         try:

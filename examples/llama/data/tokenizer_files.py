@@ -4,7 +4,7 @@ It goes wherever the tokenizer goes, as it is: the settings decide what is put a
 text, and whoever uses the weights after us has the rest from us alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +45,7 @@ NOTHING = Beside()
 def read_beside(path: Path) -> Beside:
     """What is beside the tokenizer's file ``path``."""
     folder = path.parent
-    more = sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
-    names = [*_BESIDE, *(f"{_MORE_TEMPLATES}/{file.name}" for file in more)]
+    names = [*_BESIDE, *_more_templates(folder)]
     if path.name == PIECES:  # Which is the tokenizer, wherever both are.
         names.append(SENTENCEPIECE)
     there = [name for name in names if (folder / name).exists()]
@@ -66,16 +65,21 @@ def saved_file(folder: Path) -> Path | None:
 
 def save(folder: Path, name: str, content: bytes, beside: Beside) -> None:
     """As the one tokenizer there, also where a run that never got anywhere left one."""
-    clear(folder)
+    clear(folder, but=[name, *beside.contents])
     beside.save(folder)
     files.write(folder / name, content)
 
 
-def clear(folder: Path) -> None:
-    for name in (PIECES, SENTENCEPIECE, *_BESIDE):
-        (folder / name).unlink(missing_ok=True)
-    for file in (folder / _MORE_TEMPLATES).glob("*.jinja"):
-        file.unlink()
+def clear(folder: Path, but: Collection[str] = ()) -> None:
+    """What is to be written anew stays till then: another process may be reading it."""
+    for name in (PIECES, SENTENCEPIECE, *_BESIDE, *_more_templates(folder)):
+        if name not in but:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _more_templates(folder: Path) -> list[str]:
+    paths = (folder / _MORE_TEMPLATES).glob("*.jinja")
+    return sorted(f"{_MORE_TEMPLATES}/{path.name}" for path in paths)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -151,11 +151,13 @@ class PiecesTokenizer:
         return self._pieces.decode([int(i) for i in ids])
 
     def save(self, folder: Path) -> None:
-        name, content = tokenizer_files.PIECES, self._description.encode()
-        tokenizer_files.save(folder, name, content, self._beside)
-        if not self._beside.settings:
-            settings = json.dumps({"eos_token": self._end}, indent=2)
-            files.write(folder / tokenizer_files.SETTINGS, settings + "\n")
+        beside = self._beside
+        if not beside.settings:
+            settings = json.dumps({"eos_token": self._end}, indent=2) + "\n"
+            named = {tokenizer_files.SETTINGS: settings.encode()}
+            beside = Beside({**beside.contents, **named})
+        content = self._description.encode()
+        tokenizer_files.save(folder, tokenizer_files.PIECES, content, beside)
 
 
 def load_file(path: Path) -> Tokenizer:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
@@ -30,8 +29,14 @@ from examples.llama.data.tokenizer_files import (
     saved_file,
 )
 from examples.llama.data.tokenizers import Tokenizer
+from examples.llama.divergence import are_finite, not_so
 from examples.llama.pure import Params, PureLlama
-from examples.llama.run_record import data_of, record_weights, settings_of
+from examples.llama.run_record import (
+    data_of,
+    model_of,
+    record_weights,
+    settings_of,
+)
 from examples.llama.weights import hugging_face
 from examples.llama.weights.gguf_file import GGUFFile
 from examples.llama.weights.names import BadWeights, shown
@@ -82,8 +87,7 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
     parameters are not finite.
     """
     try:
-        config = ModelConfig(**settings_of(workdir)["model"])
-        data = data_of(workdir)
+        config, data = model_of(workdir), data_of(workdir)
         vocab_size, end_of_text = data["vocab_size"], data["end_of_text"]
         ends = [] if end_of_text is None else [end_of_text]
         stops = tuple(data.get("stops") or ends)
@@ -105,22 +109,14 @@ def _check_finite(params: Params, step: Path, mesh: Mesh | None) -> None:
         found = jax.tree.map(lambda x: np.isfinite(x).all(), params)
     else:
         replicated = layout.replicated(mesh)
-        found = jax.device_get(jax.jit(_finite, out_shardings=replicated)(params))
-    bad = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, is_finite in jax.tree.leaves_with_path(found)
-        if not is_finite
-    ]
+        found = jax.device_get(jax.jit(are_finite, out_shardings=replicated)(params))
+    bad = not_so(found)
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise BadWeights(
             f"{step}: {bad[0]}{more}: not finite, so the run has diverged; remove that "
             "folder to have the checkpoint before it, if there is one"
         )
-
-
-def _finite(params: Params) -> Any:
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
 def load_for(config: Config, vocab_size: int, mesh: Mesh) -> Params:

@@ -1,0 +1,68 @@
+"""How a command ends: its exit codes, and an end at once from any thread."""
+
+import contextlib
+import enum
+import os
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class Code(enum.IntEnum):
+    """What the process returns; between 64 and 78 as sysexits.h has them."""
+
+    DONE = 0
+    REFUSED = 1  # bad data, or not this run's
+    BAD_SETTINGS = 2  # as for options that do not exist
+    PEER_GONE = 68  # EX_NOHOST
+    IN_USE = 69  # EX_UNAVAILABLE
+    UNFORESEEN = 70  # EX_SOFTWARE
+    OUT_OF_MEMORY = 71  # EX_OSERR
+    IO_FAILED = 74  # EX_IOERR
+    TIME_IS_UP = 75  # EX_TEMPFAIL
+    DIVERGED = 76  # EX_PROTOCOL: the next free one
+    # 128 + the signal's number, as a shell reports it.
+    INTERRUPTED = 130
+    OUTPUT_CLOSED = 141
+    TERMINATED = 143
+
+
+def again(arguments: Sequence[str]) -> str:
+    """What is told after the command ``arguments`` has not come to its end."""
+    goes_on = arguments[:1] == ["train"] and "--dry-run" not in arguments
+    return " Run the same command again to go on." if goes_on else ""
+
+
+def interrupted(arguments: Sequence[str]) -> str:
+    """The words for Ctrl-C."""
+    return f"Interrupted.{again(arguments)}"
+
+
+_to_do: list[Callable[[], object]] = []
+
+
+def before_end(work: Callable[[], object]) -> None:
+    """`end_now` does ``work`` first, which must not wait for the main thread."""
+    _to_do.append(work)
+
+
+def forget(work: Callable[[], object]) -> None:
+    """It is done, or not to be done any more."""
+    with contextlib.suppress(ValueError):
+        _to_do.remove(work)
+
+
+def end_now(message: str, code: int) -> NoReturn:
+    """End the process from any thread, with ``message`` on the terminal.
+
+    The main thread may be in a computation with a process that is gone. No exception
+    reaches it there, and all that JAX does at a regular end would wait in the same way.
+    """
+    for work in tuple(_to_do):
+        with contextlib.suppress(Exception):
+            work()
+    # Past Python's files, which the main thread may have locked.
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")  # A progress bar has hidden the cursor.
+        os.write(2, f"error: {message}\n".encode(errors="replace"))
+    os._exit(code)

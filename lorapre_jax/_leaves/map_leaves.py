@@ -1,0 +1,154 @@
+"""An optimizer's function over the leaves of a tree, matrix by matrix, as planned."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorapre_jax._leaves.plan import LeafPlan, Plan
+from lorapre_jax._moments.factors import is_factors, open_boxes
+from lorapre_jax._numerics.arrays import at_least_float32
+from lorapre_jax._trees.paths import named_leaves
+from lorapre_jax._trees.sharding import with_auto_axes
+
+Moments = tuple[Any, Any]  # What `init_moment` returns.
+
+
+def map_leaves(
+    fn: Callable[..., tuple[Any, ...]],
+    hyper: dict[str, Any],
+    plan: Plan,
+    updates: optax.Updates,
+    moments: Sequence[Moments],
+    slices_at_once: int | None,
+) -> tuple[Any, ...]:
+    """`fn(leaf, hyper, g, *states) -> (update, *states)` on every matrix of every leaf.
+
+    A dense leaf is passed whole. Computation is in float32 at least; updates come back
+    in the dtype optax would return, states in their own.
+
+    Args:
+      fn: The optimizer on one matrix.
+      hyper: The numbers it needs, handed in so that `fn` closes over no array.
+      plan: The decisions.
+      updates: Gradients, of the tree that the plan was made for.
+      moments: One `(dense tree, factors)` pair per moment.
+      slices_at_once: Along the first batch axis; None: all.
+
+    Returns:
+      The updates, and the new `(dense tree, factors)` pairs.
+    """
+    leaves = named_leaves(updates)
+    if not leaves:
+        return updates, *moments
+    plans = plan.by_path(leaves)
+    dense = [dict(named_leaves(tree)) for tree, _ in moments]
+    factors = [dict(by_path) for _, by_path in moments]
+    results = []
+    for path, g in leaves:
+        leaf = plans[path]
+        if not leaf.methods:
+            results.append(g)
+            continue
+        kept = [f if path in f else d for d, f in zip(dense, factors, strict=True)]
+        states = [open_boxes(where[path]) for where in kept]
+        update, *states = _run_leaf(fn, leaf, hyper, g, states, slices_at_once)
+        results.append(update)
+        for where, state in zip(kept, states, strict=True):
+            boxes = jax.tree.structure(where[path])
+            where[path] = jax.tree.unflatten(boxes, jax.tree.leaves(state))
+    trees = (
+        jax.tree.unflatten(jax.tree.structure(tree), new.values())
+        for (tree, _), new in zip(moments, dense, strict=True)
+    )
+    return (
+        jax.tree.unflatten(jax.tree.structure(updates), results),
+        *zip(trees, factors, strict=True),
+    )
+
+
+def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, slices_at_once):
+    """`fn` on one leaf: viewed as matrices, in its compute dtype, and back again."""
+    compute = at_least_float32(
+        g.dtype, leaf.dtype, *(x.dtype for x in jax.tree.leaves(states))
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        # Nothing is lost by it, and the update can take the gradient's buffer.
+        g = g.astype(jnp.promote_types(g.dtype, leaf.dtype))
+
+    def on_matrix(hyper, g, *states):
+        cast = jax.tree.map(lambda x: x.astype(compute), (g, *states))
+        return jax.tree.map(
+            lambda new, old: new.astype(old.dtype), fn(leaf, hyper, *cast), (g, *states)
+        )
+
+    def on_leaf(hyper, g, *states):
+        view = leaf.view
+        if view is None:
+            return on_matrix(hyper, g, *states)
+        matrices = [
+            view.fuse(x) if is_factors(x) else view.to_matrix(x) for x in (g, *states)
+        ]
+        one = functools.partial(on_matrix, hyper)
+        shards = leaf.batch_shards
+        mapped = over_batch(one, len(view.batch), slices_at_once, shards)
+        return tuple(
+            view.unfuse(x) if is_factors(x) else view.from_matrix(x)
+            for x in mapped(*matrices)
+        )
+
+    return with_auto_axes(on_leaf, g, states)(hyper, g, *states)
+
+
+def over_batch(fn, ndim: int, slices_at_once: int | None, shards: int):
+    """Maps `fn(g, *states) -> (update, *states)` over `ndim` leading axes."""
+    for _ in range(max(ndim - 1, 0)):
+        fn = jax.vmap(fn)
+    if ndim == 0:
+        return fn
+    vmapped = jax.vmap(fn)
+    return (
+        vmapped if slices_at_once is None else _sliced(vmapped, slices_at_once, shards)
+    )
+
+
+def _sliced(fn, most: int, shards: int):
+    """Runs `fn` on at most `most` entries of the leading axis at a time.
+
+    A slice takes as many entries from each shard of the axis, one at least, so that a
+    sharded axis is walked where it lies and no device ever fetches another's entries.
+    """
+
+    def run(*args):
+        per_shard, rest = divmod(args[0].shape[0], shards)
+        assert not rest, "JAX shards an axis evenly"
+        most_each = max(1, most // shards)
+        divisors = (d for d in range(1, per_shard + 1) if per_shard % d == 0)
+        each = max(d for d in divisors if d <= most_each)
+        length, size, count = per_shard * shards, each * shards, per_shard // each
+        if count == 1:
+            return fn(*args)
+        # One buffer holds the gradients to come and the updates that are done, and the
+        # states are carried with it: donated arguments are updated in place.
+        carried = jax.tree.map(lambda x: x.reshape(size, count, *x.shape[1:]), args)
+
+        def body(i, carried):
+            entries = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), carried
+            )
+            # A branch is not inlined: a slice is read before any of it is written.
+            # Otherwise XLA may copy the whole stacks at every iteration.
+            done = jax.lax.cond(i < count, fn, lambda *same: same, *entries)
+            return jax.tree.map(
+                lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1),
+                carried,
+                done,
+            )
+
+        done = jax.lax.fori_loop(0, count, body, carried)
+        return jax.tree.map(lambda x: x.reshape(length, *x.shape[2:]), done)
+
+    return run

@@ -1,0 +1,1 @@
+"""How a moment is kept: methods, and what their states hold."""

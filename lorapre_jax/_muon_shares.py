@@ -1,0 +1,180 @@
+"""Orthogonalisation of whole matrices, where each device takes its share of them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from lorapre_jax._leaves.plan import LeafPlan, Plan
+from lorapre_jax._numerics.arrays import at_least_float32
+from lorapre_jax._trees.matrix_view import MatrixView
+from lorapre_jax._trees.paths import named_leaves
+from lorapre_jax._trees.sharding import entries_of, mesh_axes
+
+Polar = Callable[[jax.Array], jax.Array]  # Of one matrix.
+
+
+class _Group(NamedTuple):
+    """Leaves whose matrices can stand in one stack: of one size, divided alike."""
+
+    mesh: Any
+    batch: frozenset[str]  # Mesh axes that whole matrices are divided over already.
+    rows: tuple[str, ...]  # Mesh axes that the rows are divided over.
+    columns: tuple[str, ...]
+    p: int
+    q: int
+    dtype: str
+
+    @property
+    def parts(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self.rows + self.columns)
+
+
+Shares = Mapping[_Group, Mapping[str, MatrixView]]
+"""Of each group its leaves, by path."""
+
+
+def plan_shares(plan: Plan, param_shardings: Any) -> Shares:
+    """Who stands in a stack with whom; nothing where no matrix is divided."""
+    given = dict(named_leaves(param_shardings, is_leaf=lambda x: x is None))
+    groups: dict[_Group, dict[str, MatrixView]] = {}
+    undivided = []
+    for leaf in plan.leaves:
+        place = _checked(leaf, given.get(leaf.path))
+        if leaf.view is None:
+            continue  # No elements.
+        if isinstance(place, SingleDeviceSharding):
+            undivided.append(leaf.path)
+            continue
+        batch, row, column = entries_of(place, leaf.path, leaf.view)
+        group = _Group(
+            place.mesh,
+            frozenset(axis for entry in batch for axis in mesh_axes(entry)),
+            mesh_axes(row),
+            mesh_axes(column),
+            leaf.view.p,
+            leaf.view.q,
+            leaf.dtype,
+        )
+        groups.setdefault(group, {})[leaf.path] = leaf.view
+    if not any(group.parts > 1 for group in groups):
+        return {}
+    for path in undivided:
+        raise ValueError(
+            f"Leaf '{path}': in `param_shardings` it lies on one device and others lie "
+            "on a mesh. Give it a NamedSharding of that mesh."
+        )
+    return groups
+
+
+def _checked(leaf: LeafPlan, place: Any) -> Any:
+    what = f"Leaf '{leaf.path}': `param_shardings` has {place!r} for it"
+    if isinstance(place, SingleDeviceSharding):
+        return place
+    if not isinstance(place, NamedSharding):
+        raise ValueError(
+            f"{what}, and not a NamedSharding. Give a tree like the parameters, such "
+            "as jax.tree.map(lambda x: x.sharding, params)."
+        )
+    if PartitionSpec.UNCONSTRAINED in place.spec:
+        raise ValueError(f"{what}. Say what each axis is divided over, or None.")
+    what += f", of shape {leaf.shape}"
+    if len(place.spec) > len(leaf.shape):
+        raise ValueError(f"{what}: the spec has more axes.")
+    try:
+        place.shard_shape(leaf.shape)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    return place
+
+
+def orthogonalize_shares(
+    polar: Polar,
+    shares: Shares,
+    tree: Any,
+    places: Any,
+    slices_at_once: int | None,
+) -> Any:
+    """`polar(matrix)` of every matrix of the tree, each on one device.
+
+    The devices that hold blocks of a stack of matrices exchange them for whole ones:
+    an all-to-all over the mesh axes of the rows, one over those of the columns, and the
+    same back. Each moves at most what a device holds of the stack, which is filled up
+    with zeros to as many matrices for each device. Leaves of one matrix size that are
+    divided alike share a stack. A device works on `slices_at_once`
+    of its matrices at once.
+    """
+    leaves, places = dict(named_leaves(tree)), dict(named_leaves(places))
+    for group, views in shares.items():
+        specs = tuple(places[path].spec for path in views)
+        on_one_device = functools.partial(
+            _of_group, polar, group, [*views.values()], slices_at_once
+        )
+        in_group = jax.shard_map(
+            on_one_device,
+            mesh=group.mesh,
+            in_specs=specs,
+            out_specs=specs,
+        )
+        blocks = [_moved(leaves[path], places[path]) for path in views]
+        done = in_group(*blocks)
+        for path, x in zip(views, done, strict=True):
+            leaves[path] = _moved(x, jax.typeof(leaves[path]).sharding)
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves.values())
+
+
+def without_underflow(g: jax.Array) -> jax.Array:
+    """A residual is a small part of the gradient, and float16 has no room below."""
+    return g.astype(jnp.float32) if g.dtype == jnp.float16 else g
+
+
+def _moved(x: jax.Array, place: Any) -> jax.Array:
+    """To `place`, under explicit mesh axes; else the compiler sees to it."""
+    return jax.sharding.reshard(x, place) if place.mesh.explicit_axes else x
+
+
+def _of_group(
+    polar: Polar,
+    group: _Group,
+    views: list[MatrixView],
+    slices_at_once: int | None,
+    *blocks: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """On one device: its blocks in, its blocks out."""
+    views = [
+        dataclasses.replace(view, shape=block.shape)
+        for view, block in zip(views, blocks, strict=True)
+    ]
+    with jax.numpy_dtype_promotion("standard"):  # Gradients may be of several dtypes.
+        dtype = jnp.result_type(*blocks)
+    stacks = [
+        view.to_matrix(block.astype(dtype)).reshape(-1, view.p, view.q)
+        for view, block in zip(views, blocks, strict=True)
+    ]
+    counts = [len(stack) for stack in stacks]
+    idle = -sum(counts) % group.parts  # Of zeros, which stay zeros.
+    stack = jnp.pad(jnp.concatenate(stacks), ((0, idle), (0, 0), (0, 0)))
+    hops = [(group.rows, 1), (group.columns, 2)]
+    for axes, side in hops:
+        stack = jax.lax.all_to_all(stack, axes, 0, side, tiled=True)
+
+    def whole(x: jax.Array) -> jax.Array:
+        return polar(x.astype(at_least_float32(dtype))).astype(dtype)
+
+    if slices_at_once is None:
+        stack = jax.vmap(whole)(stack)
+    else:
+        stack = jax.lax.map(whole, stack, batch_size=slices_at_once)
+    for axes, side in reversed(hops):
+        stack = jax.lax.all_to_all(stack, axes, side, 0, tiled=True)
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    done = jnp.split(stack, ends)[: len(views)]
+    return tuple(
+        view.from_matrix(x.reshape(*view.batch, view.p, view.q)).astype(block.dtype)
+        for view, x, block in zip(views, done, blocks, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""What one asks of a state: bytes, sharding, records, diagnostics, conversion."""

@@ -1,0 +1,203 @@
+"""What an optimizer's state holds, leaf by leaf, from abstract values."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, Sharding
+
+from lorapre_jax._leaves import checks
+from lorapre_jax._leaves.fit import check_all_fit
+from lorapre_jax._leaves.plan import LeafPlan
+from lorapre_jax._moments.factors import is_factors
+from lorapre_jax._state.parts import Part, parts, plans_by_path
+from lorapre_jax._state.report import LeafReport, Report
+from lorapre_jax._trees.paths import named_leaves
+from lorapre_jax._trees.sharding import factor_shardings, known_sharding
+
+
+def describe(
+    tx: optax.GradientTransformation, params: Any, state: Any = None
+) -> Report:
+    """Reports the optimizer state that `tx` keeps for `params`, before any compute.
+
+    Finds the decisions of this library's transforms wherever they stand in `tx` (chain,
+    masked, partition, MultiSteps, ...), and every byte of the state of any transform.
+
+    Args:
+      tx: Any optax transform.
+      params: Parameters: arrays or `jax.ShapeDtypeStruct`s, in boxes or not; nothing is
+        allocated.
+      state: A state of `tx` as it lies on its devices, or a tree like it of shardings,
+        such as a trainer's `out_shardings`. Paths are compared, so that a
+        `flax.nnx.State` of it, or of the optimizer around it, does as well. With it the
+        report has the bytes on each device; and, where `params` carry shardings, the
+        factors that are replicated though their parameter is not.
+
+    Returns:
+      A `Report`: `.leaves` with a row per parameter, `.total_bytes`, `.adamw_bytes` and
+      `.ratio`; `str()` gives a table, whose last line says what share of the parameters
+      is factored, what else is large, why, and what to write.
+
+    Raises:
+      TypeError: A parameter is no array; the message names the leaf.
+      ValueError: `state` lacks an array that the state of `tx` has, or has it in
+        another shape, or in another than its own plan says; the message names it.
+      What `tx.init` raises.
+    """
+    leaves = named_leaves(params)
+    for path, leaf in leaves:
+        checks.check_array(path, leaf)
+    abstract = jax.eval_shape(tx.init, params)
+    plans = plans_by_path(abstract)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    found = parts(abstract, shapes)
+    nbytes = _bytes_by_owner(found)
+    adamw = _bytes_by_owner(
+        parts(jax.eval_shape(optax.adamw(1.0).init, params), shapes)
+    )
+    per_device: Counter[str | None] | None = None
+    replicated: tuple[str, ...] = ()
+    if state is not None:
+        placed = _placed(found, state)
+        per_device = _bytes_by_owner(found, placed)
+        replicated = tuple(_replicated(found, placed, dict(leaves)))
+    reports = tuple(
+        _leaf_report(path, leaf, plans.get(path), nbytes[path], adamw[path], per_device)
+        for path, leaf in leaves
+    )
+    return Report(
+        reports,
+        nbytes[None],
+        nbytes.total(),
+        adamw.total(),
+        None if per_device is None else per_device.total(),
+        replicated,
+    )
+
+
+def check_state_sharding(
+    tx: optax.GradientTransformation, params: Any, state: Any
+) -> None:
+    """Raises where a factor is replicated though its parameter is sharded.
+
+    For the start of a training program whose state was sharded by a framework: what it
+    could not tell the axes of, it replicates, and the state may then take more of each
+    device than AdamW's.
+
+    Args:
+      tx: Any optax transform.
+      params: The parameters, arrays or `jax.ShapeDtypeStruct`s that carry shardings.
+      state: The state as it lies, or its shardings; see `describe`.
+
+    Raises:
+      ValueError: The message names every such factor. Or no parameter is on a mesh.
+      What `describe` raises.
+    """
+    known = (known_sharding(leaf) for _, leaf in named_leaves(params))
+    if not any(isinstance(sharding, NamedSharding) for sharding in known):
+        raise ValueError(
+            "check_state_sharding: no parameter carries a NamedSharding to compare "
+            "with. Pass arrays on a mesh, or jax.ShapeDtypeStructs with sharding=."
+        )
+    replicated = describe(tx, params, state).replicated
+    if replicated:
+        raise ValueError(
+            "These factors take more of each device than the sharding of their "
+            f"parameters allows: {', '.join(replicated)}. Compile `init` with "
+            "`out_shardings=lorapre_jax.state_sharding(tx, params)`, or initialise it "
+            "with parameters in boxes that name their axes."
+        )
+
+
+def _leaf_report(
+    path, leaf, plan: LeafPlan | None, nbytes, adamw_nbytes, per_device
+) -> LeafReport:
+    view = plan and plan.view
+    return LeafReport(
+        path=path,
+        shape=tuple(leaf.shape),
+        dtype=jnp.dtype(leaf.dtype).name,
+        batch=view.batch if view else None,
+        p=view.p if view else None,
+        q=view.q if view else None,
+        rank=plan.rank if plan else None,
+        dense=plan.dense if plan else "another transform",
+        methods=plan.methods if plan else (),
+        nbytes=nbytes,
+        adamw_nbytes=adamw_nbytes,
+        device_nbytes=None if per_device is None else per_device[path],
+    )
+
+
+def _bytes_by_owner(
+    found: list[Part], placed: Mapping[str, Sharding] | None = None
+) -> Counter[str | None]:
+    """Of all devices together; on one device, where it is known how all is placed."""
+    nbytes: Counter[str | None] = Counter()
+    for part in found:
+        for name, array in part.arrays():
+            shape = (
+                array.shape if placed is None else placed[name].shard_shape(array.shape)
+            )
+            nbytes[part.owner] += math.prod(shape) * array.dtype.itemsize
+    return nbytes
+
+
+def _placed(found: list[Part], state: Any) -> dict[str, Sharding]:
+    """By path in the state of the transform: where each array is."""
+    given = dict(named_leaves(state))
+    # What something is around, such as `nnx.state(optimizer)`, has longer paths.
+    by_end: dict[str, str] = {}
+    for path in sorted(given, key=len):
+        keys = path.split("/")
+        for i in range(len(keys)):
+            by_end.setdefault("/".join(keys[i:]), path)
+    arrays = {name: array for part in found for name, array in part.arrays()}
+    leaves = {name: given.get(by_end.get(name, "")) for name in arrays}
+    placed = {}
+    for name, leaf in leaves.items():
+        sharding = leaf if isinstance(leaf, Sharding) else _sharding_of(leaf)
+        if sharding is None:
+            raise ValueError(
+                f"describe: the given state has no array or sharding '{name}'. "
+                "Pass a state of this transform, or a tree like it of shardings."
+            )
+        placed[name] = sharding
+    check_all_fit(state)
+    for name, array in arrays.items():
+        shape = getattr(leaves[name], "shape", array.shape)
+        if shape != array.shape:
+            raise ValueError(
+                f"describe: '{name}' has shape {shape} in the given state, "
+                f"and {array.shape} in that of this transform."
+            )
+    return placed
+
+
+def _sharding_of(leaf: Any) -> Sharding | None:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, Sharding) else None
+
+
+def _replicated(
+    found: list[Part], placed: Mapping[str, Sharding], params: Mapping[str, Any]
+):
+    """Names of factors of which a device has more than of the parameter's axes."""
+    for part in found:
+        owner = known_sharding(params.get(part.owner or ""))
+        if owner is None or part.plan is None or not is_factors(part.node):
+            continue
+        view: Any = part.plan.view
+        wanted = factor_shardings(owner, view, type(part.node))
+        for (name, array), fair in zip(part.arrays(), wanted, strict=True):
+            has, should = (
+                math.prod(place.shard_shape(array.shape))
+                for place in (placed[name], fair)
+            )
+            if has > should:
+                yield name

@@ -1,0 +1,73 @@
+"""The arrays of any optimizer state, each with the parameter that it belongs to."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from lorapre_jax._leaves.plan import LeafPlan, Plan, has_plan
+from lorapre_jax._moments.factors import is_factors
+from lorapre_jax._trees.paths import named_leaves
+
+
+class Part(NamedTuple):
+    """Attributes:
+    owner: Path of the parameter; None where it belongs to none, as a counter.
+    plan: What one of our transforms decided for that; None elsewhere.
+    name: Path in the state.
+    node: An array, or the factors of one moment.
+    """
+
+    owner: str | None
+    plan: LeafPlan | None
+    name: str
+    node: Any
+
+    def arrays(self) -> Iterator[tuple[str, Any]]:
+        """By path in the state."""
+        if not is_factors(self.node):
+            yield self.name, self.node
+            return
+        arrays = jax.tree.leaves(self.node)
+        for field, array in zip(self.node._fields, arrays, strict=True):
+            yield f"{self.name}/{field}", array
+
+
+def parts(state: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
+    """In tree order.
+
+    An array belongs to a parameter where its path ends with the parameter's (a tree
+    shaped like the parameters); factors, where it is their key. Where several
+    parameters' paths fit, the longest of the array's shape has it.
+
+    Args:
+      shapes: The parameters', by path.
+    """
+
+    def owner(name: str, node: Any) -> str | None:
+        keys = name.split("/")
+        # The empty suffix names a tree of one array.
+        suffixes = ["/".join(keys[i:]) for i in range(len(keys) + 1)]
+        fitting = [suffix for suffix in suffixes if suffix in shapes]
+        alike = [s for s in fitting if shapes[s] == getattr(node, "shape", None)]
+        return next(iter(alike + fitting), None)
+
+    found: list[Part] = []
+    for name, node in named_leaves(state, is_leaf=has_plan):
+        if not has_plan(node):
+            found.append(Part(owner(name, node), None, name, node))
+            continue
+        plans = {leaf.path: leaf for leaf in node.plan.leaves}
+        for inner_name, inner in named_leaves(node, is_leaf=is_factors):
+            path = owner(inner_name, inner)
+            place = f"{name}/{inner_name}".strip("/")
+            found.append(Part(path, plans.get(path or ""), place, inner))
+    return found
+
+
+def plans_by_path(state: Any) -> dict[str, LeafPlan]:
+    """The decisions of our transforms; of several for a leaf, one that factors it."""
+    is_plan = lambda node: isinstance(node, Plan)  # noqa: E731
+    plans = filter(is_plan, jax.tree.leaves(state, is_leaf=is_plan))
+    leaves = (leaf for plan in plans for leaf in plan.leaves)
+    return {leaf.path: leaf for leaf in sorted(leaves, key=lambda x: x.is_factored)}

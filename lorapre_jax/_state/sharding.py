@@ -1,0 +1,77 @@
+"""Where every array of an optimizer state belongs, before any of it exists."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from lorapre_jax._leaves import checks
+from lorapre_jax._moments.factors import is_factors
+from lorapre_jax._state.parts import Part, parts
+from lorapre_jax._trees.paths import named_leaves
+from lorapre_jax._trees.sharding import factor_shardings, known_sharding, replicated
+
+
+def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The sharding of every array of `tx.init(params)`.
+
+    For `jax.jit(tx.init, out_shardings=...)`, for the state among the `out_shardings`
+    of a training step, for `jax.device_put`, and for an Orbax restore. It is what an
+    eager `init` chooses by itself; a compiled one under Auto mesh axes does not see
+    where its arguments lie, and has to be told.
+
+    A left factor is sharded as the parameter's batch axes and rows, a right one as its
+    batch axes and columns; the rank axis is replicated. Any other array that stands in
+    a parameter's place with its shape (a dense moment, an accumulated gradient) is
+    sharded like it. All else, such as a counter, is replicated.
+
+    Args:
+      tx: Any optax transform.
+      params: Arrays, or `jax.ShapeDtypeStruct`s with `sharding=`. Nothing is allocated.
+        An array that was never placed counts as replicated on the mesh of the others.
+
+    Returns:
+      A tree like the state, of `jax.sharding.Sharding`s.
+
+    Raises:
+      ValueError: A parameter carries no sharding; the message names the leaf.
+      TypeError: A parameter is no array; the message names the leaf.
+      What `tx.init` raises.
+    """
+    leaves = named_leaves(params)
+    if not leaves:
+        raise ValueError("The parameters have no leaves, so nothing says where to be.")
+    for path, leaf in leaves:
+        checks.check_array(path, leaf)
+    everywhere = replicated(filter(None, (known_sharding(x) for _, x in leaves)))
+    shardings = {path: _known(path, leaf, everywhere) for path, leaf in leaves}
+    everywhere = everywhere or next(iter(shardings.values()))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    state = jax.eval_shape(tx.init, abstract)
+
+    def place(part: Part) -> Any:
+        if part.owner is None:
+            return everywhere
+        own = shardings[part.owner]
+        if is_factors(part.node):
+            view: Any = part.plan and part.plan.view
+            return factor_shardings(own, view, type(part.node))
+        return own if part.node.shape == shapes[part.owner] else everywhere
+
+    placed = [place(part) for part in parts(state, shapes)]
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(placed))
+
+
+def _known(path: str, leaf: Any, everywhere: Sharding | None) -> Sharding:
+    if (known := known_sharding(leaf)) is not None:
+        return known
+    if isinstance(leaf, jax.Array):  # Not placed by anyone: with the others.
+        return everywhere or leaf.sharding
+    if isinstance(getattr(leaf, "sharding", None), SingleDeviceSharding):
+        return leaf.sharding
+    raise ValueError(
+        f"Leaf '{path}' carries no sharding that tells what each axis is divided over. "
+        "Pass arrays, or jax.ShapeDtypeStructs with sharding=NamedSharding(...)."
+    )

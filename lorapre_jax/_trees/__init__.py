@@ -1,0 +1,1 @@
+"""Trees of parameters: paths, frameworks' boxes, axes as matrices, shardings."""

@@ -1,0 +1,126 @@
+"""What tells one run from another, and what is told when that is damaged."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from examples.llama import __main__
+from examples.llama.commands import config_of
+from examples.llama.config import Config, ModelConfig, as_groups
+from examples.llama.run_record import (
+    DamagedRecord,
+    RunMismatch,
+    check_same_run,
+    data_of,
+    model_of,
+    record_run,
+    record_weights,
+)
+
+DATA = {"fingerprint": "f", "vocab_size": 257, "end_of_text": 256, "context": 32}
+MEND = "give it another folder, and take it from there"
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = Config(workdir=tmp_path)
+    record_run(config, DATA)
+    check_same_run(config, DATA)
+    return config
+
+
+def without(groups, *names):
+    """Without a value at the end of the path."""
+    for name in names[:-1]:
+        groups = groups[name]
+    del groups[names[-1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "not JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"[]", "not a JSON object"),
+        (b"{}", "without context, end_of_text, vocab_size"),
+        (json.dumps(DATA | {"vocab_size": "257"}).encode(), "vocab_size is '257'"),
+        (json.dumps(DATA).replace("fingerprint", "x").encode(), "without fingerprint"),
+    ],
+)
+def test_damaged_data_are_named_with_the_mend(config, content, why):
+    file = config.workdir / "data.json"
+    file.write_bytes(content)
+    with pytest.raises(DamagedRecord) as error:
+        check_same_run(config, DATA)
+    assert str(error.value).startswith(f"{file} is damaged: {why}")
+    assert MEND in str(error.value)
+    if why != "without fingerprint":  # Of imported weights there is none.
+        with pytest.raises(DamagedRecord):
+            data_of(config.workdir)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        (("model",), "without model"),
+        (("model", "width"), "without model.width"),
+        (("data", "seq_len"), "without data.seq_len"),
+        (("steps",), "without steps"),
+    ],
+)
+def test_settings_with_a_part_missing_are_named(config, path, why):
+    file = config.workdir / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    without(settings, *path)
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(DamagedRecord) as error:
+        check_same_run(config)
+    assert str(error.value).startswith(f"{file} is damaged: {why}\n")
+    assert MEND in str(error.value)
+
+
+def test_settings_that_change_nothing_may_be_missing(config):
+    file = config.workdir / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    without(settings, "log_every")  # As in a run from before there was such a setting.
+    file.write_text(yaml.safe_dump(settings))
+    check_same_run(config)
+
+
+@pytest.mark.parametrize("content", ["", "[", "- 1", "model: 3", "model: {width: 3}"])
+def test_every_command_names_damaged_settings(config, content, monkeypatch, capsys):
+    file = config.workdir / "config.yaml"
+    file.write_text(content)
+    for command in ("eval", "generate", "train --init-from"):
+        arguments = ["examples.llama", *command.split(), str(config.workdir)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert __main__.main() == (2 if command.startswith("train") else 1)
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {file} is damaged: ")
+        assert MEND in told
+
+
+def test_a_model_that_cannot_be_is_named(config):
+    file = config.workdir / "config.yaml"
+    settings = as_groups(config)
+    settings["model"]["num_heads"] = 3
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(DamagedRecord, match=r"config\.yaml is damaged: model: width"):
+        model_of(config.workdir)
+
+
+def test_where_no_run_is(tmp_path):
+    with pytest.raises(RunMismatch, match=r"no config\.yaml, so neither a run nor"):
+        config_of(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(RunMismatch, match="file is a file, not the folder of a run"):
+        config_of(file)
+
+
+def test_imported_weights_have_defaults(tmp_path):
+    model = ModelConfig(width=64)
+    record_weights(tmp_path, model, DATA)
+    assert config_of(tmp_path).model == model
