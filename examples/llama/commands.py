@@ -10,8 +10,15 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from examples.llama.config import PRESETS, Config, as_groups, file, flat, override
-from examples.llama.config._checks import expand_home
+from examples.llama.config import (
+    PRESETS,
+    Config,
+    as_groups,
+    expand_home,
+    file,
+    flat,
+    override,
+)
 from examples.llama.config.recipes import RECIPES, Setting
 from examples.llama.data import tokenizers
 from examples.llama.run_record import data_of, model_of

@@ -30,6 +30,7 @@ __all__ = [
     "OptimizerName",
     "as_groups",
     "differences",
+    "expand_home",
     "flat",
     "override",
     "parse_steps",
