@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from examples.llama.ending import Code, end_now
 from examples.llama.relay import in_background
 
-_FINE = (Code.DONE, Code.TIME_IS_UP, Code.TERMINATED)
+_FINE = (Code.DONE, Code.TIME_IS_UP, Code.DIVERGED, Code.TERMINATED)
 """Ends to which all come by themselves, the first one after writing its report."""
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _SECONDS_TO_CONNECT = 10

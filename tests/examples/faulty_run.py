@@ -103,8 +103,8 @@ def recorded() -> None:
     folder = Path(sys.argv[sys.argv.index("--workdir") + 1])
     make_train_step = train.make_train_step
 
-    def make_recorded(*arguments):
-        step = make_train_step(*arguments)
+    def make_recorded(*arguments, **more):
+        step = make_train_step(*arguments, **more)
 
         def record(state, batch):
             line = json.dumps([int(state.step) + 1, digest(batch)])
