@@ -50,7 +50,7 @@ def printed_losses(capsys):
     ]
 
 
-def test_quickstart_goes_on_from_what_it_saved(tmp_path, capsys):
+def test_quickstart_continues_from_what_it_saved(tmp_path, capsys):
     quickstart.main(tmp_path / "saved", steps=3)
     losses = printed_losses(capsys)
     model, optimizer = quickstart.create()
@@ -141,7 +141,7 @@ def small_pod(monkeypatch):
     monkeypatch.setattr(pod, "WIDTH", 128)
 
 
-def test_pod_goes_on_on_a_smaller_mesh_at_another_rank_and_in_adamw(
+def test_pod_continues_on_a_smaller_mesh_at_another_rank_and_in_adamw(
     small_pod, tmp_path, capsys
 ):
     params, state = pod.main(tmp_path / "saved", steps=4)
