@@ -1,9 +1,10 @@
-"""Trains on a mesh, and goes on on a smaller one, at another rank, and in AdamW.
+"""Trains on a mesh, saves, and continues on a smaller mesh, at another rank, in AdamW.
 
     JAX_NUM_CPU_DEVICES=8 python -m examples.pod    # eight devices on any machine
 
 On a pod, what comes before the checkpoint and what comes after it are two runs, each on
-all of its own devices, and each host calls `jax.distributed.initialize()` first.
+all of its own devices. Each host calls `jax.distributed.initialize()` first, and the
+folder is one that all hosts reach.
 """
 
 import functools
@@ -33,7 +34,7 @@ def loss_fn(params: Any, x: jax.Array) -> jax.Array:
 
 
 def make_mesh(devices: int) -> Mesh:
-    auto = (AxisType.Auto, AxisType.Auto)  # Explicit axes work too
+    auto = (AxisType.Auto, AxisType.Auto)
     shape, names = (devices // 2, 2), ("fsdp", "tensor")
     return jax.make_mesh(shape, names, auto, devices=jax.devices()[:devices])
 

@@ -1,6 +1,6 @@
-"""Trains a small Flax model with low-rank moments, saves it, and goes on from there.
+"""Trains a small Flax model with low-rank moments, saves it, and continues from there.
 
-python -m examples.quickstart
+Run it with `python -m examples.quickstart`; it writes into `runs/quickstart`.
 """
 
 from pathlib import Path
