@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "limits.md"
-BEGIN, END = "<!-- versions: begin -->\n", "<!-- versions: end -->\n"
+BEGIN, END = "<!-- versions: begin -->\n\n", "\n<!-- versions: end -->\n"
 ENVIRONMENTS = {
     ".venv": "`make test`",
     ".venv-newest": "`make test-newest`",
