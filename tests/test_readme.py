@@ -1,6 +1,7 @@
 """The README: its example, its table, its figure, its length."""
 
 import dataclasses
+import re
 
 import jax
 import pages
@@ -33,6 +34,17 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 110
     assert len(README.split()) <= 900
     assert len([x for x in README.splitlines() if x.startswith("| ---")]) == 1
+
+
+def test_it_has_every_target_that_ci_runs():
+    makefile = (pages.ROOT / "Makefile").read_text()
+    continuous = (pages.ROOT / ".ci" / "run").read_text().splitlines()
+    targets = re.findall(r"^(test[\w-]*|docs):", makefile, re.MULTILINE)
+    assert {"test", "test-newest", "docs"} <= {*targets}
+    for target in targets:
+        assert f"make {target}" in continuous
+        named = rf"`(make )?{target}`|^    make {target} "
+        assert re.search(named, README, re.MULTILINE), target
 
 
 def test_it_has_the_committed_table():
