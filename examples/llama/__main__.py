@@ -1,10 +1,11 @@
 """Begins with little, so that Ctrl-C has its words before JAX is imported."""
 
-import gc
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from examples.llama.ending import Code, interrupted
@@ -12,7 +13,7 @@ from examples.llama.ending import Code, interrupted
 
 def main() -> int:
     arguments = sys.argv[1:]
-    before = signal.getsignal(signal.SIGINT)
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     is_heeded = before is signal.default_int_handler
     if is_heeded:
         signal.signal(signal.SIGINT, lambda *_: _end_now(arguments))
@@ -20,12 +21,14 @@ def main() -> int:
         from examples.llama.main import run  # Takes seconds.
 
         if is_heeded:
-            signal.signal(signal.SIGINT, _interrupt)
+            sys.unraisablehook = partial(_again_if_dropped, hook)
+            signal.signal(signal.SIGINT, before)
         return run(arguments)
     except KeyboardInterrupt:
         print(interrupted(arguments))
         return Code.INTERRUPTED
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGINT, before)
 
 
@@ -35,15 +38,17 @@ def _end_now(arguments: list[str]) -> None:
     os._exit(Code.INTERRUPTED)
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    """As Python does it, but not where Python drops exceptions, as JAX has it often."""
-    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
-    if frame and frame.f_code in callbacks:
-        again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+def _again_if_dropped(hook: Callable[[Any], object], dropped: Any) -> None:
+    """Ctrl-C once more, if Python has dropped its exception.
+
+    So it does in finalizers and callbacks of the garbage collection, and JAX has many.
+    """
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
         again.daemon = True
         again.start()
     else:
-        raise KeyboardInterrupt
+        hook(dropped)
 
 
 if __name__ == "__main__":
