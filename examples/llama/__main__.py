@@ -1,13 +1,11 @@
 """Begins with little, so that Ctrl-C has its words before JAX is imported."""
 
-import gc
 import os
 import signal
 import sys
-import threading
 from typing import Any
 
-from examples.llama.ending import Code, interrupted
+from examples.llama.ending import Code, interrupted, raise_from_signal
 
 
 def main() -> int:
@@ -36,14 +34,7 @@ def _end_now(arguments: list[str]) -> None:
 
 
 def _interrupt(signum: int, frame: Any) -> None:
-    """As Python does it, but not where Python drops exceptions, as JAX has it often."""
-    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
-    if frame and frame.f_code in callbacks:
-        again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
-        again.daemon = True
-        again.start()
-    else:
-        raise KeyboardInterrupt
+    raise_from_signal(KeyboardInterrupt(), signum, frame)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import contextlib
 import enum
+import gc
 import os
+import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Code(enum.IntEnum):
@@ -35,6 +37,21 @@ def again(arguments: Sequence[str]) -> str:
 def interrupted(arguments: Sequence[str]) -> str:
     """The words for Ctrl-C."""
     return f"Interrupted.{again(arguments)}"
+
+
+def raise_from_signal(error: BaseException, signum: int, frame: Any) -> None:
+    """For a handler: raise ``error``, or have the signal once more a little later.
+
+    That is where Python drops exceptions: in callbacks of the garbage collection, of
+    which JAX has one.
+    """
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    if frame and frame.f_code in callbacks:
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+        again.daemon = True
+        again.start()
+    else:
+        raise error
 
 
 _to_do: list[Callable[[], object]] = []

@@ -11,6 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from examples.llama import hosts
+from examples.llama.ending import raise_from_signal
 
 
 class Stopped(Exception):
@@ -40,8 +41,8 @@ def terminable() -> Iterator[None]:
     By itself it would end the process without a word, and leave the run's lock.
     """
 
-    def receive(*_: Any) -> None:
-        raise Terminated
+    def receive(signum: int, frame: Any) -> None:
+        raise_from_signal(Terminated(), signum, frame)
 
     before = signal.signal(signal.SIGTERM, receive)
     try:

@@ -114,26 +114,37 @@ def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_where_python_drops_exceptions(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("signum", "code", "told"),
+    [
+        (signal.SIGINT, 130, "Interrupted. Run the same"),
+        (signal.SIGTERM, 143, "Stopped by SIGTERM. Run the same"),
+    ],
+)
+def test_a_signal_where_python_drops_exceptions(
+    signum, code, told, monkeypatch, capsys
+):
     """JAX has a callback of the garbage collection."""
     came = []
 
     def callback(phase, _):
         if phase == "start" and not came:
-            came.append(os.kill(os.getpid(), signal.SIGINT))
+            came.append(os.kill(os.getpid(), signum))
 
     def collect(*_):
-        gc.collect()
-        time.sleep(10)
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+            time.sleep(10)
+        finally:
+            gc.callbacks.remove(callback)
 
-    monkeypatch.setattr(main, "evaluate", collect)
-    monkeypatch.setattr(sys, "argv", ["examples.llama", "eval", "runs/x"])
-    gc.callbacks.append(callback)
-    try:
-        assert __main__.main() == 130
-    finally:
-        gc.callbacks.remove(callback)
-    assert capsys.readouterr() == ("Interrupted.\n", "")
+    monkeypatch.setattr(main, "train", collect)
+    monkeypatch.setattr(sys, "argv", ["examples.llama", "train"])
+    assert __main__.main() == code
+    printed = capsys.readouterr()
+    assert printed.out.startswith(told)
+    assert printed.err == ""
 
 
 def test_nothing_large_is_imported_before_ctrl_c_is_understood():
