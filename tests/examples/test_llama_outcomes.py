@@ -192,8 +192,12 @@ def test_the_page_shows_names_as_they_are(tmp_path):
     plot.write_bytes(b"")
     results = {"<i>": "</table>"}
     config = Config(workdir=Path("a<b>&"), init_from=Path("</pre>"))
-    write_page(config, results, [], plot, "<u>", page)
+    # In a damaged log there may be no perplexity beside the loss.
+    records = [{"step": 1000, "held_out_loss": 2.0}, {"step": 1001}]
+    write_page(config, results, records, plot, "<u>", page)
     text = page.read_text()
+    assert "<td>1,000</td><td>2.0000</td><td>7.3891</td>" in text
+    assert "1,001" not in text
     assert "<title>a&lt;b&gt;&amp;</title>" in text
     assert "<td>&lt;i&gt;</td><td>&lt;/table&gt;</td>" in text
     assert "init_from: &lt;/pre&gt;" in text
