@@ -1,5 +1,6 @@
 """The checkpoints of a run: written in the background, verified before use."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -7,7 +8,6 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,21 @@ class Checkpoints:
         """Of all that ``save`` was given, or that were there before."""
         return self._manager.latest_step()
 
+    def last_good(self) -> Path | None:
+        """The folder of the last one that is safe on disk, once all is written.
+
+        On several hosts all of them ask.
+        """
+        hosts.on_first(self._finish_writing)
+        for file in reversed(_digest_files(self._digests)):
+            if self.path(int(file.stem)).exists():
+                return self.path(int(file.stem))
+        return None
+
+    def _finish_writing(self) -> None:
+        with contextlib.suppress(SaveFailed):  # Told when the manager is closed.
+            self.wait()
+
     def path(self, step: int) -> Path:
         return self._folder / str(step)
 
@@ -161,7 +176,7 @@ class Checkpoints:
         for unfinished in self._damaged.glob(f"*{_SUFFIX}"):
             shutil.rmtree(unfinished)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _failure_named(self) -> Iterator[None]:
         try:
             yield

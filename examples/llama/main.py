@@ -102,7 +102,8 @@ def _failed_at_work(error: Exception, more: str) -> int:
 
 def _failed(error: Exception | str, *more: str, code: int) -> int:
     # On a terminal of its own: the other may hold what could not be written.
-    say(Terminal(stderr=True), f"error: {error}", *filter(None, more))
+    notes = getattr(error, "__notes__", ())  # What failed besides.
+    say(Terminal(stderr=True), f"error: {error}", *notes, *filter(None, more))
     return code
 
 

@@ -94,8 +94,11 @@ def train(config: Config, console: Console | None = None) -> Result:
             try:
                 run_steps(config, run, checkpoints, report, stop, trace)
             except NotFinite as error:
-                diverged = Diverged(error, checkpoints.latest)
-                leave_page(config, run, log, {"so far": str(diverged)})
+                diverged = Diverged(error, checkpoints.last_good())
+                try:
+                    leave_page(config, run, log, {"so far": str(diverged)})
+                except OSError as failed:  # The same command would not help.
+                    diverged.add_note(f"The report could not be written: {failed}")
                 raise diverged from error
             except Stopped as stopped:
                 leave_page(config, run, log, {"so far": str(stopped)})
@@ -190,7 +193,7 @@ def prepare(
         except NotFinite as error:
             raise DamagedCheckpoint(
                 f"{checkpoints.latest}: {error}; remove that folder, and the run goes "
-                "on from the one before it"
+                "on from the one before it. If there is none, give another --workdir."
             ) from error
     elif config.init_from is not None:
         state = state_from(load_for(config, text.vocab_size, mesh), tx, abstract)

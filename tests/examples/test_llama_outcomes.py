@@ -85,6 +85,13 @@ def test_an_unforeseen_error_has_a_traceback_and_a_code(monkeypatch, capsys):
     assert printed.err.endswith("ZeroDivisionError: surprise\n")
 
 
+def test_what_failed_besides_is_told(monkeypatch, capsys):
+    error = ValueError("the fault")
+    error.add_note("and another")
+    code, printed = outcome(monkeypatch, capsys, error, "train")
+    assert (code, printed.err) == (1, "error: the fault\nand another\n")
+
+
 def test_ctrl_c_has_its_words(monkeypatch, capsys):
     again = "Interrupted. Run the same command again to go on.\n"
     code, printed = outcome(monkeypatch, capsys, KeyboardInterrupt(), "train")
