@@ -213,13 +213,12 @@ class Checkpoints:
         faults = {path: fault for path, fault in faults.items() if fault}
         lines = [f"checkpoint {path} refused: {why}" for path, why in faults.items()]
         # The very first one may have been interrupted: then nothing is lost.
-        if len(faults) == len(steps) and list(faults.values()) not in (
-            [],
-            [_UNFINISHED],
-        ):
-            raise DamagedCheckpoint(
-                "\n".join([*lines, "None is left. Remove the folder to start anew."])
-            )
+        is_first = list(faults.values()) == [_UNFINISHED] and not _digest_files(
+            self._digests
+        )
+        if faults and len(faults) == len(steps) and not is_first:
+            end = "None is left. Give another --workdir to start anew."
+            raise DamagedCheckpoint("\n".join([*lines, end]))
         moved = []
         for path, line in zip(faults, lines, strict=True):
             # Or they would be taken for those of the checkpoint that replaces it.
@@ -279,6 +278,8 @@ def _run_of(digests: Path) -> str | None:
         name = file.read_text().strip() if file.exists() else ""
     except ValueError:
         name = ""
+    if not re.fullmatch("[0-9a-f]{32}", name):  # It is damaged.
+        name = ""
     read = filter(None, map(_read_digest, reversed(_digest_files(digests))))
     return name or next((digest.run for digest in read), None)
 
@@ -287,7 +288,8 @@ def _fault(path: Path, run: str | None, is_newest: bool) -> str:
     """Why the checkpoint is not what was saved; empty where it is."""
     file = _digest_file(path)
     if not file.exists():
-        is_unfinished = is_newest and run is not None
+        # Imported weights, at step 0, come with all that belongs to them.
+        is_unfinished = is_newest and run is not None and path.name != "0"
         return _UNFINISHED if is_unfinished else f"{file} is missing"
     digest = _read_digest(file)
     if digest is None:
@@ -295,7 +297,7 @@ def _fault(path: Path, run: str | None, is_newest: bool) -> str:
     if str(digest.step) != path.name:
         return f"by {file} it is the checkpoint of step {digest.step}, renamed"
     if digest.run != run:
-        return f"by {file} it is of another run"
+        return f"by {file} it is of another run than that of {file.with_name(_RUN)}"
     now = files.digests(path)
     changed = {
         name
