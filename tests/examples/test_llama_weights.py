@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from rich.console import Console
 
-from examples.llama import layout, using
+from examples.llama import hosts, layout, using
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 from examples.llama.commands import Eval, Generate
 from examples.llama.config import Config, ModelConfig, OptimizerConfig
@@ -70,6 +70,19 @@ def test_a_run_without_its_optimizer(run):
     assert_same(divided, params)
     shardings = layout.param_shardings(mesh, params)
     assert jax.tree.map(lambda x: x.sharding, divided) == shardings
+
+
+def test_all_hosts_read_the_same_checkpoint(run, monkeypatch):
+    """A run at work may save another one while they look."""
+
+    def differ(text, what):
+        assert text == str(config.workdir.resolve() / "checkpoints" / "2")
+        raise ValueError(f"{what} is not the same")
+
+    config, _ = run
+    monkeypatch.setattr(hosts, "check_same", differ)
+    with pytest.raises(ValueError, match="the last checkpoint of .*run is not the"):
+        load_params(config.workdir)
 
 
 def test_a_damaged_checkpoint_is_not_read(run):

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from examples.llama import files, layout
+from examples.llama import files, hosts, layout
 from examples.llama.checkpoint import Checkpoints, newest
 from examples.llama.config import Config, ModelConfig
 from examples.llama.data import tokenizer_files, tokenizers
@@ -98,6 +98,8 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
     except (TypeError, KeyError) as error:
         raise BadWeights(f"{workdir}: settings of another version: {error}") from error
     step = newest(workdir)
+    # A run at work may have saved another one meanwhile.
+    hosts.check_same(str(step), f"the last checkpoint of {workdir}")
     params = _restored(step, config, vocab_size, mesh)
     _check_finite(params, step, mesh)
     return Weights(workdir, config, vocab_size, params, end_of_text, stops)
@@ -231,7 +233,7 @@ def _tokenizer_of(file: GGUFFile, folder: Path) -> str:
         pieces, settings = file.tokenizer(), file.tokenizer_settings()
     except BadWeights as error:
         return str(error)
-    pieces.save(str(folder / PIECES))
+    files.write(folder / PIECES, pieces.to_str(pretty=True))
     files.write(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     return ""
 
