@@ -37,6 +37,7 @@ def check_same_run(config: Config, data: Mapping[str, Any] | None = None) -> Non
     if data is not None:
         there = data_of(config.workdir)
         _require(there, data, config.workdir / _DATA)
+        there = {name: there[name] for name in data}
         different |= differences(flat({"data": there}), flat({"data": data}))
     if different:
         listed = "".join(

@@ -40,7 +40,7 @@ from examples.llama.steps import (
 )
 from examples.llama.stop import Stopped, StopRequest
 from examples.llama.trace import Trace
-from examples.llama.weights.folder import load_for
+from examples.llama.weights.folder import load_for, special_ids
 
 _PLOT, _PAGE = "loss.png", "report.html"
 
@@ -284,6 +284,7 @@ def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
     found = {
         "fingerprint": text.fingerprint,
         "vocab_size": text.vocab_size,
+        "tokenizer": text.tokenizer.fingerprint,
         "end_of_text": text.tokenizer.end_of_text,
         "context": config.data.seq_len,
     }
@@ -291,6 +292,8 @@ def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
     if resumed:
         check_same_run(config, found)
     elif hosts.is_first():
+        if config.init_from is not None:
+            found |= special_ids(config.init_from, text.tokenizer)
         record_run(config, found)
         text.tokenizer.save(config.workdir)
     return text

@@ -16,12 +16,12 @@ from examples.llama import hosts, layout, using
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 from examples.llama.commands import Eval, Generate
 from examples.llama.config import Config, ModelConfig, OptimizerConfig
-from examples.llama.data.tokenizers import load_saved
+from examples.llama.data.tokenizers import ByteTokenizer, load_saved
 from examples.llama.optimizers import make_optimizer
 from examples.llama.pure import PureLlama
 from examples.llama.run_record import DamagedRecord, RunMismatch, record_run
 from examples.llama.steps import init_state
-from examples.llama.train import train
+from examples.llama.train import text_of_run, train
 from examples.llama.using import evaluate, go_on
 from examples.llama.weights import hugging_face
 from examples.llama.weights.folder import (
@@ -29,6 +29,7 @@ from examples.llama.weights.folder import (
     import_weights,
     load_for,
     load_params,
+    special_ids,
 )
 from examples.llama.weights.names import BadWeights
 
@@ -190,23 +191,46 @@ def test_nor_does_one_without_a_tokenizer(chat, tmp_path):
     assert contents(tmp_path / "back") == contents(chat)
 
 
-def test_a_tuned_run_goes_on_as_what_it_began_with(chat, tmp_path):
-    """The tokenizer that a run keeps, its rule, and what is beside it."""
+@pytest.fixture
+def tuned(chat, tmp_path, tiny_config):
+    """A run that began with the chat model, on text, before its first step."""
     import_weights(chat, tmp_path / "there")
-    run = tmp_path / "run"
-    run.mkdir()
-    model = load_params(tmp_path / "there").config
-    config = Config(model, workdir=run)
-    record_run(config, {"vocab_size": 8, "end_of_text": 3, "context": 32})
-    load_saved(tmp_path / "there").save(run)
-    with Checkpoints(run) as checkpoints:
-        checkpoints.save(1, {"params": load_params(tmp_path / "there").params})
-    export_weights(run, tmp_path / "tuned")
+    there = load_params(tmp_path / "there")
+    config = tiny_config(model=there.config, init_from=tmp_path / "there")
+    data = dataclasses.replace(
+        config.data, tokenizer=str(tmp_path / "there" / "tokenizer.json"), vocab_size=8
+    )
+    config = dataclasses.replace(config, data=data)
+    config.workdir.mkdir()
+    text_of_run(config, False, QUIET)
+    text_of_run(config, True, QUIET)  # The same, as far as it can tell.
+    with Checkpoints(config.workdir) as checkpoints:
+        checkpoints.save(1, {"params": there.params})
+    return config.workdir
+
+
+def test_a_tuned_run_goes_on_as_what_it_began_with(chat, tuned, tmp_path):
+    """The tokenizer that a run keeps, its rule, what is beside it, and the ids."""
+    assert load_params(tuned).stops == (3, 4)
+    export_weights(tuned, tmp_path / "tuned")
     expected, found = contents(chat), contents(tmp_path / "tuned")
-    settings = json.loads(found.pop("config.json"))
-    del expected["config.json"]
+    then, now = (json.loads(x.pop("config.json")) for x in (expected, found))
     assert found == expected
-    assert (settings["bos_token_id"], settings["eos_token_id"]) == (2, 3)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert now[name] == then[name]
+
+
+def test_special_tokens_of_another_tokenizer_are_not_its_own(chat, tmp_path):
+    import_weights(chat, tmp_path / "there")
+    assert special_ids(tmp_path / "there", ByteTokenizer()) == {}
+
+
+def test_a_run_has_the_tokenizer_that_it_was_trained_with(tuned):
+    weights, file = load_params(tuned), tuned / "tokenizer.json"
+    assert weights.tokenizer().begin == (2,)
+    file.write_text(file.read_text().replace('"a"', '"z"'))
+    with pytest.raises(BadWeights, match="is not the one that it was trained with"):
+        weights.tokenizer()
 
 
 def test_a_tokenizer_with_ids_that_the_model_has_not(chat, tmp_path):

@@ -63,7 +63,13 @@ class Weights(NamedTuple):
                 f"{self.folder} has no tokenizer: put its tokenizer.json or "
                 "tokenizer.model there"
             )
-        return fitting(tokenizers.load_saved(self.folder), self.vocab_size, self.folder)
+        tokenizer = tokenizers.load_saved(self.folder)
+        if data_of(self.folder).get("tokenizer") not in (None, tokenizer.fingerprint):
+            raise BadWeights(
+                f"{self.folder}: its tokenizer is not the one that it was trained "
+                "with: put that one back"
+            )
+        return fitting(tokenizer, self.vocab_size, self.folder)
 
 
 def fitting(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> Tokenizer:
@@ -138,6 +144,20 @@ def load_for(config: Config, vocab_size: int, mesh: Mesh) -> Params:
     if different:
         raise BadWeights(f"{config.init_from} is another model:{''.join(different)}")
     return weights.params
+
+
+def special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is recorded there of special tokens, for a run that goes on from there.
+
+    Nothing where the run has another ``tokenizer``: then they are that one's.
+    """
+    data = data_of(folder)
+    is_same = (
+        saved_file(folder) is not None
+        and tokenizers.load_saved(folder).fingerprint == tokenizer.fingerprint
+        and tokenizer.end_of_text in data.get("stops", ())
+    )
+    return {x: data[x] for x in ("stops", "token_ids") if is_same and x in data}
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
