@@ -1,9 +1,10 @@
 """Which run lives in a folder: ``config.yaml``, its settings, and ``data.json``."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from examples.llama import files
 from examples.llama.config import (
@@ -16,6 +17,14 @@ from examples.llama.config import (
 )
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
+_KINDS: dict[str, Any] = {
+    "vocab_size": int,
+    "context": int | None,
+    "tokenizer": str | None,
+    "stops": list | None,
+    "token_ids": dict | None,
+}
+"""Of what others than this module take from the data."""
 
 
 class RunMismatch(ValueError):
@@ -88,9 +97,20 @@ def model_of(workdir: Path) -> ModelConfig:
     """Raises as ``settings_of`` does."""
     settings = settings_of(workdir)["model"]
     try:
+        _check_kinds(settings)
         return ModelConfig(**settings)
     except (TypeError, ValueError) as error:
         raise _damaged(workdir / _SETTINGS, f"model: {error}") from error
+
+
+def _check_kinds(settings: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` for a value that the command line would not take."""
+    for name, hint in get_type_hints(ModelConfig).items():
+        value, allowed = settings[name], get_args(hint) or (hint,)
+        kinds = [kind for kind in allowed if isinstance(kind, type)]
+        is_good = type(value) in kinds if kinds else value in allowed
+        if not is_good and not (float in kinds and type(value) is int):
+            raise TypeError(f"{name} is {reprlib.repr(value)}")
 
 
 def data_of(workdir: Path) -> dict[str, Any]:
@@ -101,8 +121,9 @@ def data_of(workdir: Path) -> dict[str, Any]:
     except files.BadFile as error:
         raise _damaged(path, str(error).removeprefix(f"{path}: ")) from error
     _require(data, ("vocab_size", "end_of_text", "context"), path)
-    if not isinstance(data["vocab_size"], int):
-        raise _damaged(path, f"vocab_size is {data['vocab_size']!r}")
+    for name, kind in _KINDS.items():
+        if not isinstance(data.get(name), kind):
+            raise _damaged(path, f"{name} is {reprlib.repr(data[name])}")
     return data
 
 

@@ -46,6 +46,10 @@ def without(groups, *names):
         (b"[]", "not a JSON object"),
         (b"{}", "without context, end_of_text, vocab_size"),
         (json.dumps(DATA | {"vocab_size": "257"}).encode(), "vocab_size is '257'"),
+        (json.dumps(DATA | {"context": "32"}).encode(), "context is '32'"),
+        (json.dumps(DATA | {"tokenizer": 3}).encode(), "tokenizer is 3"),
+        (json.dumps(DATA | {"stops": 3}).encode(), "stops is 3"),
+        (json.dumps(DATA | {"token_ids": [3]}).encode(), r"token_ids is [3]"),
         (json.dumps(DATA).replace("fingerprint", "x").encode(), "without fingerprint"),
     ],
 )
@@ -102,13 +106,28 @@ def test_every_command_names_damaged_settings(config, content, monkeypatch, caps
         assert MEND in told
 
 
-def test_a_model_that_cannot_be_is_named(config):
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("num_heads", 3, "width"),
+        ("width", 128.0, "width is 128.0"),
+        ("num_layers", True, "num_layers is True"),
+        ("num_kv_heads", "2", "num_kv_heads is '2'"),
+        ("tie_embeddings", "no", "tie_embeddings is 'no'"),
+        ("norm_eps", "1e-6", "norm_eps is '1e-6'"),
+        ("compute_dtype", "float33", "compute_dtype is 'float33'"),
+        ("remat", ["all"], "remat is "),
+        ("loss_chunk", {}, "loss_chunk is {}"),
+    ],
+)
+def test_a_model_that_cannot_be_is_named(config, name, value, why):
     file = config.workdir / "config.yaml"
     settings = as_groups(config)
-    settings["model"]["num_heads"] = 3
+    settings["model"] |= {"rope_base": 500_000, name: value}
     file.write_text(yaml.safe_dump(settings))
-    with pytest.raises(DamagedRecord, match=r"config\.yaml is damaged: model: width"):
+    with pytest.raises(DamagedRecord) as error:
         model_of(config.workdir)
+    assert str(error.value).startswith(f"{file} is damaged: model: {why}")
 
 
 def test_where_no_run_is(tmp_path):
