@@ -15,6 +15,7 @@ from examples.llama.config import (
     file,
     flat,
 )
+from examples.llama.data.tokenizer_files import saved_file
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
 _KINDS: dict[str, Any] = {
@@ -56,6 +57,20 @@ def check_same_run(config: Config, data: Mapping[str, Any] | None = None) -> Non
         raise RunMismatch(
             f"{config.workdir} holds a run with other settings:{listed}\n"
             "Give the same settings to go on with it, or another --workdir."
+        )
+
+
+def require_own(workdir: Path) -> None:
+    """Raise ``RunMismatch`` where a new run would take away files of others.
+
+    It removes the tokenizer of a run that never got anywhere. Where no run has been,
+    as in a Hugging Face folder, that is somebody else's.
+    """
+    tokenizer = saved_file(workdir)
+    if tokenizer is not None and not (workdir / _SETTINGS).exists():
+        raise RunMismatch(
+            f"{tokenizer} is of no run, and a new one would remove it: give another "
+            "--workdir"
         )
 
 

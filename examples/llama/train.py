@@ -28,7 +28,12 @@ from examples.llama.optimizers import schedules
 from examples.llama.page import write_page
 from examples.llama.progress import ProgressDisplay, opening_lines, say
 from examples.llama.report import Reporter
-from examples.llama.run_record import RunMismatch, check_same_run, record_run
+from examples.llama.run_record import (
+    RunMismatch,
+    check_same_run,
+    record_run,
+    require_own,
+)
 from examples.llama.steps import (
     TrainState,
     assemble,
@@ -291,9 +296,14 @@ def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
     hosts.check_same(str(found), "the text")
     if resumed:
         check_same_run(config, found)
-    elif hosts.is_first():
-        if config.init_from is not None:
-            found |= special_ids(config.init_from, text.tokenizer)
-        record_run(config, found)
-        text.tokenizer.save(config.workdir)
+    else:
+        hosts.on_first(partial(_record, config, text, found))
     return text
+
+
+def _record(config: Config, text: Text, found: dict[str, Any]) -> None:
+    require_own(config.workdir)
+    origin = config.init_from
+    special = special_ids(origin, text.tokenizer) if origin else {}
+    record_run(config, found | special)
+    text.tokenizer.save(config.workdir)

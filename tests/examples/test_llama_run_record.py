@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import yaml
+from rich.console import Console
 
 from examples.llama import __main__
 from examples.llama.commands import config_of
@@ -18,6 +19,7 @@ from examples.llama.run_record import (
     record_run,
     record_weights,
 )
+from examples.llama.train import text_of_run
 
 DATA = {"fingerprint": "f", "vocab_size": 257, "end_of_text": 256, "context": 32}
 MEND = "give it another folder, and take it from there"
@@ -143,3 +145,16 @@ def test_imported_weights_have_defaults(tmp_path):
     model = ModelConfig(width=64)
     record_weights(tmp_path, model, DATA)
     assert config_of(tmp_path).model == model
+
+
+def test_a_new_run_leaves_the_files_of_others_alone(tiny_config):
+    config = tiny_config()
+    config.workdir.mkdir()
+    file = config.workdir / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(RunMismatch, match=r"tokenizer\.json is of no run"):
+        text_of_run(config, False, Console(quiet=True))
+    assert [path.name for path in config.workdir.iterdir()] == [file.name]
+    record_run(config, DATA)  # As of a run that never got anywhere.
+    text_of_run(config, False, Console(quiet=True))
+    assert not file.exists()
