@@ -152,19 +152,21 @@ def _generate(command: Generate, console: Console) -> None:
 
 
 def _import(command: Import, console: Console) -> None:
-    made = import_weights(
-        command.source,
-        command.workdir,
-        command.dtype,
-        scan_layers=command.scan_layers,
-    )
+    with terminable():  # Else the half of a folder would stay.
+        made = import_weights(
+            command.source,
+            command.workdir,
+            command.dtype,
+            scan_layers=command.scan_layers,
+        )
     say(console, f"{command.workdir}: {made.config}, {made.vocab_size:,} pieces")
     if made.without_tokenizer:
         say(console, f"without a tokenizer: {made.without_tokenizer}")
 
 
 def _export(command: Export, console: Console) -> None:
-    export_weights(command.workdir, command.target, command.dtype)
+    with terminable():
+        export_weights(command.workdir, command.target, command.dtype)
     say(console, f"written to {command.target}")
 
 

@@ -16,7 +16,7 @@ from command_line import REPOSITORY
 from rich.console import Console
 from test_llama_commands import unboxed
 
-from examples.llama import __main__, main
+from examples.llama import __main__, files, main
 from examples.llama.config import Config
 from examples.llama.page import write_page
 from examples.llama.terminal import say
@@ -98,6 +98,21 @@ def test_ctrl_c_has_its_words(monkeypatch, capsys):
     assert (code, printed) == (130, (again, ""))
     code, printed = outcome(monkeypatch, capsys, KeyboardInterrupt(), "eval", "runs/x")
     assert (code, printed) == (130, ("Interrupted.\n", ""))
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_sigterm_leaves_no_half_of_a_folder(command, tmp_path, monkeypatch, capsys):
+    def begin(*_, **__):
+        with files.new_folder(tmp_path / "new"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    monkeypatch.setattr(main, f"{command}_weights", begin)
+    arguments = [command, str(tmp_path / "old"), str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", ["examples.llama", *arguments])
+    assert __main__.main() == 143
+    assert capsys.readouterr().out == "Stopped by SIGTERM.\n"
+    assert not list(tmp_path.iterdir())
 
 
 class CtrlC:
