@@ -33,7 +33,7 @@ _SECONDS_TO_BLAME = 3
 _SECONDS_TO_FOLLOW = 5
 """For the others, once the first one has failed: they have nothing to finish."""
 _SECONDS_TO_FINISH = 120
-"""For the first one, once another has failed: a checkpoint may be on its way."""
+"""For the first one, which may have a checkpoint on its way."""
 
 
 class Peers:
@@ -74,8 +74,13 @@ class Peers:
             self._end_all(*self._failure)
 
     def code_of_first(self) -> int:
-        """With which the first process, which has failed, ends."""
-        self._failed.wait(_SECONDS_TO_FOLLOW)
+        """With which the first process, which has failed, ends.
+
+        It may have a checkpoint to finish before it says so. Were this process the first
+        to end, it would be taken for the cause.
+        """
+        if self._connections:
+            self._failed.wait(_SECONDS_TO_FINISH)
         return self._failure[1]
 
     def leave(self, code: int) -> None:
