@@ -268,7 +268,8 @@ def _read_digest(file: Path) -> Digest | None:
         digest = Digest(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return digest if isinstance(digest.files, dict) else None
+    is_good = isinstance(digest.files, dict) and isinstance(digest.run, str)
+    return digest if is_good else None
 
 
 def _run_of(digests: Path) -> str | None:

@@ -282,9 +282,13 @@ def test_older_ones_without_digests_are_not_taken_for_interrupted(workdir):
         Checkpoints(workdir)
 
 
-@pytest.mark.parametrize("content", ["{", "", "[]", '{"a": 1}', "null"])
+NAMELESS = '{"run": 1, "step": 12, "files": {}}'
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"a": 1}', "null", NAMELESS])
 def test_digests_that_cannot_be_read(workdir, content):
     (workdir / "digests" / "12.json").write_text(content)
+    (workdir / "digests" / "run").unlink()  # The other one has its name, too.
     with Checkpoints(workdir) as checkpoints:
         assert "12.json cannot be read" in checkpoints.set_aside[0]
         assert checkpoints.latest_step == 6
