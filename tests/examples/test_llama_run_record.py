@@ -132,6 +132,17 @@ def test_a_model_that_cannot_be_is_named(config, name, value, why):
     assert str(error.value).startswith(f"{file} is damaged: model: {why}")
 
 
+def test_settings_that_no_run_can_have_are_named(config, monkeypatch, capsys):
+    file = config.workdir / "config.yaml"
+    file.write_text(file.read_text().replace("steps: 300", "steps: abc"))
+    arguments = ["examples.llama", "eval", str(config.workdir)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert __main__.main() == 1
+    told = capsys.readouterr().err
+    assert "abc" in told
+    assert told.endswith(f"error: {file}: not the settings of a run\n")
+
+
 def test_where_no_run_is(tmp_path):
     with pytest.raises(RunMismatch, match=r"no config\.yaml, so neither a run nor"):
         config_of(tmp_path)
