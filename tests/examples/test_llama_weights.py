@@ -15,7 +15,7 @@ from rich.console import Console
 from examples.llama import hosts, layout, using
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 from examples.llama.commands import Eval, Generate
-from examples.llama.config import Config, ModelConfig, OptimizerConfig
+from examples.llama.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from examples.llama.data.tokenizers import ByteTokenizer, load_saved
 from examples.llama.optimizers import make_optimizer
 from examples.llama.pure import PureLlama
@@ -225,12 +225,20 @@ def test_special_tokens_of_another_tokenizer_are_not_its_own(chat, tmp_path):
     assert special_ids(tmp_path / "there", ByteTokenizer()) == {}
 
 
-def test_a_run_has_the_tokenizer_that_it_was_trained_with(tuned):
+def test_a_run_has_the_tokenizer_that_it_was_trained_with(tuned, tmp_path):
     weights, file = load_params(tuned), tuned / "tokenizer.json"
+    data = DataConfig(tokenizer=str(file))
+    more = Config(weights.config, data, init_from=tuned)
+    uses = (
+        weights.tokenizer,
+        lambda: export_weights(tuned, tmp_path / "hf"),
+        lambda: load_for(more, 8, layout.make_mesh(None, jax.devices())),
+    )
     assert weights.tokenizer().begin == (2,)
     file.write_text(file.read_text().replace('"a"', '"z"'))
-    with pytest.raises(BadWeights, match="is not the one that it was trained with"):
-        weights.tokenizer()
+    for use in uses:
+        with pytest.raises(BadWeights, match="is not the one that it was trained with"):
+            use()
 
 
 def test_a_tokenizer_with_ids_that_the_model_has_not(chat, tmp_path):

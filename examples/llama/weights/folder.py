@@ -134,6 +134,9 @@ def load_for(config: Config, vocab_size: int, mesh: Mesh) -> Params:
     """
     assert config.init_from is not None
     weights = load_params(config.init_from, mesh)
+    tokenizer = saved_file(config.init_from)
+    if tokenizer is not None and Path(config.data.tokenizer) == tokenizer:
+        weights.tokenizer()
     there = _meaning(weights.config) | {"vocab_size": weights.vocab_size}
     here = _meaning(config.model) | {"vocab_size": vocab_size}
     different = [
@@ -288,9 +291,11 @@ def export_weights(workdir: Path, folder: Path, dtype: Any = None) -> None:
 
 def _token_ids(weights: Weights) -> dict[str, Any]:
     """As they came with the weights, or as the run had them."""
-    recorded = data_of(weights.folder).get("token_ids")
-    if recorded is not None:
-        return recorded
+    data = data_of(weights.folder)
+    if data.get("tokenizer") is not None:
+        weights.tokenizer()  # Or the wrong one, or none, would go with them.
+    if data.get("token_ids") is not None:
+        return data["token_ids"]
     begin = ()
     if saved_file(weights.folder) is not None:
         begin = weights.tokenizer().begin
