@@ -76,8 +76,8 @@ class Peers:
     def code_of_first(self) -> int:
         """With which the first process, which has failed, ends.
 
-        It may have a checkpoint to finish before it says so. Were this process the first
-        to end, it would be taken for the cause.
+        It may have a checkpoint to finish before it says so. A process that ended
+        before it would be taken for the cause.
         """
         if self._connections:
             self._failed.wait(_SECONDS_TO_FINISH)

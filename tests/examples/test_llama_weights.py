@@ -16,7 +16,7 @@ from examples.llama import hosts, layout, using
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 from examples.llama.commands import Eval, Generate
 from examples.llama.config import Config, DataConfig, ModelConfig, OptimizerConfig
-from examples.llama.data.tokenizers import ByteTokenizer, load_saved
+from examples.llama.data.tokenizers import ByteTokenizer
 from examples.llama.optimizers import make_optimizer
 from examples.llama.pure import PureLlama
 from examples.llama.run_record import DamagedRecord, RunMismatch, record_run
@@ -82,7 +82,7 @@ def test_all_hosts_read_the_same_checkpoint(run, monkeypatch):
 
     config, _ = run
     monkeypatch.setattr(hosts, "check_same", differ)
-    with pytest.raises(ValueError, match="the last checkpoint of .*run is not the"):
+    with pytest.raises(ValueError, match=r"the last checkpoint of .*run is not the"):
         load_params(config.workdir)
 
 
