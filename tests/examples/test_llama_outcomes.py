@@ -72,9 +72,11 @@ def test_memory_that_does_not_suffice_is_told(monkeypatch, capsys):
     code, printed = outcome(monkeypatch, capsys, of_device, "eval", "runs/x")
     assert code == 71
     assert printed.err.startswith("error: RESOURCE_EXHAUSTED: Out of memory allocating")
-    assert "--micro-batch-size" in printed.err
+    assert "--batch-size" in printed.err
+    assert "--micro-batch-size" not in printed.err  # Which eval has not.
     code, printed = outcome(monkeypatch, capsys, MemoryError(), "train")
     assert (code, printed.err[:21]) == (71, "error: out of memory\n")
+    assert "--micro-batch-size" in printed.err
 
 
 def test_an_unforeseen_error_has_a_traceback_and_a_code(monkeypatch, capsys):
