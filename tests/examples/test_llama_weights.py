@@ -23,7 +23,7 @@ from examples.llama.run_record import DamagedRecord, RunMismatch, record_run
 from examples.llama.steps import init_state
 from examples.llama.train import text_of_run, train
 from examples.llama.using import evaluate, go_on
-from examples.llama.weights import hugging_face
+from examples.llama.weights import folder, hugging_face
 from examples.llama.weights.folder import (
     export_weights,
     import_weights,
@@ -83,6 +83,19 @@ def test_all_hosts_read_the_same_checkpoint(run, monkeypatch):
     config, _ = run
     monkeypatch.setattr(hosts, "check_same", differ)
     with pytest.raises(ValueError, match=r"the last checkpoint of .*run is not the"):
+        load_params(config.workdir)
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_named(run, monkeypatch):
+    restored = folder._restored
+
+    def late(step, *more):
+        shutil.rmtree(step)
+        return restored(step, *more)
+
+    config, _ = run
+    monkeypatch.setattr(folder, "_restored", late)
+    with pytest.raises(BadWeights, match="checkpoints/2: removed while it was read"):
         load_params(config.workdir)
 
 

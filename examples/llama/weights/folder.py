@@ -106,7 +106,15 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
     step = newest(workdir)
     # A run at work may have saved another one meanwhile.
     hosts.check_same(str(step), f"the last checkpoint of {workdir}")
-    params = _restored(step, config, vocab_size, mesh)
+    try:
+        params = _restored(step, config, vocab_size, mesh)
+    except Exception as error:  # Orbax passes on whatever its parts raise.
+        if step.exists():
+            raise
+        raise BadWeights(
+            f"{step}: removed while it was read, for the run at work there has saved "
+            "others; run the same command again"
+        ) from error
     _check_finite(params, step, mesh)
     return Weights(workdir, config, vocab_size, params, end_of_text, stops)
 
