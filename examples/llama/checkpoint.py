@@ -53,8 +53,8 @@ class Checkpoints:
     keeps no checksums of arrays. So the digests of all files are written after the
     commit, with the run and the step that they are of, and compared before anything is
     restored. A checkpoint that differs is moved to ``workdir/damaged``, and the one
-    before it is the latest. So it is with one that has no digests because the process
-    was killed just there; it is removed once another checkpoint is safe.
+    before it is the latest. A checkpoint without digests, whose process was killed
+    before it wrote them, is moved there too, until another checkpoint is safe.
 
     Attributes:
       set_aside: What was moved there and why, one line each.
@@ -186,7 +186,7 @@ class Checkpoints:
             ) from error
 
     def _begin(self) -> list[str]:
-        """Find out what can be gone on with; see ``set_aside``."""
+        """Tell good checkpoints from others, which are moved; see ``set_aside``."""
         steps, run = _steps(self._folder), _run_of(self._digests)
         self._require_history(steps)
         lines = self._set_aside(steps, run)

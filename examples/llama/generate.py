@@ -27,9 +27,9 @@ def generate(
     """What the model says after each prompt, (length,) int32, without the prompt.
 
     The rows are worked on together and end one by one: at an ``end_of_text``, which is
-    left out, or after ``max_new_tokens``. The same arguments give the same tokens. A
-    row's are its own whatever the others are, but for rounding and, with a
-    temperature, for its number.
+    left out, or after ``max_new_tokens``. The same arguments give the same tokens. The
+    tokens of a row do not depend on the other rows, except by rounding and, with a
+    temperature, by the row's place among them.
 
     Args:
       prompts: Of one token or more each, of any lengths.

@@ -115,7 +115,10 @@ class Lock:
         return bool(chain) and chain[-1].holder.id == self._me.id
 
     def require_gone(self, link: Link, now: float) -> None:
-        """``now`` by the clock of the file system, which is that of all machines."""
+        """Raise ``WorkdirInUse`` unless the process that holds ``link`` is dead.
+
+        ``now`` is by the clock of the file system, which all machines share.
+        """
         there, here, more = link.holder, self._me, ""
         if (there.host, there.machine) == (here.host, here.machine):
             process = _look_up(there.pid)

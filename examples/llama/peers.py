@@ -25,7 +25,10 @@ from examples.llama.ending import Code, end_now
 from examples.llama.relay import in_background
 
 _FINE = (Code.DONE, Code.TIME_IS_UP, Code.TERMINATED)
-"""Ends to which all come by themselves, the first one after writing its report."""
+"""Codes of ends to which every process comes by itself.
+
+They need not come at the same time: the first one still has its report to write.
+"""
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _SECONDS_TO_CONNECT = 10
 _SECONDS_TO_BLAME = 3

@@ -85,7 +85,7 @@ def record_run(config: Config, data: Mapping[str, Any]) -> None:
 
 
 def record_weights(workdir: Path, model: ModelConfig, data: Mapping[str, Any]) -> None:
-    """The same of parameters that no run has made."""
+    """The same for imported weights, which have a model but no settings of a run."""
     files.write(workdir / _SETTINGS, file.dump({"model": as_groups(model)}))
     files.write(workdir / _DATA, json.dumps(data, indent=2) + "\n")
 

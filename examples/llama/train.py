@@ -130,7 +130,7 @@ def train(config: Config, console: Console | None = None) -> Result:
 def leave_page(
     config: Config, run: "Run", log: MetricsLog, results: Mapping[str, str]
 ) -> None:
-    """For people: the curve, and a page about the run as far as it is."""
+    """Write the loss curve and a page about the run so far, for people to read."""
     if hosts.is_first():
         plot, page = config.workdir / _PLOT, config.workdir / _PAGE
         plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
@@ -138,7 +138,7 @@ def leave_page(
 
 
 def seconds_left(minutes: float | None, started: float) -> float | None:
-    """Of a limit that also what comes before the first step counts for."""
+    """Of the time limit, which also counts what comes before the first step."""
     if minutes is None:
         return None
     return 60 * minutes - (time.monotonic() - started)
