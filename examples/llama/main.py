@@ -39,7 +39,6 @@ _LESS_MEMORY = {
 }
 
 
-
 def run(arguments: list[str]) -> int:
     """The exit code. In a job of several processes, one that fails ends here."""
     try:
