@@ -3,12 +3,9 @@
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from examples.llama.ending import Code, interrupted
+from examples.llama.ending import Code, again_if_dropped, interrupted
 
 
 def main() -> int:
@@ -21,7 +18,7 @@ def main() -> int:
         from examples.llama.main import run  # Takes seconds.
 
         if is_heeded:
-            sys.unraisablehook = partial(_again_if_dropped, hook)
+            sys.unraisablehook = partial(again_if_dropped, hook)
             signal.signal(signal.SIGINT, before)
         return run(arguments)
     except KeyboardInterrupt:
@@ -36,19 +33,6 @@ def _end_now(arguments: list[str]) -> None:
     """A module that begins would take an exception for an error of its own."""
     print(interrupted(arguments), flush=True)
     os._exit(Code.INTERRUPTED)
-
-
-def _again_if_dropped(hook: Callable[[Any], object], dropped: Any) -> None:
-    """Ctrl-C once more, if Python has dropped its exception.
-
-    So it does in finalizers and callbacks of the garbage collection, and JAX has many.
-    """
-    if issubclass(dropped.exc_type, KeyboardInterrupt):
-        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
-        again.daemon = True
-        again.start()
-    else:
-        hook(dropped)
 
 
 if __name__ == "__main__":

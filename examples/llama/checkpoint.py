@@ -1,5 +1,6 @@
 """The checkpoints of a run: written in the background, verified before use."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -7,7 +8,6 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ class Checkpoints:
     keeps no checksums of arrays. So the digests of all files are written after the
     commit, with the run and the step that they are of, and compared before anything is
     restored. A checkpoint that differs is moved to ``workdir/damaged``, and the one
-    before it is the latest. So it is with one that has no digests because the process
-    was killed just there; it is removed once another checkpoint is safe.
+    before it is the latest. A checkpoint without digests, whose process was killed
+    before it wrote them, is moved there too, until another checkpoint is safe.
 
     Attributes:
       set_aside: What was moved there and why, one line each.
@@ -104,6 +104,21 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Of all that ``save`` was given, or that were there before."""
         return self._manager.latest_step()
+
+    def last_good(self) -> Path | None:
+        """The folder of the last one that is safe on disk, once all is written.
+
+        On several hosts all of them ask.
+        """
+        hosts.on_first(self._finish_writing)
+        for file in reversed(_digest_files(self._digests)):
+            if self.path(int(file.stem)).exists():
+                return self.path(int(file.stem))
+        return None
+
+    def _finish_writing(self) -> None:
+        with contextlib.suppress(SaveFailed):  # Told when the manager is closed.
+            self.wait()
 
     def path(self, step: int) -> Path:
         return self._folder / str(step)
@@ -161,7 +176,7 @@ class Checkpoints:
         for unfinished in self._damaged.glob(f"*{_SUFFIX}"):
             shutil.rmtree(unfinished)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _failure_named(self) -> Iterator[None]:
         try:
             yield
@@ -171,7 +186,7 @@ class Checkpoints:
             ) from error
 
     def _begin(self) -> list[str]:
-        """Find out what can be gone on with; see ``set_aside``."""
+        """Tell good checkpoints from others, which are moved; see ``set_aside``."""
         steps, run = _steps(self._folder), _run_of(self._digests)
         self._require_history(steps)
         lines = self._set_aside(steps, run)
@@ -198,13 +213,12 @@ class Checkpoints:
         faults = {path: fault for path, fault in faults.items() if fault}
         lines = [f"checkpoint {path} refused: {why}" for path, why in faults.items()]
         # The very first one may have been interrupted: then nothing is lost.
-        if len(faults) == len(steps) and list(faults.values()) not in (
-            [],
-            [_UNFINISHED],
-        ):
-            raise DamagedCheckpoint(
-                "\n".join([*lines, "None is left. Remove the folder to start anew."])
-            )
+        is_first = list(faults.values()) == [_UNFINISHED] and not _digest_files(
+            self._digests
+        )
+        if faults and len(faults) == len(steps) and not is_first:
+            end = "None is left. Give another --workdir to start anew."
+            raise DamagedCheckpoint("\n".join([*lines, end]))
         moved = []
         for path, line in zip(faults, lines, strict=True):
             # Or they would be taken for those of the checkpoint that replaces it.
@@ -254,7 +268,8 @@ def _read_digest(file: Path) -> Digest | None:
         digest = Digest(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return digest if isinstance(digest.files, dict) else None
+    is_good = isinstance(digest.files, dict) and isinstance(digest.run, str)
+    return digest if is_good else None
 
 
 def _run_of(digests: Path) -> str | None:
@@ -264,6 +279,8 @@ def _run_of(digests: Path) -> str | None:
         name = file.read_text().strip() if file.exists() else ""
     except ValueError:
         name = ""
+    if not re.fullmatch("[0-9a-f]{32}", name):  # It is damaged.
+        name = ""
     read = filter(None, map(_read_digest, reversed(_digest_files(digests))))
     return name or next((digest.run for digest in read), None)
 
@@ -272,7 +289,8 @@ def _fault(path: Path, run: str | None, is_newest: bool) -> str:
     """Why the checkpoint is not what was saved; empty where it is."""
     file = _digest_file(path)
     if not file.exists():
-        is_unfinished = is_newest and run is not None
+        # Imported weights, at step 0, come with all that belongs to them.
+        is_unfinished = is_newest and run is not None and path.name != "0"
         return _UNFINISHED if is_unfinished else f"{file} is missing"
     digest = _read_digest(file)
     if digest is None:
@@ -280,7 +298,7 @@ def _fault(path: Path, run: str | None, is_newest: bool) -> str:
     if str(digest.step) != path.name:
         return f"by {file} it is the checkpoint of step {digest.step}, renamed"
     if digest.run != run:
-        return f"by {file} it is of another run"
+        return f"by {file} it is of another run than that of {file.with_name(_RUN)}"
     now = files.digests(path)
     changed = {
         name

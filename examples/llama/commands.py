@@ -204,7 +204,11 @@ def config_of(run: Path) -> Config:
     Of imported weights, the default settings with their model and tokenizer.
     """
     own = _defaults_of(run)  # First, as it says best where there is no run.
-    command = parse(["train", "--config", str(run / "config.yaml")])
+    path = run / "config.yaml"
+    try:
+        command = parse(["train", "--config", str(path)])
+    except SystemExit as error:  # It has told what cannot be, but not where.
+        raise ValueError(f"{path}: not the settings of a run") from error
     assert isinstance(command, Train)
     return override(command.config, own)
 

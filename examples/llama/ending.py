@@ -3,8 +3,10 @@
 import contextlib
 import enum
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Code(enum.IntEnum):
@@ -35,6 +37,23 @@ def again(arguments: Sequence[str]) -> str:
 def interrupted(arguments: Sequence[str]) -> str:
     """The words for Ctrl-C."""
     return f"Interrupted.{again(arguments)}"
+
+
+def again_if_dropped(hook: Callable[[Any], object], dropped: Any) -> None:
+    """For `sys.unraisablehook`: the signal once more whose exception Python dropped.
+
+    So it does in finalizers and in callbacks of the garbage collection, and JAX has
+    both. What else is dropped goes to ``hook``.
+    """
+    signum = getattr(dropped.exc_type, "signum", None)  # `stop.Terminated`
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        signum = signal.SIGINT
+    if signum is None:
+        hook(dropped)
+        return
+    again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+    again.daemon = True
+    again.start()
 
 
 _to_do: list[Callable[[], object]] = []

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _LARGEST = 2**28  # Bytes of a text; the largest tokenizers are files of some 2**25.
+_PART = re.compile(r"\.[0-9a-f]{32}\.part$")
 
 
 class BadFile(ValueError):
@@ -104,9 +106,9 @@ def named(path: Path) -> Iterator[None]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what ``write`` leaves in ``folder`` when it is killed."""
+    """Remove what ``write`` leaves in ``folder`` when it is killed, and no more."""
     for part in folder.glob("*.part"):
-        if part.is_file():
+        if _PART.search(part.name) and part.is_file():
             part.unlink(missing_ok=True)
 
 

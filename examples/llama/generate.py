@@ -1,5 +1,6 @@
 """Text goes on: tokens after prompts, by a trained model."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,9 +27,9 @@ def generate(
     """What the model says after each prompt, (length,) int32, without the prompt.
 
     The rows are worked on together and end one by one: at an ``end_of_text``, which is
-    left out, or after ``max_new_tokens``. The same arguments give the same tokens. A
-    row's are its own whatever the others are, but for rounding and, with a
-    temperature, for its number.
+    left out, or after ``max_new_tokens``. The same arguments give the same tokens. The
+    tokens of a row do not depend on the other rows, except by rounding and, with a
+    temperature, by the row's place among them.
 
     Args:
       prompts: Of one token or more each, of any lengths.
@@ -77,8 +78,8 @@ def _check(
             )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or a number above, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if temperature > 0 and key is None:

@@ -18,7 +18,7 @@ def make_loss_and_grads(
 ) -> LossAndGrads:
     """``loss_and_grads(params, batch)``: the mean over the targets that count.
 
-    The gradient is that of the loss with ``z_loss``'s penalty, the loss is without.
+    The gradient includes the penalty of ``z_loss``; the loss that is returned does not.
 
     With a ``micro_batch_size`` only so many rows, over all devices, have their
     activations in memory at once; the sums over the parts are float32, and each target

@@ -33,16 +33,17 @@ def parse_job(text: str) -> dict[str, Any]:
     """`"auto"`, or `"host:port,processes,own number"`, for `jax.distributed`."""
     if text == _AUTO:
         return {}
-    match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", text)
-    if not match or int(match[3]) >= int(match[2]):
+    match = re.fullmatch(r"([^,]+):(\d+),(\d+),(\d+)", text)
+    port, count, own = map(int, match.groups()[1:]) if match else (0, 0, 0)
+    if not match or own >= count or not 0 < port < 2**16:
         raise ValueError(
             f"distributed: {text!r} is neither auto nor like host0:1234,2,0 "
             "(coordinator, number of processes, own number from 0 on)"
         )
     return {
-        "coordinator_address": match[1],
-        "num_processes": int(match[2]),
-        "process_id": int(match[3]),
+        "coordinator_address": f"{match[1]}:{port}",
+        "num_processes": count,
+        "process_id": own,
     }
 
 

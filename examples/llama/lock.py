@@ -115,7 +115,10 @@ class Lock:
         return bool(chain) and chain[-1].holder.id == self._me.id
 
     def require_gone(self, link: Link, now: float) -> None:
-        """``now`` by the clock of the file system, which is that of all machines."""
+        """Raise ``WorkdirInUse`` unless the process that holds ``link`` is dead.
+
+        ``now`` is by the clock of the file system, which all machines share.
+        """
         there, here, more = link.holder, self._me, ""
         if (there.host, there.machine) == (here.host, here.machine):
             process = _look_up(there.pid)
@@ -175,6 +178,8 @@ def _chain(workdir: Path) -> list[Link]:
     """From the first to the one that holds the lock; empty where nobody does."""
     chain: list[Link] = []
     while link := _read(_next(workdir, chain)):
+        if link.holder.id in [before.holder.id for before in chain]:
+            raise _damaged(link.folder, "the chain of locks has no end")
         chain.append(link)
     return chain
 
@@ -187,15 +192,29 @@ def _next(workdir: Path, chain: list[Link]) -> Path:
 def _read(folder: Path) -> Link | None:
     path = folder / _HOLDER
     try:
-        with path.open() as file:
-            holder = Holder(**json.load(file))
-            return Link(folder, holder, os.fstat(file.fileno()).st_mtime)
+        holder, signed = Holder(**files.read_json(path)), path.stat().st_mtime
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; remove {folder} if no run is at work there"
-        ) from error
+    except NotADirectoryError as error:
+        if not folder.exists():  # The workdir is none, as `files.make_folder` tells.
+            return None
+        raise _damaged(folder, "a file, not a folder") from error
+    except (ValueError, TypeError, IsADirectoryError) as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise _damaged(folder, why) from error
+    *texts, pid = (*holder._replace(pid=""), holder.pid)
+    if not (type(pid) is int and 0 < pid < 2**31):
+        raise _damaged(folder, f"pid is {pid!r}")
+    if not all(isinstance(text, str) for text in texts):
+        raise _damaged(folder, "a value is no text")
+    return Link(folder, holder, signed)
+
+
+def _damaged(folder: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{folder / _HOLDER} is damaged: {why}; remove {folder} if no run is at work "
+        "there"
+    )
 
 
 def _renamed(part: Path, place: Path) -> bool:

@@ -30,11 +30,13 @@ from examples.llama.train import train
 from examples.llama.using import evaluate, go_on
 from examples.llama.weights.folder import export_weights, import_weights
 
-_LESS_MEMORY = (
-    "A smaller --micro-batch-size or --batch-size takes less, and so do --remat all, "
-    "--loss-chunk, --layers-at-once and a --mesh with fsdp; train --dry-run says how "
-    "much."
-)
+_LESS_MEMORY = {
+    "train": "A smaller --micro-batch-size or --batch-size takes less, and so do "
+    "--remat all, --loss-chunk, --layers-at-once and a --mesh with fsdp; train "
+    "--dry-run says how much.",
+    "eval": "A smaller --batch-size takes less, and so does a --mesh with fsdp.",
+    "generate": "Fewer prompts at once and a smaller --max-new-tokens take less.",
+}
 
 
 def run(arguments: list[str]) -> int:
@@ -82,12 +84,13 @@ def _outcome(arguments: list[str], console: Console) -> int:
     except Exception as error:
         if hosts.others is not None:
             hosts.others.settle()
-        return _failed_at_work(error, again(arguments))
+        return _failed_at_work(error, arguments)
     return Code.DONE
 
 
-def _failed_at_work(error: Exception, more: str) -> int:
+def _failed_at_work(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, OSError):  # a full disk, above all
+        more = again(arguments)
         more = f"What was saved is kept.{more}" if more else ""
         return _failed(error, more, code=Code.IO_FAILED)
     of_devices = isinstance(error, jax.errors.JaxRuntimeError)
@@ -95,14 +98,16 @@ def _failed_at_work(error: Exception, more: str) -> int:
         of_devices and "RESOURCE_EXHAUSTED" in str(error)
     ):
         what = str(error).partition("\n")[0] or "out of memory"
-        return _failed(what, _LESS_MEMORY, code=Code.OUT_OF_MEMORY)
+        mend = _LESS_MEMORY.get(arguments[0], "")
+        return _failed(what, mend, code=Code.OUT_OF_MEMORY)
     traceback.print_exception(error)
     return Code.UNFORESEEN
 
 
 def _failed(error: Exception | str, *more: str, code: int) -> int:
     # On a terminal of its own: the other may hold what could not be written.
-    say(Terminal(stderr=True), f"error: {error}", *filter(None, more))
+    notes = getattr(error, "__notes__", ())  # What failed besides.
+    say(Terminal(stderr=True), f"error: {error}", *notes, *filter(None, more))
     return code
 
 
@@ -151,19 +156,21 @@ def _generate(command: Generate, console: Console) -> None:
 
 
 def _import(command: Import, console: Console) -> None:
-    made = import_weights(
-        command.source,
-        command.workdir,
-        command.dtype,
-        scan_layers=command.scan_layers,
-    )
+    with terminable():  # Else the half of a folder would stay.
+        made = import_weights(
+            command.source,
+            command.workdir,
+            command.dtype,
+            scan_layers=command.scan_layers,
+        )
     say(console, f"{command.workdir}: {made.config}, {made.vocab_size:,} pieces")
     if made.without_tokenizer:
         say(console, f"without a tokenizer: {made.without_tokenizer}")
 
 
 def _export(command: Export, console: Console) -> None:
-    export_weights(command.workdir, command.target, command.dtype)
+    with terminable():
+        export_weights(command.workdir, command.target, command.dtype)
     say(console, f"written to {command.target}")
 
 

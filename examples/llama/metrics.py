@@ -33,7 +33,7 @@ class MetricsLog:
 
     Attributes:
       records: By step; NaN for null.
-      note: What was damaged; empty where nothing was.
+      note: What was damaged or is missing; empty where nothing is.
     """
 
     def __init__(self, workdir: Path, start_step: int, to_disk: bool = True):
@@ -43,10 +43,16 @@ class MetricsLog:
         self.records = [record for record in kept if record["step"] <= start_step]
         self.note = ""
         self._file = self._board = None
+        missing = start_step - len({r["step"] for r in self.records if r["step"] > 0})
         if bad:
             lines = ", ".join(map(str, bad[:5])) + (", ..." if bad[5:] else "")
             copy = workdir / "damaged" / path.name
             self.note = f"{path}: damaged in lines {lines}, left out; a copy is {copy}"
+        elif missing:
+            self.note = (
+                f"{path}: without {missing:,} of the {start_step:,} steps done; the "
+                "run goes on without them"
+            )
         if to_disk:
             if bad:
                 copy.parent.mkdir(exist_ok=True)
@@ -166,7 +172,7 @@ def _read(path: Path) -> tuple[list[Record], list[int]]:
         for number, line in enumerate(lines, start=1):
             try:
                 records.append(_parse(line))
-            except (ValueError, RecursionError):
+            except (ValueError, OverflowError, RecursionError):
                 if line.endswith(b"\n"):
                     bad.append(number)
                 # Else a run that was killed has left half a line.
@@ -180,4 +186,5 @@ def _parse(line: bytes) -> Record:
     record = {name: math.nan if x is None else x for name, x in found.items()}
     if not all(isinstance(x, (int, float)) for x in record.values()):
         raise ValueError("not numbers alone")
+    _line(record)  # Raises `OverflowError` for an integer that is no float.
     return record

@@ -11,7 +11,7 @@ import jax
 
 from examples.llama import files
 from examples.llama.config import Config, as_groups, file
-from examples.llama.metrics import Record
+from examples.llama.metrics import Record, perplexity
 
 _PACKAGES = (
     "lorapre-jax",
@@ -50,9 +50,9 @@ def write_page(
     picture = base64.b64encode(plot.read_bytes()).decode()
     columns = ("step", "held_out_loss", "held_out_perplexity")
     evaluations = [
-        [f"{record['step']:,.0f}", *(f"{record[name]:.4f}" for name in columns[1:])]
+        [f"{record['step']:,.0f}", f"{loss:.4f}", f"{perplexity(loss):.4f}"]
         for record in records
-        if "held_out_loss" in record
+        if (loss := record.get("held_out_loss")) is not None
     ]
     versions = {name: _version(name) for name in _PACKAGES}
     machine = {

@@ -25,7 +25,10 @@ from examples.llama.ending import Code, end_now
 from examples.llama.relay import in_background
 
 _FINE = (Code.DONE, Code.TIME_IS_UP, Code.DIVERGED, Code.TERMINATED)
-"""Ends to which all come by themselves, the first one after writing its report."""
+"""Codes of ends to which every process comes by itself.
+
+They need not come at the same time: the first one still has its report to write.
+"""
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _SECONDS_TO_CONNECT = 10
 _SECONDS_TO_BLAME = 3
@@ -33,7 +36,7 @@ _SECONDS_TO_BLAME = 3
 _SECONDS_TO_FOLLOW = 5
 """For the others, once the first one has failed: they have nothing to finish."""
 _SECONDS_TO_FINISH = 120
-"""For the first one, once another has failed: a checkpoint may be on its way."""
+"""For the first one, which may have a checkpoint on its way."""
 
 
 class Peers:
@@ -74,8 +77,13 @@ class Peers:
             self._end_all(*self._failure)
 
     def code_of_first(self) -> int:
-        """With which the first process, which has failed, ends."""
-        self._failed.wait(_SECONDS_TO_FOLLOW)
+        """With which the first process, which has failed, ends.
+
+        It may have a checkpoint to finish before it says so. A process that ended
+        before it would be taken for the cause.
+        """
+        if self._connections:
+            self._failed.wait(_SECONDS_TO_FINISH)
         return self._failure[1]
 
     def leave(self, code: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples.llama.config import Config
+from examples.llama.config import Config, parse_steps
 from examples.llama.data.text import Text, TextData
 from examples.llama.metrics import Record, perplexity
 from examples.llama.optimizers import schedules
@@ -30,6 +30,11 @@ def opening_lines(config: Config, text: Text, data: TextData, start: int) -> lis
             f"extended from {config.steps} to {config.extend_to} steps: after step "
             f"{config.steps} the learning rate stays at its last value, "
             f"{np.asarray(rate(config.steps)).item():.3g}"
+        )
+    if config.profile is not None and parse_steps(config.profile)[0] <= start:
+        lines.append(
+            f"--profile {config.profile}: no trace of the steps up to {start}, which "
+            "are done already"
         )
     return lines
 

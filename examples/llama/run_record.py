@@ -1,9 +1,10 @@
 """Which run lives in a folder: ``config.yaml``, its settings, and ``data.json``."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from examples.llama import files
 from examples.llama.config import (
@@ -14,8 +15,17 @@ from examples.llama.config import (
     file,
     flat,
 )
+from examples.llama.data.tokenizer_files import saved_file
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
+_KINDS: dict[str, Any] = {
+    "vocab_size": int,
+    "context": int | None,
+    "tokenizer": str | None,
+    "stops": list | None,
+    "token_ids": dict | None,
+}
+"""Of what others than this module take from the data."""
 
 
 class RunMismatch(ValueError):
@@ -37,6 +47,7 @@ def check_same_run(config: Config, data: Mapping[str, Any] | None = None) -> Non
     if data is not None:
         there = data_of(config.workdir)
         _require(there, data, config.workdir / _DATA)
+        there = {name: there[name] for name in data}
         different |= differences(flat({"data": there}), flat({"data": data}))
     if different:
         listed = "".join(
@@ -46,6 +57,20 @@ def check_same_run(config: Config, data: Mapping[str, Any] | None = None) -> Non
         raise RunMismatch(
             f"{config.workdir} holds a run with other settings:{listed}\n"
             "Give the same settings to go on with it, or another --workdir."
+        )
+
+
+def require_own(workdir: Path) -> None:
+    """Raise ``RunMismatch`` where a new run would take away files of others.
+
+    It removes the tokenizer of a run that never got anywhere. Where no run has been,
+    as in a Hugging Face folder, that is somebody else's.
+    """
+    tokenizer = saved_file(workdir)
+    if tokenizer is not None and not (workdir / _SETTINGS).exists():
+        raise RunMismatch(
+            f"{tokenizer} is of no run, and a new one would remove it: give another "
+            "--workdir"
         )
 
 
@@ -60,7 +85,7 @@ def record_run(config: Config, data: Mapping[str, Any]) -> None:
 
 
 def record_weights(workdir: Path, model: ModelConfig, data: Mapping[str, Any]) -> None:
-    """The same of parameters that no run has made."""
+    """The same for imported weights, which have a model but no settings of a run."""
     files.write(workdir / _SETTINGS, file.dump({"model": as_groups(model)}))
     files.write(workdir / _DATA, json.dumps(data, indent=2) + "\n")
 
@@ -87,9 +112,20 @@ def model_of(workdir: Path) -> ModelConfig:
     """Raises as ``settings_of`` does."""
     settings = settings_of(workdir)["model"]
     try:
+        _check_kinds(settings)
         return ModelConfig(**settings)
     except (TypeError, ValueError) as error:
         raise _damaged(workdir / _SETTINGS, f"model: {error}") from error
+
+
+def _check_kinds(settings: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` for a value that the command line would not take."""
+    for name, hint in get_type_hints(ModelConfig).items():
+        value, allowed = settings[name], get_args(hint) or (hint,)
+        kinds = [kind for kind in allowed if isinstance(kind, type)]
+        is_good = type(value) in kinds if kinds else value in allowed
+        if not is_good and not (float in kinds and type(value) is int):
+            raise TypeError(f"{name} is {reprlib.repr(value)}")
 
 
 def data_of(workdir: Path) -> dict[str, Any]:
@@ -100,8 +136,9 @@ def data_of(workdir: Path) -> dict[str, Any]:
     except files.BadFile as error:
         raise _damaged(path, str(error).removeprefix(f"{path}: ")) from error
     _require(data, ("vocab_size", "end_of_text", "context"), path)
-    if not isinstance(data["vocab_size"], int):
-        raise _damaged(path, f"vocab_size is {data['vocab_size']!r}")
+    for name, kind in _KINDS.items():
+        if not isinstance(data.get(name), kind):
+            raise _damaged(path, f"{name} is {reprlib.repr(data[name])}")
     return data
 
 

@@ -29,6 +29,8 @@ class Stopped(Exception):
 class Terminated(BaseException):
     """SIGTERM came where there is nothing to save; as Ctrl-C, it is no `Exception`."""
 
+    signum = signal.SIGTERM
+
     def __init__(self) -> None:
         super().__init__("Stopped by SIGTERM.")
 

@@ -28,7 +28,12 @@ from examples.llama.optimizers import schedules
 from examples.llama.page import write_page
 from examples.llama.progress import ProgressDisplay, opening_lines, say
 from examples.llama.report import Reporter
-from examples.llama.run_record import RunMismatch, check_same_run, record_run
+from examples.llama.run_record import (
+    RunMismatch,
+    check_same_run,
+    record_run,
+    require_own,
+)
 from examples.llama.steps import (
     TrainState,
     assemble,
@@ -40,7 +45,7 @@ from examples.llama.steps import (
 )
 from examples.llama.stop import Stopped, StopRequest
 from examples.llama.trace import Trace
-from examples.llama.weights.folder import load_for
+from examples.llama.weights.folder import load_for, special_ids
 
 _PLOT, _PAGE = "loss.png", "report.html"
 
@@ -94,8 +99,11 @@ def train(config: Config, console: Console | None = None) -> Result:
             try:
                 run_steps(config, run, checkpoints, report, stop, trace)
             except NotFinite as error:
-                diverged = Diverged(error, checkpoints.latest)
-                leave_page(config, run, log, {"so far": str(diverged)})
+                diverged = Diverged(error, checkpoints.last_good())
+                try:
+                    leave_page(config, run, log, {"so far": str(diverged)})
+                except OSError as failed:  # The same command would not help.
+                    diverged.add_note(f"The report could not be written: {failed}")
                 raise diverged from error
             except Stopped as stopped:
                 leave_page(config, run, log, {"so far": str(stopped)})
@@ -122,7 +130,7 @@ def train(config: Config, console: Console | None = None) -> Result:
 def leave_page(
     config: Config, run: "Run", log: MetricsLog, results: Mapping[str, str]
 ) -> None:
-    """For people: the curve, and a page about the run as far as it is."""
+    """Write the loss curve and a page about the run so far, for people to read."""
     if hosts.is_first():
         plot, page = config.workdir / _PLOT, config.workdir / _PAGE
         plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
@@ -130,7 +138,7 @@ def leave_page(
 
 
 def seconds_left(minutes: float | None, started: float) -> float | None:
-    """Of a limit that also what comes before the first step counts for."""
+    """Of the time limit, which also counts what comes before the first step."""
     if minutes is None:
         return None
     return 60 * minutes - (time.monotonic() - started)
@@ -190,7 +198,7 @@ def prepare(
         except NotFinite as error:
             raise DamagedCheckpoint(
                 f"{checkpoints.latest}: {error}; remove that folder, and the run goes "
-                "on from the one before it"
+                "on from the one before it. If there is none, give another --workdir."
             ) from error
     elif config.init_from is not None:
         state = state_from(load_for(config, text.vocab_size, mesh), tx, abstract)
@@ -281,13 +289,21 @@ def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
     found = {
         "fingerprint": text.fingerprint,
         "vocab_size": text.vocab_size,
+        "tokenizer": text.tokenizer.fingerprint,
         "end_of_text": text.tokenizer.end_of_text,
         "context": config.data.seq_len,
     }
     hosts.check_same(str(found), "the text")
     if resumed:
         check_same_run(config, found)
-    elif hosts.is_first():
-        record_run(config, found)
-        text.tokenizer.save(config.workdir)
+    else:
+        hosts.on_first(partial(_record, config, text, found))
     return text
+
+
+def _record(config: Config, text: Text, found: dict[str, Any]) -> None:
+    require_own(config.workdir)
+    origin = config.init_from
+    special = special_ids(origin, text.tokenizer) if origin else {}
+    record_run(config, found | special)
+    text.tokenizer.save(config.workdir)

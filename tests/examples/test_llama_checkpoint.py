@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import uuid
 from functools import partial
 
 import jax
@@ -13,7 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 import lorapre_jax as lp
 from examples.llama import files
-from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint, SaveFailed
+from examples.llama.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    SaveFailed,
+    newest,
+)
 
 STATE = {"w": jnp.arange(4096.0), "step": jnp.asarray(0)}
 
@@ -122,14 +128,15 @@ def test_one_whose_saving_was_interrupted_is_saved_again(workdir):
 
 
 def test_what_killed_writers_leave_is_cleared(workdir):
-    left = [workdir / "digests" / "12.json.0f.part", workdir / "config.yaml.0f.part"]
-    for path in left:
+    part = f"{uuid.uuid4().hex}.part"
+    left = [workdir / "digests" / f"12.json.{part}", workdir / f"config.yaml.{part}"]
+    mine = [workdir / "digests" / "notes.json", workdir / "notes.part"]
+    for path in (*left, *mine):
         path.write_text("{")
-    (workdir / "digests" / "notes.json").write_text("mine")
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(15, state_of(15))
     assert not any(path.exists() for path in left)
-    assert (workdir / "digests" / "notes.json").exists()
+    assert all(path.exists() for path in mine)
     assert (workdir / "digests" / "15.json").exists()
 
 
@@ -161,13 +168,25 @@ def test_the_checkpoint_of_another_run_is_refused(workdir, tmp_path_factory):
         checkpoints.save(15, state_of(15))
     for kind, name in (("checkpoints", "15"), ("digests", "15.json")):
         (other / kind / name).rename(workdir / kind / name)
+    run = workdir / "digests" / "run"
     with Checkpoints(workdir) as checkpoints:
-        assert "of another run" in checkpoints.set_aside[0]
+        assert f"of another run than that of {run}" in checkpoints.set_aside[0]
         assert checkpoints.latest_step == 12
     (workdir / "digests" / "run").unlink()  # Its own digests tell as well.
     with Checkpoints(workdir) as checkpoints:
         assert not checkpoints.set_aside
         assert checkpoints.latest_step == 12
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"0", b"x" * 32])
+def test_a_damaged_name_of_the_run_is_no_obstacle(workdir, content):
+    run = workdir / "digests" / "run"
+    name = run.read_bytes()
+    run.write_bytes(content)
+    assert newest(workdir).name == "12"
+    with Checkpoints(workdir) as checkpoints:
+        assert not checkpoints.set_aside
+    assert run.read_bytes() == name
 
 
 @pytest.mark.parametrize("what", ["emptied", "removed", "never there"])
@@ -229,6 +248,24 @@ def test_a_single_one_that_has_lost_its_digests_is_not_taken_for_interrupted(tmp
     assert (tmp_path / "checkpoints" / "3").is_dir()
 
 
+def test_one_that_comes_after_another_is_not_the_first(workdir):
+    """The other one is lost; a run that begins anew would lose all of it."""
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    (workdir / "digests" / "12.json").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"left\. Give another --workdir"):
+        Checkpoints(workdir)
+    assert (workdir / "checkpoints" / "12").is_dir()
+
+
+def test_imported_weights_are_never_unfinished(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, STATE)
+    (tmp_path / "digests" / "0.json").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"0\.json is missing"):
+        Checkpoints(tmp_path)
+    assert (tmp_path / "checkpoints" / "0").is_dir()
+
+
 def test_where_none_is_good_nothing_is_begun_silently(workdir):
     for step in ("6", "12"):
         flip_a_bit(workdir / "checkpoints" / step)
@@ -245,9 +282,13 @@ def test_older_ones_without_digests_are_not_taken_for_interrupted(workdir):
         Checkpoints(workdir)
 
 
-@pytest.mark.parametrize("content", ["{", "", "[]", '{"a": 1}', "null"])
+NAMELESS = '{"run": 1, "step": 12, "files": {}}'
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"a": 1}', "null", NAMELESS])
 def test_digests_that_cannot_be_read(workdir, content):
     (workdir / "digests" / "12.json").write_text(content)
+    (workdir / "digests" / "run").unlink()  # The other one has its name, too.
     with Checkpoints(workdir) as checkpoints:
         assert "12.json cannot be read" in checkpoints.set_aside[0]
         assert checkpoints.latest_step == 6

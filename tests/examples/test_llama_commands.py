@@ -4,6 +4,8 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -23,6 +25,7 @@ from examples.llama.config import (
     flat,
 )
 from examples.llama.config.recipes import RECIPES
+from examples.llama.progress import opening_lines
 from examples.llama.run_record import record_run, record_weights
 from examples.llama.using import evaluate
 
@@ -188,6 +191,16 @@ def test_the_other_commands():
     assert isinstance(parse(["export", "runs/x", "there"]), Export)
 
 
+def test_steps_that_are_done_have_no_profile():
+    config = Config(profile="6:9", steps=7, extend_to=9)
+    text: Any = SimpleNamespace(vocab_size=257)
+    data: Any = SimpleNamespace(tokens=1000)
+    assert "--profile" not in "".join(opening_lines(config, text, data, 5))
+    assert opening_lines(config, text, data, 6)[-1] == (
+        "--profile 6:9: no trace of the steps up to 6, which are done already"
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -197,6 +210,10 @@ def test_the_other_commands():
         ({"profile": "4:3"}, "first:last"),
         ({"profile": "4"}, "first:last"),
         ({"profile": "4:8", "steps": 7}, r"profile \(4:8\) is beyond .* step \(7\)"),
+        (
+            {"profile": "4:10", "steps": 7, "extend_to": 9},
+            r"profile \(4:10\) is beyond .* step \(9\)",
+        ),
         ({"mesh": "fsdp=2,tensor=2,fsdp=4"}, "has fsdp twice"),
         ({"time_limit": math.inf}, "time_limit must be a finite number, got inf"),
     ],

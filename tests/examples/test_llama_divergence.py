@@ -13,7 +13,7 @@ from command_line import finish
 from outcome import checkpoint, losses
 from rich.console import Console
 
-from examples.llama import layout
+from examples.llama import files, layout
 from examples.llama import train as train_module
 from examples.llama.checkpoint import DamagedCheckpoint
 from examples.llama.divergence import (
@@ -92,6 +92,31 @@ def test_it_stops_at_the_step_itself(tiny_config, poison):
     assert losses(config.workdir)[-1]["step"] == 8
     assert losses(config.workdir)[-1]["train_loss"] is None
     assert sorted(p.name for p in good.parent.iterdir()) == ["3", "6"]
+
+
+def test_what_fails_besides_is_told_after_it(tiny_config, poison, monkeypatch):
+    """A checkpoint that could not be sealed is no good one."""
+
+    def full(folder):
+        if folder.name == "6":
+            raise OSError("No space left")
+        return digests(folder)
+
+    def unwritable(*_):
+        raise OSError("loss.png: No space left")
+
+    digests = files.digests
+    monkeypatch.setattr(files, "digests", full)
+    monkeypatch.setattr(train_module, "leave_page", unwritable)
+    config = tiny_config(checkpoint_every=3)
+    poison(8)
+    with pytest.raises(Diverged, match="not finite at step 8") as error:
+        run(config)
+    good = config.workdir.resolve() / "checkpoints" / "3"
+    assert f"The last good checkpoint is {good}." in str(error.value)
+    page, save = error.value.__notes__
+    assert page == "The report could not be written: loss.png: No space left"
+    assert "checkpoints/6 could not be written: No space left" in save
 
 
 def test_steps_are_skipped_counted_and_change_nothing(tiny_config, poison):

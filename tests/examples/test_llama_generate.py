@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +174,9 @@ def test_one_program_for_all_tokens():
         ([[1], []], {}, r"prompt 1 is of shape \(0,\)"),
         ([[1, 40]], {}, "prompt 0 has tokens from 1 to 40; the model knows 0 to 39"),
         ([[1]], {"temperature": 1.0}, "give a key"),
-        ([[1]], {"temperature": -1.0}, "temperature must not be negative"),
+        ([[1]], {"temperature": -1.0}, "temperature must be 0 or a number above"),
+        ([[1]], {"temperature": math.nan}, "temperature must be 0 or a number above"),
+        ([[1]], {"temperature": math.inf}, "temperature must be 0 or a number above"),
         ([[1]], {"top_p": 0.0}, "top_p must be above 0"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     ],

@@ -191,6 +191,16 @@ def test_import_takes_the_tokenizer_where_it_can(tmp_path):
     assert not (tmp_path / "b" / "tokenizer.json").exists()
 
 
+def test_a_split_that_is_no_name_is_no_tokenizer(tmp_path):
+    def change(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_array("tokenizer.ggml.pre", ["smollm"])
+
+    file = GGUFFile(write(tmp_path / "a.gguf", TIED, change=change))
+    with pytest.raises(BadWeights, match=r"pre is \['smollm'\]; only smollm"):
+        file.tokenizer()
+
+
 def begins(writer):
     writer.add_bos_token_id(2)
     writer.add_add_bos_token(True)

@@ -135,7 +135,10 @@ def test_each_process_reads_its_own_rows():
     assert batch.sharding.shard_shape(batch.shape) == (2, 3)
 
 
-@pytest.mark.parametrize("text", ["host", "host:1,2", "host:1,2,2", "host:1,two,0"])
+@pytest.mark.parametrize(
+    "text",
+    ["host", "host:1,2", "host:1,2,2", "host:1,two,0", "host:0,2,0", "host:65536,2,0"],
+)
 def test_a_bad_job_is_refused(text):
     with pytest.raises(ValueError, match="neither auto nor like host0:1234,2,0"):
         Config(distributed=text)

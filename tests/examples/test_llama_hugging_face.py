@@ -6,6 +6,7 @@ about what they mean: tests/parity.
 
 import dataclasses
 import json
+import resource
 
 import jax
 import ml_dtypes
@@ -144,6 +145,19 @@ def test_an_export_that_is_killed_is_no_export(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "write", killed)  # config.json comes last
     with pytest.raises(KeyboardInterrupt):
         hugging_face.save(tmp_path / "llama", TIED, VOCAB, params_of(TIED))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    """The library has an error of its own for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    params = params_of(CONFIG)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, hard))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors: .*File too large"):
+            hugging_face.save(tmp_path / "llama", CONFIG, VOCAB, params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,15 +212,48 @@ def test_a_file_is_no_workdir(tmp_path, capsys, monkeypatch):
         assert __main__.main() == 1
         told = f"error: {workdir}: {file} is a file, not a folder\n"
         assert capsys.readouterr().err == told
+        require_free(workdir)  # Nobody is at work there.
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        *(
+            json.dumps(holder(pid=pid)._asdict())
+            for pid in ("1", 1.0, True, 0, -1, 2**70)
+        ),
+        json.dumps(holder()._asdict() | {"host": 1}),
+    ],
+    ids=range(11),
+)
 def test_a_damaged_lock_is_named(tmp_path, content):
     leave_lock(tmp_path)
     (tmp_path / "lock" / "holder.json").write_text(content)
     with pytest.raises(
         ValueError, match=r"holder\.json is damaged: .* remove .*lock if"
     ):
+        Lock(tmp_path).__enter__()
+
+
+def test_a_lock_that_follows_itself_is_named(tmp_path):
+    left = leave_lock(tmp_path)
+    shutil.copytree(tmp_path / "lock", tmp_path / f"lock.{left.id}")
+    with pytest.raises(ValueError, match="damaged: the chain of locks has no end"):
+        Lock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("name", ["lock", "lock/holder.json"])
+def test_a_file_or_a_folder_in_its_place_is_named(tmp_path, name):
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock" / "holder.json").mkdir()
+    if name == "lock":
+        shutil.rmtree(tmp_path / "lock")
+        (tmp_path / "lock").write_text("")
+    with pytest.raises(ValueError, match=r"damaged: .*; remove .*/lock if no run"):
         Lock(tmp_path).__enter__()
 
 

@@ -15,7 +15,7 @@ from command_line import REPOSITORY
 from rich.console import Console
 from test_llama_commands import unboxed
 
-from examples.llama import __main__, main
+from examples.llama import __main__, files, main
 from examples.llama.config import Config
 from examples.llama.page import write_page
 from examples.llama.terminal import say
@@ -71,9 +71,11 @@ def test_memory_that_does_not_suffice_is_told(monkeypatch, capsys):
     code, printed = outcome(monkeypatch, capsys, of_device, "eval", "runs/x")
     assert code == 71
     assert printed.err.startswith("error: RESOURCE_EXHAUSTED: Out of memory allocating")
-    assert "--micro-batch-size" in printed.err
+    assert "--batch-size" in printed.err
+    assert "--micro-batch-size" not in printed.err  # Which eval has not.
     code, printed = outcome(monkeypatch, capsys, MemoryError(), "train")
     assert (code, printed.err[:21]) == (71, "error: out of memory\n")
+    assert "--micro-batch-size" in printed.err
 
 
 def test_an_unforeseen_error_has_a_traceback_and_a_code(monkeypatch, capsys):
@@ -84,12 +86,34 @@ def test_an_unforeseen_error_has_a_traceback_and_a_code(monkeypatch, capsys):
     assert printed.err.endswith("ZeroDivisionError: surprise\n")
 
 
+def test_what_failed_besides_is_told(monkeypatch, capsys):
+    error = ValueError("the fault")
+    error.add_note("and another")
+    code, printed = outcome(monkeypatch, capsys, error, "train")
+    assert (code, printed.err) == (1, "error: the fault\nand another\n")
+
+
 def test_ctrl_c_has_its_words(monkeypatch, capsys):
     again = "Interrupted. Run the same command again to go on.\n"
     code, printed = outcome(monkeypatch, capsys, KeyboardInterrupt(), "train")
     assert (code, printed) == (130, (again, ""))
     code, printed = outcome(monkeypatch, capsys, KeyboardInterrupt(), "eval", "runs/x")
     assert (code, printed) == (130, ("Interrupted.\n", ""))
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_sigterm_leaves_no_half_of_a_folder(command, tmp_path, monkeypatch, capsys):
+    def begin(*_, **__):
+        with files.new_folder(tmp_path / "new"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    monkeypatch.setattr(main, f"{command}_weights", begin)
+    arguments = [command, str(tmp_path / "old"), str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", ["examples.llama", *arguments])
+    assert __main__.main() == 143
+    assert capsys.readouterr().out == "Stopped by SIGTERM.\n"
+    assert not list(tmp_path.iterdir())
 
 
 class CtrlC:
@@ -113,26 +137,40 @@ def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-class Interrupted:
-    """Whose finalizer Ctrl-C comes in."""
+class Signalled:
+    """Whose finalizer a signal comes in."""
+
+    def __init__(self, signum):
+        self.signum = signum
 
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), self.signum)
 
 
-def test_ctrl_c_where_python_drops_exceptions(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("signum", "code", "told"),
+    [
+        (signal.SIGINT, 130, "Interrupted. Run the same"),
+        (signal.SIGTERM, 143, "Stopped by SIGTERM. Run the same"),
+    ],
+)
+def test_a_signal_where_python_drops_exceptions(
+    signum, code, told, monkeypatch, capsys
+):
     """Finalizers are such places, and callbacks of the garbage collection."""
     before = sys.unraisablehook
 
     def work(*_):
-        Interrupted()
+        Signalled(signum)
         time.sleep(10)
 
-    monkeypatch.setattr(main, "evaluate", work)
-    monkeypatch.setattr(sys, "argv", ["examples.llama", "eval", "runs/x"])
-    assert __main__.main() == 130
+    monkeypatch.setattr(main, "train", work)
+    monkeypatch.setattr(sys, "argv", ["examples.llama", "train"])
+    assert __main__.main() == code
     assert sys.unraisablehook is before
-    assert capsys.readouterr() == ("Interrupted.\n", "")
+    printed = capsys.readouterr()
+    assert printed.out.startswith(told)
+    assert printed.err == ""
 
 
 def test_nothing_large_is_imported_before_ctrl_c_is_understood():
@@ -180,8 +218,12 @@ def test_the_page_shows_names_as_they_are(tmp_path):
     plot.write_bytes(b"")
     results = {"<i>": "</table>"}
     config = Config(workdir=Path("a<b>&"), init_from=Path("</pre>"))
-    write_page(config, results, [], plot, "<u>", page)
+    # In a damaged log there may be no perplexity beside the loss.
+    records = [{"step": 1000, "held_out_loss": 2.0}, {"step": 1001}]
+    write_page(config, results, records, plot, "<u>", page)
     text = page.read_text()
+    assert "<td>1,000</td><td>2.0000</td><td>7.3891</td>" in text
+    assert "1,001" not in text
     assert "<title>a&lt;b&gt;&amp;</title>" in text
     assert "<td>&lt;i&gt;</td><td>&lt;/table&gt;</td>" in text
     assert "init_from: &lt;/pre&gt;" in text

@@ -131,6 +131,16 @@ def test_the_others_learn_the_code_of_the_first(job, ends, monkeypatch):
     )
 
 
+def test_they_wait_until_it_says_so(job, ends, monkeypatch):
+    monkeypatch.setattr(peers, "_SECONDS_TO_FOLLOW", 0)
+    first, second = job(2)
+    first._followers.clear()
+    later = threading.Timer(0.2, first.leave, (69,))
+    later.start()
+    assert second.code_of_first() == 69
+    later.join()
+
+
 def test_an_error_of_ones_own_is_ones_own(job, monkeypatch):
     monkeypatch.setattr(peers, "_SECONDS_TO_BLAME", 0)
     for process in job(2):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import yaml
+from rich.console import Console
 
 from examples.llama import __main__
 from examples.llama.commands import config_of
@@ -18,6 +19,7 @@ from examples.llama.run_record import (
     record_run,
     record_weights,
 )
+from examples.llama.train import text_of_run
 
 DATA = {"fingerprint": "f", "vocab_size": 257, "end_of_text": 256, "context": 32}
 MEND = "give it another folder, and take it from there"
@@ -46,6 +48,10 @@ def without(groups, *names):
         (b"[]", "not a JSON object"),
         (b"{}", "without context, end_of_text, vocab_size"),
         (json.dumps(DATA | {"vocab_size": "257"}).encode(), "vocab_size is '257'"),
+        (json.dumps(DATA | {"context": "32"}).encode(), "context is '32'"),
+        (json.dumps(DATA | {"tokenizer": 3}).encode(), "tokenizer is 3"),
+        (json.dumps(DATA | {"stops": 3}).encode(), "stops is 3"),
+        (json.dumps(DATA | {"token_ids": [3]}).encode(), r"token_ids is [3]"),
         (json.dumps(DATA).replace("fingerprint", "x").encode(), "without fingerprint"),
     ],
 )
@@ -102,13 +108,39 @@ def test_every_command_names_damaged_settings(config, content, monkeypatch, caps
         assert MEND in told
 
 
-def test_a_model_that_cannot_be_is_named(config):
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("num_heads", 3, "width"),
+        ("width", 128.0, "width is 128.0"),
+        ("num_layers", True, "num_layers is True"),
+        ("num_kv_heads", "2", "num_kv_heads is '2'"),
+        ("tie_embeddings", "no", "tie_embeddings is 'no'"),
+        ("norm_eps", "1e-6", "norm_eps is '1e-6'"),
+        ("compute_dtype", "float33", "compute_dtype is 'float33'"),
+        ("remat", ["all"], "remat is "),
+        ("loss_chunk", {}, "loss_chunk is {}"),
+    ],
+)
+def test_a_model_that_cannot_be_is_named(config, name, value, why):
     file = config.workdir / "config.yaml"
     settings = as_groups(config)
-    settings["model"]["num_heads"] = 3
+    settings["model"] |= {"rope_base": 500_000, name: value}
     file.write_text(yaml.safe_dump(settings))
-    with pytest.raises(DamagedRecord, match=r"config\.yaml is damaged: model: width"):
+    with pytest.raises(DamagedRecord) as error:
         model_of(config.workdir)
+    assert str(error.value).startswith(f"{file} is damaged: model: {why}")
+
+
+def test_settings_that_no_run_can_have_are_named(config, monkeypatch, capsys):
+    file = config.workdir / "config.yaml"
+    file.write_text(file.read_text().replace("steps: 300", "steps: abc"))
+    arguments = ["examples.llama", "eval", str(config.workdir)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert __main__.main() == 1
+    told = capsys.readouterr().err
+    assert "abc" in told
+    assert told.endswith(f"error: {file}: not the settings of a run\n")
 
 
 def test_where_no_run_is(tmp_path):
@@ -124,3 +156,16 @@ def test_imported_weights_have_defaults(tmp_path):
     model = ModelConfig(width=64)
     record_weights(tmp_path, model, DATA)
     assert config_of(tmp_path).model == model
+
+
+def test_a_new_run_leaves_the_files_of_others_alone(tiny_config):
+    config = tiny_config()
+    config.workdir.mkdir()
+    file = config.workdir / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(RunMismatch, match=r"tokenizer\.json is of no run"):
+        text_of_run(config, False, Console(quiet=True))
+    assert [path.name for path in config.workdir.iterdir()] == [file.name]
+    record_run(config, DATA)  # As of a run that never got anywhere.
+    text_of_run(config, False, Console(quiet=True))
+    assert not file.exists()

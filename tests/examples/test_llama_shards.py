@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 from conftest import write_shard
@@ -59,6 +60,17 @@ def test_a_file_of_no_split_or_of_both_is_named(tmp_path, name, has):
     for split in ("train", "validation"):
         with pytest.raises(DataError, match=rf"/{name}\.json\.gz: .* {has} as a word"):
             Shards(tmp_path, tmp_path).fingerprint(split)
+
+
+def test_a_file_in_both_splits_is_named(tmp_path):
+    write_shards(tmp_path, "a-train", "b-train", "a-validation")
+    Shards(tmp_path, tmp_path).fingerprint("train")
+    shutil.copyfile(tmp_path / "a-train.json.gz", tmp_path / "b-validation.json.gz")
+    for split in ("train", "validation"):
+        with pytest.raises(DataError, match=r"must not be trained on") as error:
+            Shards(tmp_path, tmp_path).fingerprint(split)
+        for name in ("a-train", "b-validation"):
+            assert f"{name}.json.gz" in str(error.value)
 
 
 def test_what_others_leave_beside_the_shards_is_no_data(tmp_path):

@@ -10,6 +10,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models
 
 from examples.llama.config import DataConfig
+from examples.llama.data import tokenizers
 from examples.llama.data.documents import DataError
 from examples.llama.data.text import open_source, open_text, read_texts
 from examples.llama.data.tokenizers import (
@@ -19,6 +20,7 @@ from examples.llama.data.tokenizers import (
     model_vocabulary,
     train_bpe,
 )
+from examples.llama.stop import Terminated
 from examples.llama.using import continuation
 
 QUIET = Console(quiet=True)
@@ -170,6 +172,16 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, name, content):
         os.mkfifo(tmp_path / f"pipe{end}")
         with pytest.raises(DataError, match=rf"pipe\{end}: not .* not a regular file"):
             load_file(tmp_path / f"pipe{end}")
+
+
+def test_a_signal_while_one_is_read_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    def read(_):
+        raise Terminated
+
+    (tmp_path / "x.model").write_bytes(b"x")
+    monkeypatch.setattr(tokenizers.files, "read_bytes", read)
+    with pytest.raises(Terminated):
+        load_file(tmp_path / "x.model")
 
 
 def test_an_end_of_text_is_needed(models_folder):

@@ -126,20 +126,29 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path, caplog):
 
 def test_a_damaged_log_is_no_reason_to_stop(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
-        for step in range(5):
+        for step in range(6):
             log.write({"step": step, "train_loss": 1.5})
     path = tmp_path / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     lines[1] = "\0" * 20 + "\n"
     lines[2] = '["step"]\n'
-    lines[3] = '{"step": 3, "train_loss": "' + "[" * 100_000 + "\n"
+    lines[3] = '{"step": 3, "train_loss": ' + "9" * 400 + "}\n"
+    lines[4] = '{"step": 4, "train_loss": "' + "[" * 100_000 + "\n"
     path.write_text("".join(lines))
-    with MetricsLog(tmp_path, 4) as log:
-        assert [record["step"] for record in log.records] == [0, 4]
-        assert f"{path}: damaged in lines 2, 3, 4" in log.note
+    with MetricsLog(tmp_path, 5) as log:
+        assert [record["step"] for record in log.records] == [0, 5]
+        assert f"{path}: damaged in lines 2, 3, 4, 5" in log.note
     assert (tmp_path / "damaged" / "metrics.jsonl").read_text() == "".join(lines)
-    with MetricsLog(tmp_path, 4) as log:
-        assert not log.note
+    with MetricsLog(tmp_path, 5) as log:
+        assert log.note.startswith(f"{path}: without 4 of the 5 steps done")
+
+
+def test_a_log_with_nothing_missing_is_not_remarked_on(tmp_path):
+    for start in (0, 3, 2):
+        with MetricsLog(tmp_path, start) as log:
+            assert not log.note
+            for step in range(start, 4):
+                log.write({"step": step})
 
 
 def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_config):

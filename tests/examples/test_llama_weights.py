@@ -12,23 +12,24 @@ import pytest
 import tokenizers
 from rich.console import Console
 
-from examples.llama import layout, using
+from examples.llama import hosts, layout, using
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
 from examples.llama.commands import Eval, Generate
-from examples.llama.config import Config, ModelConfig, OptimizerConfig
-from examples.llama.data.tokenizers import load_saved
+from examples.llama.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from examples.llama.data.tokenizers import ByteTokenizer
 from examples.llama.optimizers import make_optimizer
 from examples.llama.pure import PureLlama
 from examples.llama.run_record import DamagedRecord, RunMismatch, record_run
 from examples.llama.steps import init_state
-from examples.llama.train import train
+from examples.llama.train import text_of_run, train
 from examples.llama.using import evaluate, go_on
-from examples.llama.weights import hugging_face
+from examples.llama.weights import folder, hugging_face
 from examples.llama.weights.folder import (
     export_weights,
     import_weights,
     load_for,
     load_params,
+    special_ids,
 )
 from examples.llama.weights.names import BadWeights
 
@@ -70,6 +71,32 @@ def test_a_run_without_its_optimizer(run):
     assert_same(divided, params)
     shardings = layout.param_shardings(mesh, params)
     assert jax.tree.map(lambda x: x.sharding, divided) == shardings
+
+
+def test_all_hosts_read_the_same_checkpoint(run, monkeypatch):
+    """A run at work may save another one while they look."""
+
+    def differ(text, what):
+        assert text == str(config.workdir.resolve() / "checkpoints" / "2")
+        raise ValueError(f"{what} is not the same")
+
+    config, _ = run
+    monkeypatch.setattr(hosts, "check_same", differ)
+    with pytest.raises(ValueError, match=r"the last checkpoint of .*run is not the"):
+        load_params(config.workdir)
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_named(run, monkeypatch):
+    restored = folder._restored
+
+    def late(step, *more):
+        shutil.rmtree(step)
+        return restored(step, *more)
+
+    config, _ = run
+    monkeypatch.setattr(folder, "_restored", late)
+    with pytest.raises(BadWeights, match="checkpoints/2: removed while it was read"):
+        load_params(config.workdir)
 
 
 def test_a_damaged_checkpoint_is_not_read(run):
@@ -177,23 +204,54 @@ def test_nor_does_one_without_a_tokenizer(chat, tmp_path):
     assert contents(tmp_path / "back") == contents(chat)
 
 
-def test_a_tuned_run_goes_on_as_what_it_began_with(chat, tmp_path):
-    """The tokenizer that a run keeps, its rule, and what is beside it."""
+@pytest.fixture
+def tuned(chat, tmp_path, tiny_config):
+    """A run that began with the chat model, on text, before its first step."""
     import_weights(chat, tmp_path / "there")
-    run = tmp_path / "run"
-    run.mkdir()
-    model = load_params(tmp_path / "there").config
-    config = Config(model, workdir=run)
-    record_run(config, {"vocab_size": 8, "end_of_text": 3, "context": 32})
-    load_saved(tmp_path / "there").save(run)
-    with Checkpoints(run) as checkpoints:
-        checkpoints.save(1, {"params": load_params(tmp_path / "there").params})
-    export_weights(run, tmp_path / "tuned")
+    there = load_params(tmp_path / "there")
+    config = tiny_config(model=there.config, init_from=tmp_path / "there")
+    data = dataclasses.replace(
+        config.data, tokenizer=str(tmp_path / "there" / "tokenizer.json"), vocab_size=8
+    )
+    config = dataclasses.replace(config, data=data)
+    config.workdir.mkdir()
+    text_of_run(config, False, QUIET)
+    text_of_run(config, True, QUIET)  # The same, as far as it can tell.
+    with Checkpoints(config.workdir) as checkpoints:
+        checkpoints.save(1, {"params": there.params})
+    return config.workdir
+
+
+def test_a_tuned_run_goes_on_as_what_it_began_with(chat, tuned, tmp_path):
+    """The tokenizer that a run keeps, its rule, what is beside it, and the ids."""
+    assert load_params(tuned).stops == (3, 4)
+    export_weights(tuned, tmp_path / "tuned")
     expected, found = contents(chat), contents(tmp_path / "tuned")
-    settings = json.loads(found.pop("config.json"))
-    del expected["config.json"]
+    then, now = (json.loads(x.pop("config.json")) for x in (expected, found))
     assert found == expected
-    assert (settings["bos_token_id"], settings["eos_token_id"]) == (2, 3)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert now[name] == then[name]
+
+
+def test_special_tokens_of_another_tokenizer_are_not_its_own(chat, tmp_path):
+    import_weights(chat, tmp_path / "there")
+    assert special_ids(tmp_path / "there", ByteTokenizer()) == {}
+
+
+def test_a_run_has_the_tokenizer_that_it_was_trained_with(tuned, tmp_path):
+    weights, file = load_params(tuned), tuned / "tokenizer.json"
+    data = DataConfig(tokenizer=str(file))
+    more = Config(weights.config, data, init_from=tuned)
+    uses = (
+        weights.tokenizer,
+        lambda: export_weights(tuned, tmp_path / "hf"),
+        lambda: load_for(more, 8, layout.make_mesh(None, jax.devices())),
+    )
+    assert weights.tokenizer().begin == (2,)
+    file.write_text(file.read_text().replace('"a"', '"z"'))
+    for use in uses:
+        with pytest.raises(BadWeights, match="is not the one that it was trained with"):
+            use()
 
 
 def test_a_tokenizer_with_ids_that_the_model_has_not(chat, tmp_path):

@@ -103,8 +103,8 @@ class Config:
         if self.profile is not None:
             last = parse_steps(self.profile)[-1]
             require(
-                last <= self.steps,
-                f"profile ({self.profile}) is beyond the last step ({self.steps})",
+                last <= self.last_step,
+                f"profile ({self.profile}) is beyond the last step ({self.last_step})",
             )
         for name in ("time_limit", "peak_tflops"):
             value = getattr(self, name)

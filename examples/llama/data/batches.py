@@ -41,7 +41,7 @@ class SomeRows:
 
 
 def placed(batch: Batch, by_row: Sharding) -> Batch:
-    """A batch that this process has the whole of, on all devices."""
+    """Place a batch on all devices; this process has the whole of it."""
     size = len(batch.mask)
     places = hosts.rows_here(size, by_row)
     return Batch(*(hosts.place_rows(x[places], places, size, by_row) for x in batch))

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -45,7 +45,25 @@ class Shards:
         """Of the files' bytes, whatever their names."""
         paths = _complete(self._folder, split)
         digests = [digest_of(path, self._memory) for path in paths]
+        self._check_apart(dict(zip(digests, paths, strict=True)), split)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def _check_apart(self, paths: Mapping[str, Path], split: Split) -> None:
+        """Raise ``DataError`` for a file, by digest, that is in the other split too.
+
+        Whoever reads one split alone must not wait for all of the other to be hashed:
+        so only files of equal size are.
+        """
+        sizes = {path.stat().st_size for path in paths.values()}
+        for other in _shards(self._folder):
+            if not other.is_file() or _split_of(other) == split:
+                continue
+            is_alike = other.stat().st_size in sizes
+            if is_alike and (twin := paths.get(digest_of(other, self._memory))):
+                raise DataError(
+                    f"{twin}: the same file as {other.name}, but held-out text must "
+                    "not be trained on; remove one of them"
+                )
 
     def documents(self, split: Split, bad: BadLines) -> Iterator[Document]:
         """A shard without any is an error: what it held is lost."""

@@ -172,11 +172,12 @@ def load_file(path: Path) -> Tokenizer:
                 raise DataError("the file is empty")
             return SentencePieceTokenizer(model, beside)
         return PiecesTokenizer(files.read_text(path), beside)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    # The libraries have no class of their own for it, and a panic in Rust is not even
-    # an Exception.
     except BaseException as error:
+        # The libraries have no class of their own for it, and a panic in Rust is not
+        # even an Exception. Nor are Ctrl-C and SIGTERM, which are not about the file.
+        is_panic = type(error).__module__ == "pyo3_runtime"
+        if not (isinstance(error, Exception) or is_panic):
+            raise
         raise DataError(f"{path}: not a tokenizer that can be used: {error}") from error
 
 

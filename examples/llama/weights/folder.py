@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from examples.llama import files, layout
+from examples.llama import files, hosts, layout
 from examples.llama.checkpoint import Checkpoints, newest
 from examples.llama.config import Config, ModelConfig
 from examples.llama.data import tokenizer_files, tokenizers
@@ -63,7 +63,13 @@ class Weights(NamedTuple):
                 f"{self.folder} has no tokenizer: put its tokenizer.json or "
                 "tokenizer.model there"
             )
-        return fitting(tokenizers.load_saved(self.folder), self.vocab_size, self.folder)
+        tokenizer = tokenizers.load_saved(self.folder)
+        if data_of(self.folder).get("tokenizer") not in (None, tokenizer.fingerprint):
+            raise BadWeights(
+                f"{self.folder}: its tokenizer is not the one that it was trained "
+                "with: put that one back"
+            )
+        return fitting(tokenizer, self.vocab_size, self.folder)
 
 
 def fitting(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> Tokenizer:
@@ -98,7 +104,17 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
     except (TypeError, KeyError) as error:
         raise BadWeights(f"{workdir}: settings of another version: {error}") from error
     step = newest(workdir)
-    params = _restored(step, config, vocab_size, mesh)
+    # A run at work may have saved another one meanwhile.
+    hosts.check_same(str(step), f"the last checkpoint of {workdir}")
+    try:
+        params = _restored(step, config, vocab_size, mesh)
+    except Exception as error:  # Orbax passes on whatever its parts raise.
+        if step.exists():
+            raise
+        raise BadWeights(
+            f"{step}: removed while it was read, for the run at work there has saved "
+            "others; run the same command again"
+        ) from error
     _check_finite(params, step, mesh)
     return Weights(workdir, config, vocab_size, params, end_of_text, stops)
 
@@ -126,6 +142,9 @@ def load_for(config: Config, vocab_size: int, mesh: Mesh) -> Params:
     """
     assert config.init_from is not None
     weights = load_params(config.init_from, mesh)
+    tokenizer = saved_file(config.init_from)
+    if tokenizer is not None and Path(config.data.tokenizer) == tokenizer:
+        weights.tokenizer()
     there = _meaning(weights.config) | {"vocab_size": weights.vocab_size}
     here = _meaning(config.model) | {"vocab_size": vocab_size}
     different = [
@@ -136,6 +155,20 @@ def load_for(config: Config, vocab_size: int, mesh: Mesh) -> Params:
     if different:
         raise BadWeights(f"{config.init_from} is another model:{''.join(different)}")
     return weights.params
+
+
+def special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is recorded there of special tokens, for a run that goes on from there.
+
+    Nothing where the run has another ``tokenizer``: then they are that one's.
+    """
+    data = data_of(folder)
+    is_same = (
+        saved_file(folder) is not None
+        and tokenizers.load_saved(folder).fingerprint == tokenizer.fingerprint
+        and tokenizer.end_of_text in data.get("stops", ())
+    )
+    return {x: data[x] for x in ("stops", "token_ids") if is_same and x in data}
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
@@ -231,7 +264,7 @@ def _tokenizer_of(file: GGUFFile, folder: Path) -> str:
         pieces, settings = file.tokenizer(), file.tokenizer_settings()
     except BadWeights as error:
         return str(error)
-    pieces.save(str(folder / PIECES))
+    files.write(folder / PIECES, pieces.to_str(pretty=True))
     files.write(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
     return ""
 
@@ -266,9 +299,11 @@ def export_weights(workdir: Path, folder: Path, dtype: Any = None) -> None:
 
 def _token_ids(weights: Weights) -> dict[str, Any]:
     """As they came with the weights, or as the run had them."""
-    recorded = data_of(weights.folder).get("token_ids")
-    if recorded is not None:
-        return recorded
+    data = data_of(weights.folder)
+    if data.get("tokenizer") is not None:
+        weights.tokenizer()  # Or the wrong one, or none, would go with them.
+    if data.get("token_ids") is not None:
+        return data["token_ids"]
     begin = ()
     if saved_file(weights.folder) is not None:
         begin = weights.tokenizer().begin

@@ -121,7 +121,7 @@ class GGUFFile:
         """
         self._require("tokenizer.ggml.model", "gpt2")
         split = self._setting("tokenizer.ggml.pre")
-        if split not in _SPLITS:
+        if not isinstance(split, str) or split not in _SPLITS:
             raise self._refused("tokenizer.ggml.pre", f"only {', '.join(_SPLITS)}")
         try:
             return self._made_tokenizer(_SPLITS[split]())

@@ -214,7 +214,10 @@ def _write_tensors(
         if len(shards) > 1:
             file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         shard = {name: _in_order(name, tensors[name], dtype) for name in names}
-        save_file(shard, file, {"format": "pt"})
+        try:
+            save_file(shard, file, {"format": "pt"})
+        except SafetensorError as error:  # As on a full disk.
+            raise OSError(f"{folder / file.name}: {error}") from error
         _sync(file)
         weight_map |= dict.fromkeys(names, file.name)
     if len(shards) > 1:

@@ -60,7 +60,7 @@ GGUF = {
 
 
 def outline(config: ModelConfig, vocab_size: int, dtype: Any) -> Params:
-    """Parameters that take no memory: of each a single number, seen everywhere."""
+    """Parameters that take no memory: each is one number, broadcast to its shape."""
     init = PureLlama(config, vocab_size).init
     shapes = jax.eval_shape(init, jax.random.key(0))
     number = np.zeros((), dtype)
