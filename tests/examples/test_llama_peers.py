@@ -141,10 +141,11 @@ def test_they_wait_until_it_says_so(job, ends, monkeypatch):
     later.join()
 
 
-def test_an_error_of_ones_own_is_ones_own(job, monkeypatch):
+def test_an_error_of_ones_own_is_ones_own(job, ends, monkeypatch):
     monkeypatch.setattr(peers, "_SECONDS_TO_BLAME", 0)
     for process in job(2):
         process.settle()
+    assert ends.empty()
 
 
 def test_strangers_are_not_taken_for_processes(job, ends):
