@@ -236,5 +236,5 @@ def test_views_are_the_documented_reshape():
     v, _ = plain.update(jnp.asarray(matrix), plain.init(jnp.asarray(matrix)))
     assert state.plan.leaves[0].is_factored
     np.testing.assert_array_equal(
-        np.asarray(u).transpose(2, 3, 1, 0).reshape(2, 20, 3), v
+        np.asarray(u).transpose(2, 3, 1, 0).reshape(2, 20, 3), np.asarray(v)
     )
