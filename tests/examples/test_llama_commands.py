@@ -113,7 +113,10 @@ def test_what_is_written_is_read_back(config, tmp_path):
         ("- 1", "holds no settings"),
         ("a: [", "not YAML"),
         ("3: 4", "3 is no setting"),
-        ("steps: 3\nseed: 1\nsteps: 4", "not YAML: steps is given twice"),
+        (
+            "steps: 3\nseed: 1\nsteps: 4",
+            "not YAML that can be read: steps is given twice",
+        ),
         (None, "No such file"),
     ],
 )
