@@ -1,49 +1,19 @@
 """APOLLO and APOLLO-Mini against their equations, and what the paper says of them."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trajectories import SIZES, P, Q, normal, run
 
 from benchmarks.baselines import _matrices
 from benchmarks.baselines.apollo import scale_by_apollo, scale_by_apollo_mini
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-P, Q, RANK, GAP = 6, 10, 3, 3
-SIZES = np.array([1, 1, 4, 0.3, 2, 2, 8, 0.1])  # Of the gradients: spikes to limit.
+RANK, GAP = 3, 3
 APOLLO = scale_by_apollo(RANK, update_proj_gap=GAP, seed=5)
 UNLIMITED = scale_by_apollo(RANK, update_proj_gap=GAP, seed=5, limiter=np.inf)
 MINI = scale_by_apollo_mini(update_proj_gap=GAP, seed=5)
-
-
-def normal(seed=0, shape=(P, Q), sizes=SIZES):
-    noise = np.random.default_rng(seed).normal(size=(len(sizes), *shape))
-    return noise * sizes[:, None, None]
-
-
-@functools.cache
-def compiled(tx):
-    """From gradients to the directions and the states of all steps."""
-
-    def step(state, g):
-        direction, state = tx.update(g, state)
-        return state, (direction, state)
-
-    return jax.jit(
-        lambda grads: jax.lax.scan(
-            step, tx.init(jax.tree.map(lambda g: g[0], grads)), grads
-        )[1]
-    )
-
-
-def run(tx, grads) -> Any:
-    grads = jax.tree.map(np.float32, grads)
-    return jax.tree.map(np.asarray, compiled(tx)(grads))
 
 
 def drawn(seed, draw, rank):

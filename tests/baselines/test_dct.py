@@ -1,39 +1,16 @@
 """DCT-AdamW against a float64 NumPy oracle, and the properties of its basis."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trajectories import gradients, run, size_in_bytes, wide
 
 from benchmarks.baselines import dct
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B1, B2, EPS = 0.9, 0.99, 1e-6
 SHAPES = {"tall": (12, 7), "wide": (6, 10)}
-
-
-def gradients(steps, seed=0):
-    rng = np.random.default_rng(seed)
-    return [
-        {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
-        for _ in range(steps)
-    ]
-
-
-def size_in_bytes(tree):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def trajectory(tx, grads):
-    update, directions = jax.jit(tx.update), []
-    state: Any = jax.jit(tx.init)(grads[0])
-    for g in grads:
-        direction, state = update(g, state)
-        directions.append(jax.device_get(direction))
-    return directions, state
+PARAMS = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
 
 
 def dct3(n):
@@ -63,30 +40,25 @@ def oracle(grads, rank, gap, norm):
 
 @pytest.mark.parametrize(("gap", "norm"), [(1, 1), (3, 2)])
 def test_follows_the_oracle(gap, norm):
-    rank, grads = 3, gradients(8)
-    tx = dct.scale_by_dct_adam(rank, B1, B2, EPS, gap, norm)
-    directions, _ = trajectory(tx, grads)
-    for name, (p, q) in SHAPES.items():
-        wide = (lambda x: x) if p <= q else np.transpose
-        expected = oracle(
-            [wide(g[name]).astype(np.float64) for g in grads], rank, gap, norm
-        )
-        actual = [wide(d[name]) for d in directions]
-        np.testing.assert_allclose(actual, list(expected), rtol=1e-4, atol=5e-5)
+    rank, grads = 3, gradients(SHAPES, 8)
+    directions, _ = run(dct.scale_by_dct_adam(rank, B1, B2, EPS, gap, norm), grads)
+    for name, direction in directions.items():
+        expected = list(oracle(wide(grads[name]), rank, gap, norm))
+        np.testing.assert_allclose(wide(direction), expected, rtol=1e-4, atol=5e-5)
 
 
 def test_is_adam_of_the_transform_at_full_rank():
-    steps, grads = 5, gradients(5)
-    directions, _ = trajectory(dct.scale_by_dct_adam(99, B1, B2, EPS), grads)
+    steps, grads = 5, gradients(SHAPES, 5)
+    directions, _ = run(dct.scale_by_dct_adam(99, B1, B2, EPS), grads)
     basis = dct3(6)
-    rows = np.stack([basis.T @ g["wide"] for g in grads])
+    rows = basis.T @ grads["wide"]
     left = np.arange(steps)[::-1, None, None]
     m, v = (
         ((1 - b) * b**left * x).sum(axis=0) / (1 - b**steps)
         for b, x in ((B1, rows), (B2, rows**2))
     )
     expected = basis @ (m / (np.sqrt(v) + EPS))
-    np.testing.assert_allclose(directions[-1]["wide"], expected, rtol=1e-4, atol=5e-5)
+    np.testing.assert_allclose(directions["wide"][-1], expected, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 1000])
@@ -109,19 +81,16 @@ def test_chooses_the_frequencies_that_are_there():
     """A gradient that is two columns of the basis is kept whole by rank two."""
     basis = dct3(6)
     rng = np.random.default_rng(0)
-    g = {"wide": (basis[:, [1, 4]] @ rng.normal(size=(2, 10))).astype(np.float32)}
-    (direction,), state = trajectory(dct.scale_by_dct_adam(2, eps=0.0), [g])
-    assert set(np.asarray(state.moments["wide"].indices)) == {1, 4}
-    np.testing.assert_allclose(
-        direction["wide"],
-        basis[:, [1, 4]] @ np.sign(basis[:, [1, 4]].T @ g["wide"]),
-        atol=1e-4,
-    )
+    g = basis[:, [1, 4]] @ rng.normal(size=(1, 2, 10))
+    direction, state = run(dct.scale_by_dct_adam(2, eps=0.0), g)
+    assert set(state.moments.indices[0]) == {1, 4}
+    expected = basis[:, [1, 4]] @ np.sign(basis[:, [1, 4]].T @ g)
+    np.testing.assert_allclose(direction, expected, atol=1e-4)
 
 
 def test_keeps_indices_and_moments_alone():
     rank = 3
-    state = jax.eval_shape(dct.scale_by_dct_adam(rank).init, gradients(1)[0])
+    state = jax.eval_shape(dct.scale_by_dct_adam(rank).init, PARAMS)
     assert size_in_bytes(state) == 4 + sum(
         4 * rank * (1 + 2 * max(shape)) for shape in SHAPES.values()
     )

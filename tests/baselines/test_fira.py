@@ -1,42 +1,17 @@
 """Fira against its equations in float64, and what the paper says of it."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trajectories import SIZES, P, Q, normal, run
 
 from benchmarks.baselines.fira import scale_by_fira
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-P, Q, RANK, GAP = 6, 10, 2, 3
-SIZES = np.array([1, 1, 4, 0.3, 2, 2, 8, 0.1])  # Of the gradients: spikes to limit.
+RANK, GAP = 2, 3
 FIRA = scale_by_fira(RANK, update_proj_gap=GAP)
 UNLIMITED = scale_by_fira(RANK, update_proj_gap=GAP, limiter=np.inf)
-
-
-def normal(seed=0, shape=(P, Q), sizes=SIZES):
-    noise = np.random.default_rng(seed).normal(size=(len(sizes), *shape))
-    return noise * sizes[:, None, None]
-
-
-@functools.cache
-def compiled(tx):
-    """From gradients to the directions and the states of all steps."""
-
-    def step(state, g):
-        direction, state = tx.update(g, state)
-        return state, (direction, state)
-
-    return jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads)[1])
-
-
-def run(tx, grads) -> Any:
-    return jax.tree.map(np.asarray, compiled(tx)(np.asarray(grads, np.float32)))
 
 
 def residual(directions, projectors):

@@ -1,43 +1,18 @@
 """Flora against its equations in float64, and what the paper says of it."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trajectories import P, Q, normal, run
 
 from benchmarks.baselines import _matrices
 from benchmarks.baselines.flora import flora_momentum, scale_by_flora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-P, Q, RANK, INTERVAL = 6, 10, 3, 3
-SIZES = np.array([1, 1, 4, 0.3, 2, 2, 8, 0.1])
+RANK, INTERVAL = 3, 3
 FLORA = scale_by_flora(RANK, interval=INTERVAL, clipping_threshold=0.5, seed=5)
 MOMENTUM = flora_momentum(RANK, interval=INTERVAL, seed=5)
-
-
-def normal(seed=0, shape=(P, Q), sizes=SIZES):
-    noise = np.random.default_rng(seed).normal(size=(len(sizes), *shape))
-    return noise * sizes[:, None, None]
-
-
-@functools.cache
-def compiled(tx):
-    """From gradients to the directions of all steps."""
-
-    def step(state, g):
-        direction, state = tx.update(g, state, g)  # For the shapes of params.
-        return state, direction
-
-    return jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads)[1])
-
-
-def run(tx, grads) -> Any:
-    return np.asarray(compiled(tx)(np.asarray(grads, np.float32)))
 
 
 def drawn(seed, draw):
@@ -79,7 +54,7 @@ def test_momentum_follows_its_equations(tall):
     expected = momentum_oracle(grads)
     if tall:
         grads, expected = (x.transpose(0, 2, 1) for x in (grads, expected))
-    directions = run(MOMENTUM, grads)
+    directions, _ = run(MOMENTUM, grads)
     np.testing.assert_allclose(directions, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -93,7 +68,7 @@ def test_follows_its_equations(tall):
     expected /= np.maximum(size / threshold, 1)
     if tall:
         grads, expected = (x.transpose(0, 2, 1) for x in (grads, expected))
-    directions = run(FLORA, grads)
+    directions, _ = run(FLORA, grads)
     np.testing.assert_allclose(directions, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -120,13 +95,13 @@ def test_momentum_is_the_moving_average_on_average():
 
 def test_updates_leave_the_space_of_one_projection():
     """Within an interval they have the rank of the projection, over many full rank."""
-    directions = run(flora_momentum(1, interval=4), normal())
+    directions, _ = run(flora_momentum(1, interval=4), normal())
     ranks = [np.linalg.matrix_rank(directions[:t].sum(axis=0)) for t in (4, 8)]
     assert ranks == [1, 2]
 
 
 def test_zero_gradients_give_zero():
-    assert (run(FLORA, 0 * normal()) == 0).all()
+    assert (run(FLORA, 0 * normal())[0] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(P, Q), (Q, P)])
