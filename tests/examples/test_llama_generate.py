@@ -160,10 +160,15 @@ def test_from_a_divided_state():
 
 def test_one_program_for_all_tokens():
     model, params = model_of("stacked")
-    generate(model, params, PROMPTS, NEW)
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "extend", None)  # a new trace would call it
-        generate(model, params, [row[::-1] for row in PROMPTS], NEW)
+    expected = generate(model, params, PROMPTS, NEW)
+    traced, extend = [], model.extend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "extend", lambda *x: traced.append(x) or extend(*x))
+        made = generate(model, params, PROMPTS[::-1], NEW)
+        assert not traced
+        generate(model, params, PROMPTS, NEW + 1)
+        assert len(traced) == 2  # of the prompts, and of all tokens after them
+    jax.tree.map(np.testing.assert_array_equal, made, expected[::-1])
 
 
 @pytest.mark.parametrize(

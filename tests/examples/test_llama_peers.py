@@ -131,10 +131,11 @@ def test_the_others_learn_the_code_of_the_first(job, ends, monkeypatch):
     )
 
 
-def test_an_error_of_ones_own_is_ones_own(job, monkeypatch):
+def test_an_error_of_ones_own_is_ones_own(job, ends, monkeypatch):
     monkeypatch.setattr(peers, "_SECONDS_TO_BLAME", 0)
     for process in job(2):
         process.settle()
+    assert ends.empty()
 
 
 def test_strangers_are_not_taken_for_processes(job, ends):

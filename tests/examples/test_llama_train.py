@@ -106,8 +106,8 @@ def test_diagnostics_are_logged_and_change_nothing(tiny_config):
     assert [logged[1][name] for name in names] == [0, 0]
     assert logged[1][f"diagnostics/condition/{path}"] is None  # Infinite.
     for captured, effective_rank in ([found[n] for n in names] for found in logged[2:]):
-        assert 0 < captured <= 1
-        assert 1 <= effective_rank <= 4
+        assert 0 < captured < 1
+        assert 1 < effective_rank < 4
     (events,) = (config.workdir / "tensorboard").iterdir()
     assert f"diagnostics/captured/{path}".encode() in events.read_bytes()
 
