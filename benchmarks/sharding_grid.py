@@ -23,6 +23,8 @@ MATRICES = lp.select_matrices(
 )
 RANK = 3  # No mesh axis divides it.
 PAPER = lp.AlgorithmOne()
+RULES = ("default/8", "v factored", "paper/8", "default_muon/8", "paper_muon/8")
+"""The same in the race."""
 MESHES = [{"x": 2}, {"x": 4}, {"x": 8}, {"x": 2, "y": 2}, {"x": 2, "y": 4}]
 # Of the last axes but one and the last, and of the layers.
 LAYOUTS = {
@@ -128,7 +130,7 @@ def main() -> None:
                 }
             )
             print(_record.table(rows[-1:]).splitlines()[-1], flush=True)
-    print(_record.save("sharding_grid", rows))
+    print(_record.save("sharding_grid", rows, RULES))
 
 
 if __name__ == "__main__":
