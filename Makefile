@@ -3,13 +3,16 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tpu test-parity test-maxtext test-tunix test-haliax test-newest docs lint bootstrap bench-memory bench-quality bench-device
+.PHONY: demo test sharding-grid test-tpu test-parity test-maxtext test-tunix test-haliax test-newest docs lint bootstrap bench-memory bench-quality bench-device
 
 demo: bootstrap  ## A small Llama by AdamW and by lorapre_adamw, drawn; about three minutes.
 	$(BIN)/python -m examples.nano_llama
 
 test: bootstrap  ## The whole test suite, with the lowest versions that we allow.
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+sharding-grid: bootstrap  ## Every method on every sharding; about 15 minutes.
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 # libtpu is large and has a licence of its own, so it stays out of the other tests.
 TPU_VENV ?= .venv-tpu

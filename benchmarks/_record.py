@@ -4,19 +4,33 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from benchmarks import fingerprint
+from benchmarks.quality.ablations import ENTRANTS
+
 RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
+OF_TRAINER = {
+    "adamw": "adamw",
+    "muon": "muon",
+    "galore": "galore/4",
+    "lorapre_adamw": "default/8",
+    "lorapre_muon": "default_muon/8",
+}
+"""The trainer's optimizers, as the race calls their rules."""
 
 
-def save(name: str, rows: Sequence[Row]) -> Path:
-    """Writes `results/<name>.json`; returns its path."""
+def save(name: str, rows: Sequence[Row], methods: Iterable[str]) -> Path:
+    """Writes `results/<name>.json`; returns its path.
+
+    `methods` are those of the race whose rules the results are of, see `stale.py`.
+    """
     spec = sys.modules["__main__"].__spec__  # None where run by path.
     module = spec.name if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
     module = module.removesuffix(".__main__")
@@ -26,6 +40,7 @@ def save(name: str, rows: Sequence[Row]) -> Path:
         "versions": {p: version(p) for p in ("jax", "jaxlib", "optax", "lorapre-jax")},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
+        "fingerprints": {x: fingerprint.of(ENTRANTS[x]) for x in methods},
         "rows": list(rows),
     }
     path = RESULTS / f"{name}.json"

@@ -67,14 +67,14 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", required=True, help="of each optimizer")
     parser.add_argument("--seeds", nargs="+", default=["0"])
     args, settings = parser.parse_known_args()
-    rows = []
+    rows, rules = [], [_record.OF_TRAINER[name] for name in args.optimizers]
     for each in itertools.product(args.optimizers, args.rates, args.seeds):
         optimizer, rate, seed = each
         workdir = Path("runs") / f"pretrain_{args.name}" / "-".join(each)
         own = ["--optimizer", optimizer, "--learning-rate", rate, "--seed", seed]
         command: Any = parse(["train", *settings, *own, "--workdir", str(workdir)])
         rows.append(row_of(command.config))
-        _record.save(f"pretrain_{args.name}", rows)
+        _record.save(f"pretrain_{args.name}", rows, rules)
         plot(rows, _record.RESULTS / f"pretrain_{args.name}.png")
     print(_record.table([{k: r[k] for k in r if k != "curve"} for r in rows]))
 

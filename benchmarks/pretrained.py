@@ -77,7 +77,7 @@ def main() -> None:
         "bits per byte": total / np.log(2) / nbytes,
     }
     print(_record.table([row]))
-    print(f"\nWritten to {_record.save('pretrained', [row]).name}.")
+    print(f"\nWritten to {_record.save('pretrained', [row], ()).name}.")
 
 
 if __name__ == "__main__":

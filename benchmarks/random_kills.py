@@ -201,7 +201,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = [measure(Path(scratch), args.kills, args.seed, args.steps)]
     print(_record.table(rows))
-    print(f"Written to {_record.save('random_kills', rows).name}.")
+    print(f"Written to {_record.save('random_kills', rows, ()).name}.")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main() -> None:
         medians = {name: float(np.median(found)) for name, found in sizes.items()}
         rows.append({"factor": factor} | medians)
     print(_record.table(rows))
-    print(_record.save("spike", rows))
+    print(_record.save("spike", rows, ("adamw", "default/8", "paper/8")))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ SIZES = {
 }
 VOCABULARY = 32_000
 PAPER = lp.AlgorithmOne()
+RULES = ("paper/8", "default/8", "default_all/8")
+"""Of these methods, as the race calls them."""
 MATRICES = lp.select_matrices("attention|mlp", axes=lp.MatrixAxes(-2, -1))
 
 
@@ -73,7 +75,7 @@ def main() -> None:
                 }
             )
     print(_record.table(rows))
-    print(f"\nWritten to {_record.save('state_memory', rows).name}.")
+    print(f"\nWritten to {_record.save('state_memory', rows, RULES).name}.")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,9 @@ def main() -> None:
             subject.measure()
     rows = rows_of(subjects, args.micro_batch_size)
     print(_record.table(rows))
-    print(_record.save(f"step_time_{args.preset}_{jax.devices()[0].platform}", rows))
+    rules = [_record.OF_TRAINER[name] for name in NAMES]
+    name = f"step_time_{args.preset}_{jax.devices()[0].platform}"
+    print(_record.save(name, rows, rules))
 
 
 if __name__ == "__main__":

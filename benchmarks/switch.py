@@ -143,7 +143,7 @@ def main() -> None:
     ]
     print(_record.table([{k: v for k, v in r.items() if k != "losses"} for r in rows]))
     plot(curves, _record.RESULTS / "switch.png")
-    print(_record.save("switch", rows))
+    print(_record.save("switch", rows, ("adamw", "default/8")))
 
 
 if __name__ == "__main__":

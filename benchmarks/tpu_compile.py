@@ -224,7 +224,7 @@ def main() -> None:
             done[cell] = in_own_process(cell)
             print(done[cell], flush=True)
         rows = [done[other] for other in cells() if other in done]
-        _record.save("tpu_compile", with_saved(rows))
+        _record.save("tpu_compile", with_saved(rows), ("adamw", "default/8"))
 
 
 if __name__ == "__main__":

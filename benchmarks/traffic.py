@@ -31,6 +31,8 @@ LEAVES = {
 }
 MESHES = {"fsdp=8": (8, 1), "tensor=8": (1, 8), "fsdp=4,tensor=2": (4, 2)}
 AXES = lp.MatrixAxes(rows=-2, columns=-1)
+RULES = ("adamw", "muon", "galore/4", "default/8", "default_muon/8")
+"""Of these optimizers, as the race calls them."""
 
 
 def parameters(sizes: tuple[int, int], stacked: bool) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def main() -> None:
                 }
             )
             print(_record.table(rows[-1:]).splitlines()[-1], flush=True)
-    print(_record.save("traffic", rows))
+    print(_record.save("traffic", rows, RULES))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from benchmarks import _record
 
 LAYERS, P, Q, RANK = 24, 1024, 2736, 256  # The feed-forward stack of a 350M Llama.
 PAPER = lp.AlgorithmOne()
+RULES = ("adamw", "default/8", "paper/8", "default_muon/8")
+"""Of these transforms, as the race calls them."""
 
 
 def transforms(slices):
@@ -59,7 +61,7 @@ def main() -> None:
             kind = "vmapped" if slices is None else f"slices of {slices}"
             rows.append({"transform": name, "batch": kind, **measure(tx)})
     print(f"Leaf: {LAYERS} x {P} x {Q} float32, rank {RANK}\n\n{_record.table(rows)}")
-    print(f"\nWritten to {_record.save('update_memory', rows).name}.")
+    print(f"\nWritten to {_record.save('update_memory', rows, RULES).name}.")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from benchmarks import _record
 # Width, feed-forward width, layers, rank of the published recipe.
 SIZES = {"60m": (512, 1376, 8, 128), "350m": (1024, 2736, 24, 256)}
 PAPER = lp.AlgorithmOne()
+RULES = ("adamw", "muon", "default/8", "paper/8", "default_muon/8")
+"""Of these transforms, as the race calls them."""
 AXES = optax.contrib.MuonDimensionNumbers(-2, -1)
 
 
@@ -87,7 +89,7 @@ def main() -> None:
         )
     device = jax.devices()[0]
     print(f"{args.size}, rank {rank}, on {device.device_kind}\n\n{_record.table(rows)}")
-    path = _record.save(f"update_time_{args.size}_{device.platform}", rows)
+    path = _record.save(f"update_time_{args.size}_{device.platform}", rows, RULES)
     print(f"\nWritten to {path.name}.")
 
 

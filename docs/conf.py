@@ -55,7 +55,7 @@ INCLUDED = {
     "examples/llama/README.md": "llama.md",
     "benchmarks/results/quality/table_a.md": "results/all_a.md",
     "benchmarks/results/quality/table_b.md": "results/all_b.md",
-    "benchmarks/results/quality/table_b_dense_4e-3.md": "results/all_b_dense_4e-3.md",
+    "benchmarks/results/archive/table_b_dense_4e-3.md": "results/all_b_dense_4e-3.md",
 }
 """Pages from outside this folder, and what includes them here."""
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import lorapre_jax as lp
-from benchmarks.architectures import data, models, optimizers, search, training
+from benchmarks import _comparison
+from benchmarks.architectures import data, models, optimizers, training
 
 TINY = {"mixer": models.mixer(width=8, depth=2), "convnet": models.convnet(width=8)}
 
@@ -63,7 +64,9 @@ def test_splits_are_disjoint_and_complete():
 
 
 def test_search_goes_on_until_the_best_rate_has_worse_neighbours():
-    best, scores = search.best_rate(lambda rate: abs(math.log2(rate) + 3.0), 2.0**-8)
+    best, scores = _comparison.best_rate(
+        "rule", lambda rate: abs(math.log2(rate) + 3.0), [2.0**-9, 2.0**-8, 2.0**-7]
+    )
     assert best == 2.0**-3
     assert list(scores) == [2.0**i for i in range(-9, -1)]
 
@@ -72,12 +75,11 @@ def test_search_leaves_rates_that_diverge():
     def score(rate):
         return abs(math.log2(rate) + 12.0) if rate < 1e-3 else math.nan
 
-    best, scores = search.best_rate(score, 2.0**-8)
+    best, scores = _comparison.best_rate("rule", score, [2.0**-10, 2.0**-9, 2.0**-8])
     assert best == 2.0**-12
     assert scores[2.0**-8] == math.inf
 
 
-def test_paired_difference():
-    # Differences 2, 2, 5: mean 3, standard error 1; Student's t with 2 degrees.
-    mean, half_width = search.paired_difference([3.0, 4.0, 8.0], [1.0, 2.0, 3.0])
-    assert (mean, half_width) == pytest.approx((3.0, 4.302653), rel=1e-5)
+def test_interval():
+    # Mean 3, standard error 1; Student's t with 2 degrees of freedom.
+    assert _comparison.interval([2.0, 2.0, 5.0]) == pytest.approx((3.0, 4.302653))

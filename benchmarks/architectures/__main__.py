@@ -15,22 +15,24 @@ from typing import Any
 import numpy as np
 
 from benchmarks import _record
+from benchmarks._comparison import best_rate, interval
 from benchmarks.architectures.data import digits
 from benchmarks.architectures.models import ARCHITECTURES, Architecture
 from benchmarks.architectures.optimizers import RULES, coverage
-from benchmarks.architectures.search import best_rate, paired_difference
 from benchmarks.architectures.training import Run, make_run
 
 SEARCH_SEEDS, SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
-START = 2.0**-8  # Where every search begins.
+START = (2.0**-9, 2.0**-8, 2.0**-7)  # Where every search begins.
 REFERENCES = ("adamw", "muon")
+IN_THE_RACE = ("adamw", "muon", "default/8", "paper/8", "default_muon/8")
+"""The optimizers, as the race calls them."""
 Row = dict[str, Any]
 
 
 def dense_rate_of(architecture: Architecture, steps: int) -> float:
     """The best rate of AdamW for all leaves together."""
     run = make_run(architecture, "adamw", steps)
-    return best_rate(lambda rate: validation_loss(run, rate, rate), START)[0]
+    return best_rate("adamw", lambda rate: validation_loss(run, rate, rate), START)[0]
 
 
 def measure(
@@ -40,7 +42,9 @@ def measure(
     start = time.perf_counter()
     splits = digits()
     run = make_run(architecture, rule, steps)
-    rate, scores = best_rate(lambda x: validation_loss(run, x, dense_rate), START)
+    rate, scores = best_rate(
+        rule, lambda rate: validation_loss(run, rate, dense_rate), START
+    )
     finals = [
         run(splits["train"], splits["test"], rate, dense_rate, seed) for seed in SEEDS
     ]
@@ -77,7 +81,7 @@ def measure_all(name: str, steps: int) -> list[Row]:
     for row in rows:
         for other in REFERENCES:
             row[f"minus {other}"] = (
-                paired_difference(row["held-out loss"], held_out[other])
+                interval(np.subtract(row["held-out loss"], held_out[other]).tolist())
                 if row["optimizer"] != other
                 else None
             )
@@ -114,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for name in ARCHITECTURES for row in measure_all(name, args.steps)]
     print(f"\n{_record.table([shown(row) for row in rows])}")
-    print(f"\nWritten to {_record.save('architectures', rows).name}.")
+    print(f"\nWritten to {_record.save('architectures', rows, IN_THE_RACE).name}.")
 
 
 if __name__ == "__main__":

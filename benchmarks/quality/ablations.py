@@ -1,7 +1,7 @@
 """One mechanism at a time, away from the default, at an eighth of the width.
 
-The ladder from Algorithm 1 to the default has rows too. Its rungs lost and are no part
-of the library any more; the commit that each row names still has them.
+The ladder from Algorithm 1 to the default has rows in results/archive. Its rungs lost
+and are no part of the library any more; the commit that each row names still has them.
 """
 
 from types import ModuleType
@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import optax
 
 import lorapre_jax as lp
-from benchmarks.quality.methods import B1, Method, our_muon, ours, rank_one
+from benchmarks.quality.methods import (
+    B1,
+    METHODS,
+    Method,
+    our_muon,
+    ours,
+    rank_one,
+)
 from lorapre_jax import _adam as adam_module
 from lorapre_jax._moments import factors, methods
 from lorapre_jax._numerics import online_regression
@@ -119,3 +126,5 @@ ABLATIONS: dict[str, Method] = {
     "muon, no nesterov": _muon(nesterov=False),
     **{f"muon, gain {gain}": _muon(moment=_gain(gain)) for gain in (0.3, 0.45, 1.0)},
 }
+
+ENTRANTS: dict[str, Method] = METHODS | ABLATIONS

@@ -9,11 +9,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _record
+from benchmarks import _record, fingerprint
 from benchmarks.quality import rows
-from benchmarks.quality.ablations import ABLATIONS
+from benchmarks.quality.ablations import ENTRANTS
 from benchmarks.quality.conditions import CONDITIONS
-from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Key
 from benchmarks.quality.run import Race
 from benchmarks.quality.scales import SCALES, cached_texts
@@ -22,9 +21,7 @@ from benchmarks.quality.scales import SCALES, cached_texts
 @functools.lru_cache(maxsize=2)
 def _race(scale: str, split: Any, condition: str, method: str, data, cache) -> Any:
     texts = cached_texts(SCALES[scale], data, split, cache)
-    return Race(
-        SCALES[scale], (METHODS | ABLATIONS)[method], CONDITIONS[condition], texts
-    )
+    return Race(SCALES[scale], ENTRANTS[method], CONDITIONS[condition], texts)
 
 
 def done(key: Key, args: argparse.Namespace) -> rows.Row:
@@ -38,7 +35,10 @@ def done(key: Key, args: argparse.Namespace) -> rows.Row:
         rows.check_texts(args.out, known, key, race.texts.digest)
         factor = race.condition.rate_factor
         rates = key.rate * factor, key.dense_rate * factor
-        result = race.run(*rates, key.seed, key.steps) | {"commit": commit}
+        result = race.run(*rates, key.seed, key.steps) | {
+            "commit": commit,
+            "fingerprint": fingerprint.of(ENTRANTS[key.method]),
+        }
         rows.append(args.out, key, result)
         print(
             f"{key.method} [{key.condition}] rate {key.rate:g}/{key.dense_rate:g} "

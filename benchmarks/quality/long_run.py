@@ -43,7 +43,7 @@ def main() -> None:
         race = Race(scale, METHODS[name], Condition(), texts)
         lines += follow(race, name, args.steps, args.log_every)
         print(_record.table(lines))
-    print(_record.save(f"quality/long_run_{args.scale}", lines))
+    print(_record.save(f"quality/long_run_{args.scale}", lines, args.methods))
 
 
 def follow(race: Race, name: str, steps: int, log_every: int) -> list[dict]:

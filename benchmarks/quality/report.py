@@ -12,7 +12,8 @@ elsewhere: without times, searched rates and ablations, which are this folder's.
 import argparse
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from benchmarks.quality.summary import (
     under_conditions,
     valley,
 )
+from benchmarks.stale import fault, today
 
 HEAD = """\
 Rows by `python -m benchmarks.quality.search` and `.table`, times by `.timing`, this
@@ -64,13 +66,13 @@ def results_page(known: Rows, times: Mapping[str, float]) -> str:
     """The table there: fewer methods and columns, the losses' spread in brackets."""
     lines = [line for line in summary(known) if line.key.method in RESULTS_PAGE]
     counts = {len(line.losses) for line in lines}
-    table = []
+    table, stale = [], stale_methods(known)
     for line in lines:
         name, rank = RESULTS_PAGE[line.key.method]
         spread = "" if line.spread is None else f" ({line.spread:.3f})"
         seeds = {} if len(counts) == 1 else {"seeds": len(line.losses)}
         cells = {
-            "method": name,
+            "method": _mark(name, line.key.method, stale),
             "rank": rank,
             "learning rate": _rate(line),
             **seeds,
@@ -109,11 +111,11 @@ def all_methods(known: Rows, times: Mapping[str, float]) -> str:
     """Everything that raced, under the names of methods.py, and how large it all is."""
     sizes = next(iter(known.values()))["params"]
     total = sum(sizes.values())
-    share = f"{sizes['matrices'] / total:.1%}"
+    share, stale = f"{sizes['matrices'] / total:.1%}", stale_methods(known)
     table = _record.table(
         [
             {
-                "method": line.key.method,
+                "method": _mark(line.key.method, line.key.method, stale),
                 "rate": f"{line.key.rate:.3g}",
                 "dense rate": _dense_rate(line.key.scale, line.key.dense_rate),
                 "seeds": len(line.losses),
@@ -155,13 +157,13 @@ def _dense_rate(scale: str, rate: float | None) -> str:
 
 def all_rates(known: Rows, scale: str) -> str:
     """Loss at every rate that was tried, and how wide the valley is."""
-    table = []
+    table, stale = [], stale_methods(known)
     for (method, dense_rate), losses in sorted(
         searched(known).items(), key=lambda item: item[0][0]
     ):
         cells = (f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
         line = {
-            "method": method,
+            "method": _mark(method, method, stale),
             "dense rate": _dense_rate(scale, dense_rate),
             "loss by rate": ", ".join(cells),
             "within 0.05": valley(losses) if len(losses) > 2 else "",
@@ -184,14 +186,13 @@ def conditions(found: Mapping[str, Mapping[str, Sequence[float]]], known: Rows) 
             if method != REFERENCE:
                 apart = [a - b for a, b in zip(seeds, base, strict=True)]
                 line[method] += f" ({interval(apart)})"
-        rows_of = rows.of(known, condition=condition)
-        commits = {row.get("commit", "unknown") for _, row in rows_of}
-        table.append(line | {"commits": ", ".join(sorted(commits))})
+        stale = stale_methods(dict(rows.of(known, condition=condition)))
+        table.append(line | {"stale": ", ".join(sorted(stale))})
     return _record.table(table)
 
 
 def page(table: Rows, scale: str, file: str | None = None) -> str:
-    """Markdown: tables, and the commits that their rows come from.
+    """Markdown: tables, and which of their rows are stale (`benchmarks/stale.py`).
 
     `file` is the name of one that is not the committed table's; None: that.
     """
@@ -229,11 +230,27 @@ def plain_only(known: Rows) -> Rows:
 
 
 def _section(title: str, known: Rows, table: str) -> str:
-    by_commit: dict[str, set[str]] = {}
+    stale = [f"{name} ({why})" for name, why in sorted(stale_methods(known).items())]
+    said = f"Stale (†): {'; '.join(stale)}." if stale else "None is stale."
+    return f"## {title}\n\n{table}\n\n{said}"
+
+
+def stale_methods(known: Rows) -> dict[str, str]:
+    """The methods with rows that today's code would not make again, and why."""
+    now = today()
+    counts: dict[str, Counter[str]] = {}
     for key, row in known.items():
-        by_commit.setdefault(row.get("commit", "unknown"), set()).add(key.method)
-    sources = (f"{c} ({', '.join(sorted(ms))})" for c, ms in by_commit.items())
-    return f"## {title}\n\n{table}\n\nCommits: {'; '.join(sources)}."
+        why = fault(key.method, row.get("fingerprint"), now)
+        counts.setdefault(key.method, Counter())[why] += 1
+    return {
+        method: ", ".join(f"{n} of {found.total()}: {why}" for why, n in each)
+        for method, found in counts.items()
+        if (each := [(why, n) for why, n in sorted(found.items()) if why])
+    }
+
+
+def _mark(name: str, method: str, stale: Container[str]) -> str:
+    return f"{name} †" if method in stale else name
 
 
 def seconds_a_step(scale: str) -> dict[str, float]:

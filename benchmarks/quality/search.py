@@ -11,39 +11,32 @@ import argparse
 import statistics
 from collections.abc import Mapping
 
+from benchmarks import _comparison
 from benchmarks.quality import jobs, rows
-from benchmarks.quality.ablations import ABLATIONS
-from benchmarks.quality.methods import METHODS, Method
+from benchmarks.quality.ablations import ABLATIONS, ENTRANTS
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Key
 from benchmarks.quality.scales import SCALES
 
 DENSE_RATES = {"a": 4e-3, "b": 1.6e-2, "c": 2e-3}
 """Peak rate of the embedding, the head and the norms, the same for every method."""
-MAX_RUNS = 9
 
 
-def _method(name: str) -> Method:
-    return (METHODS | ABLATIONS)[name]
+def search(method: str, seed: int, args: argparse.Namespace) -> None:
+    """The rates that were asked for, or as many as it takes to bracket the best one."""
 
+    def score(rate: float) -> float:
+        return rows.loss_of(jobs.done(key_of(method, rate, seed, args), args))
 
-def search(method: str, seed: int, args: argparse.Namespace) -> float:
-    """The best rate of the grid, once both its neighbours have been tried."""
-    rates = list(args.rates or _method(method).rates)
-    while True:
-        losses = {
-            rate: rows.loss_of(jobs.done(key_of(method, rate, seed, args), args))
-            for rate in rates
-        }
-        best = min(losses, key=losses.__getitem__)
-        if args.rates or min(rates) < best < max(rates):
-            return best
-        if len(rates) >= MAX_RUNS:
-            raise RuntimeError(f"{method}: the best of {rates} lies at the edge")
-        rates.append(min(rates) / 2 if best == min(rates) else max(rates) * 2)
+    if args.rates:
+        for rate in args.rates:
+            score(rate)
+    else:
+        _comparison.best_rate(method, score, ENTRANTS[method].rates)
 
 
 def key_of(method: str, rate: float, seed: int, args: argparse.Namespace) -> Key:
-    factor = _method(method).dense_factor
+    factor = ENTRANTS[method].dense_factor
     common = args.dense_rate or DENSE_RATES[args.scale]
     dense_rate = common if factor is None else factor * rate
     steps = args.steps or SCALES[args.scale].steps
@@ -68,7 +61,7 @@ def best_rate(
         keys[key.rate, key.dense_rate] = key
     if not losses:
         raise SystemExit(f"{method}: no searched rates at scale {scale}")
-    if _method(method).dense_factor is None:
+    if ENTRANTS[method].dense_factor is None:
         common = dense_rate or DENSE_RATES[scale]
         losses = {pair: each for pair, each in losses.items() if pair[1] == common}
         if not losses:

@@ -34,6 +34,8 @@ ESTIMATES = {
 }
 FIRST = lp.LowRank()  # The first moment whose left factor is B.
 ROTATED = lp.RotatedRankOne()
+RULES = ("adamw", "default/8", "rank_one/8", "v factored", "paper/8")
+"""The methods of the race that have these moments."""
 
 
 def start(g: jax.Array, rank: int) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def main() -> None:
                 table.append({"step": step, "estimate": name} | line)
     table.sort(key=lambda line: line["estimate"])
     print(_record.table(table))
-    print(_record.save(f"quality/second_moment_{args.scale}", table))
+    print(_record.save(f"quality/second_moment_{args.scale}", table, RULES))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
+from benchmarks import _comparison
 from benchmarks.quality import rows
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Key, Row
@@ -93,12 +93,10 @@ def interval(differences: Sequence[float], digits: int = 4) -> str:
         return ""
     if not all(map(math.isfinite, differences)):
         return "diverged"
-    mean = f"{statistics.fmean(differences):+.{digits}f}"
     if len(differences) < 3:
-        return mean
-    point = stats.t.ppf(0.975, len(differences) - 1)
-    half = point * statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean} ± {half:.{digits}f}"
+        return f"{statistics.fmean(differences):+.{digits}f}"
+    mean, half = _comparison.interval(differences)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def searched(known: Rows) -> dict[tuple[str, float | None], dict[float, float]]:

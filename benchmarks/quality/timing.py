@@ -54,7 +54,7 @@ def main() -> None:
         for name, mean in means.items()
     ]
     print(_record.table(lines))
-    print(_record.save(f"quality/timing_{args.scale}", lines))
+    print(_record.save(f"quality/timing_{args.scale}", lines, means))
 
 
 def _steps(run: list[Any], batches: Any, steps: int) -> float:
