@@ -80,7 +80,14 @@ def record_run(config: Config, data: Mapping[str, Any]) -> None:
     Args:
       data: What tells its data from others, JSON values by name.
     """
-    files.write(config.workdir / _SETTINGS, file.dump(as_groups(config)))
+    path, text = config.workdir / _SETTINGS, file.dump(as_groups(config))
+    is_ours = not path.exists() or (config.workdir / _DATA).exists()
+    if not is_ours and files.read_text(path) != text:
+        raise RunMismatch(
+            f"{path} is there, but no {_DATA}, so it is not of a run and is not "
+            "overwritten: move it, or give another --workdir"
+        )
+    files.write(path, text)
     files.write(config.workdir / _DATA, json.dumps(data, indent=2) + "\n")
 
 

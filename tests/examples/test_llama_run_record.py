@@ -169,3 +169,14 @@ def test_a_new_run_leaves_the_files_of_others_alone(tiny_config):
     record_run(config, DATA)  # As of a run that never got anywhere.
     text_of_run(config, False, Console(quiet=True))
     assert not file.exists()
+
+
+def test_settings_that_are_no_runs_are_not_overwritten(config):
+    (config.workdir / "data.json").unlink()
+    file = config.workdir / "config.yaml"
+    record_run(config, DATA)  # As after a kill between the two files.
+    (config.workdir / "data.json").unlink()
+    file.write_text("steps: 9\n")
+    with pytest.raises(RunMismatch, match=r"config\.yaml is there, but no data\.json"):
+        record_run(config, DATA)
+    assert file.read_text() == "steps: 9\n"
