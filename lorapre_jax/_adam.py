@@ -213,7 +213,7 @@ def _adam(leaf, hyper, g, mu, nu):
         mu, along, rest = first.split_moment(mu, g, b1, count, seed)
         (root_v, root_w), nu = second.rotated_moment(nu, g, along, rest, b2, count)
         update = mu.left @ divided(mu.right, root_v, c1).T
-        update += first.complement_gain * divided(rest, root_w, 1)
+        update += first.residual_gain * divided(rest, root_w, 1)
     else:
         m, mu = first.first_moment(mu, g, b1, count, seed)
         root_v, nu = second.second_moment(nu, g, b2, count, seed)

@@ -27,7 +27,7 @@ from lorapre_jax._numerics.newton_schulz import (
     Coefficients,
     orthogonalize,
 )
-from lorapre_jax._numerics.norms import divided, frobenius_norm, hypot
+from lorapre_jax._numerics.norms import divide_by_norm, frobenius_norm, hypot
 from lorapre_jax._trees.boxes import unboxed
 from lorapre_jax._trees.sharding import replicated_zero
 
@@ -50,7 +50,7 @@ class ScaleByLorapreMuonState(NamedTuple):
     plan: Any
 
 
-DEFAULT_MOMENT = LowRank(complement_gain=0.6)
+DEFAULT_MOMENT = LowRank(residual_gain=0.6)
 
 
 def scale_by_lorapre_muon(
@@ -74,7 +74,7 @@ def scale_by_lorapre_muon(
     r"""Rescales updates as Muon does, with a momentum kept as thin factors.
 
     With factors `B A`, the residual R of their fit to the average and
-    `c = complement_gain`, the update is, times a scale for the matrix's shape,
+    `c = residual_gain`, the update is, times a scale for the matrix's shape,
 
     .. math::
       \mathrm{polar}(B A) + (c / s)\; \mathrm{polar}(s R), \quad
@@ -192,8 +192,9 @@ def _refuse_other_than_matrices(plan: Plan) -> None:
         if leaf.view is None and leaf.methods:
             raise ValueError(
                 f"Leaf '{leaf.path}' of shape {leaf.shape} is not a matrix "
-                f"({leaf.dense}), and Muon orthogonalises matrices only. Name its axes "
-                "in `matrices=`, or use lorapre_muon, which gives such leaves to Adam."
+                f"({leaf.why_dense}), and Muon orthogonalises matrices only. Name its "
+                "axes in `matrices=`, or use lorapre_muon, which gives such leaves "
+                "to Adam."
             )
 
 
@@ -216,22 +217,22 @@ class MuonRule(NamedTuple):
             mu, _, residual = method.split_moment(mu, g, beta, *step)
             residual = _share_of_noise(beta, hyper["count"]) * residual
             norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
-            return divided(residual, norm, hyper["eps"]), mu
+            return divide_by_norm(residual, norm, hyper["eps"]), mu
         m, mu = method.first_moment(mu, g, beta, *step)
         m = self.look_ahead(hyper, m, g)
-        return divided(m, frobenius_norm(m), hyper["eps"]), mu
+        return divide_by_norm(m, frobenius_norm(m), hyper["eps"]), mu
 
     def finish(self, leaf, hyper, g, mu, orthogonal):
         """The update from what `begin` gave, orthogonalised; momentum; that again."""
         update = orthogonal
         if isinstance(leaf.methods[0], LowRank):
             beta = jnp.asarray(hyper["beta"], g.dtype)
-            gain = leaf.methods[0].complement_gain
+            gain = leaf.methods[0].residual_gain
             gain = gain / _share_of_noise(beta, hyper["count"])
             # The left factor is orthonormal, where `right` is not rounding alone: it
             # stays outside.
             right = self.look_ahead(hyper, mu.right, g.T @ mu.left)
-            right = divided(right, frobenius_norm(right), hyper["eps"])
+            right = divide_by_norm(right, frobenius_norm(right), hyper["eps"])
             update = mu.left @ self.polar(right).T + gain * orthogonal
         scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
         if leaf.is_factored:

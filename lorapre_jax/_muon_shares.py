@@ -175,6 +175,8 @@ def _of_group(
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
     done = jnp.split(stack, ends)[: len(views)]
     return tuple(
-        view.from_matrix(x.reshape(*view.batch, view.p, view.q)).astype(block.dtype)
+        view.from_matrix(x.reshape(*view.batch_shape, view.p, view.q)).astype(
+            block.dtype
+        )
         for view, x, block in zip(views, done, blocks, strict=True)
     )

@@ -48,7 +48,7 @@ def test_convolution_kernels_are_factored_with_their_window_in_the_rows():
     assert [leaf.path for leaf in factored] == [f"convs/{i}/kernel" for i in range(4)]
     for leaf in factored:
         assert leaf.shape == (3, 3, 64, 64)
-        assert (leaf.batch, leaf.p, leaf.q, leaf.rank) == ((), 576, 64, 8)
+        assert (leaf.batch_shape, leaf.p, leaf.q, leaf.rank) == ((), 576, 64, 8)
 
 
 def test_a_rule_that_leaves_a_matrix_dense_is_noticed():

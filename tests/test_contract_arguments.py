@@ -217,6 +217,6 @@ def test_a_rank_that_does_not_pay_is_reported(case):
     (params,) = w_trees(0)
     (leaf,) = lp.describe(only_w(case, rank=5), params).leaves
     assert not leaf.is_factored
-    assert "does not pay" in leaf.dense
+    assert "does not pay" in leaf.why_dense
     (leaf,) = lp.describe(only_w(case, rank=4), params).leaves
     assert leaf.is_factored

@@ -60,8 +60,8 @@ def test_random_keys_have_bytes_too():
 def test_rows():
     report = lp.describe(lp.scale_by_lorapre_adam(**SMALL), PARAMS)
     bias, stack, w = report.leaves
-    assert (bias.dense, bias.nbytes) == ("not included", 2 * 8 * 4)
-    assert (stack.batch, stack.p, stack.q, stack.rank) == ((3,), 12, 8, 2)
+    assert (bias.why_dense, bias.nbytes) == ("not included", 2 * 8 * 4)
+    assert (stack.batch_shape, stack.p, stack.q, stack.rank) == ((3,), 12, 8, 2)
     assert w.nbytes == (2 * (12 + 8) + 12 + 8 + 2) * 4
     assert stack.nbytes == 3 * w.nbytes
     assert w.adamw_nbytes == 2 * 12 * 8 * 4
@@ -113,10 +113,10 @@ def test_table():
 def test_other_optimizers_are_reported_too():
     report = lp.describe(optax.adamw(1e-3), PARAMS)
     assert report.ratio == 1
-    assert {leaf.dense for leaf in report.leaves} == {"another transform"}
+    assert {leaf.why_dense for leaf in report.leaves} == {"another transform"}
     with pytest.warns(UserWarning, match=r"r\"\^stack\$\": lp.MatrixAxes"):
         muon = lp.describe(lp.lorapre_muon(1e-3, 2, min_dim_size_to_factor=1), PARAMS)
-    kept = {leaf.path: leaf.dense for leaf in muon.leaves}
+    kept = {leaf.path: leaf.why_dense for leaf in muon.leaves}
     assert kept == {"w": "", "stack": UNKNOWN, "bias": "fewer than two axes"}
     assert muon.leaves[0].nbytes == 2 * 8 * 4
 

@@ -69,7 +69,7 @@ def regression(**kwargs: Any):
         ),
         (lambda: adam(second_moment=3), TypeError, "keep a second moment"),
         (
-            lambda: adam(second_moment=lp.LowRank(complement_gain=0.3)),
+            lambda: adam(second_moment=lp.LowRank(residual_gain=0.3)),
             ValueError,
             "the gain is of first moments only",
         ),
@@ -90,7 +90,7 @@ def regression(**kwargs: Any):
             "at least ns_steps=5",
         ),
         (lambda: lp.LowRank(-1), ValueError, "at least 0, got -1"),
-        (lambda: regression(complement_gain=None), ValueError, "at least 0, got None"),
+        (lambda: regression(residual_gain=None), ValueError, "at least 0, got None"),
         (lambda: lp.MatrixAxes(rows=()), ValueError, "at least one axis"),
         (lambda: lp.MatrixAxes((0, 1), 1), ValueError, "names an axis twice"),
         (lambda: adam(b1=np.float32(1.5)), ValueError, "`b1` must be in [0, 1)"),
@@ -120,7 +120,7 @@ def regression(**kwargs: Any):
             "optax.inject_hyperparams",
         ),
         (lambda: muon(ns_coeffs=((1.0, 2.0), (3.0,))), ValueError, "(a, b, c), or at"),
-        (lambda: regression(complement_gain=np.inf), ValueError, "got inf"),
+        (lambda: regression(residual_gain=np.inf), ValueError, "got inf"),
         (
             lambda: lp.select_matrices(axes=WRONG["axes"]),
             TypeError,

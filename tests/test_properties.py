@@ -354,7 +354,7 @@ def test_full_rank_regression_is_the_dense_average(shape, seed, decay):
 def test_nothing_leaks_in_float32():
     """Bases a little too short would shrink the average at every step."""
     rng, decay = np.random.default_rng(0), 0.99
-    method = lp.LowRank(complement_gain=0.0)
+    method = lp.LowRank(residual_gain=0.0)
     state, step = compiled(method, "first_moment", (32, 32), 32)
     mu = np.zeros((32, 32))
     for t in range(1, 301):
@@ -430,7 +430,7 @@ def test_the_weights_of_a_gradient_add_up(gain, i, j, in_parts):
     """
     base, impulse = np.zeros((2, 12, 8))
     base[0, 0], impulse[i, j] = 10, 1e-2
-    method = lp.LowRank(complement_gain=gain)
+    method = lp.LowRank(residual_gain=gain)
     name = "split_moment" if in_parts else "first_moment"
     state, step = compiled(method, name, (12, 8), 1)
     passed = 0.0

@@ -423,7 +423,7 @@ def test_muon_gives_the_ends_to_adam(leaves):
     for path, leaf in factored.items():
         is_end = expected[path].methods[1] == ENDS
         assert (len(leaf.methods) == 2) == is_end, path
-        assert leaf.batch == expected[path].batch
+        assert leaf.batch_shape == expected[path].batch_shape
         assert (leaf.p, leaf.q) == (expected[path].p, expected[path].q)
 
 

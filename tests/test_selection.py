@@ -33,7 +33,7 @@ def factored(params: Any = PARAMS, rank: Any = 8, **kwargs):
     """Path -> (batch, p, q, r) of the factored leaves."""
     report = lp.describe(lp.scale_by_lorapre_adam(rank, **kwargs), params)
     return {
-        leaf.path: (leaf.batch, leaf.p, leaf.q, leaf.rank)
+        leaf.path: (leaf.batch_shape, leaf.p, leaf.q, leaf.rank)
         for leaf in report.leaves
         if leaf.is_factored
     }
@@ -41,7 +41,7 @@ def factored(params: Any = PARAMS, rank: Any = 8, **kwargs):
 
 def why_dense(path, params: Any = PARAMS, rank: Any = 8, **kwargs: Any):
     report = lp.describe(lp.scale_by_lorapre_adam(rank, **kwargs), params)
-    return next(leaf.dense for leaf in report.leaves if leaf.path == path)
+    return next(leaf.why_dense for leaf in report.leaves if leaf.path == path)
 
 
 def test_default_takes_the_large_matrices_of_a_stack_too():

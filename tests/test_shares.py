@@ -36,7 +36,7 @@ ALL = lp.select_matrices(
         "^(stack|w|again)$": lp.MatrixAxes(),
     }
 )
-MOMENTS = (lp.LowRank(complement_gain=0.6), PAPER, lp.Dense())
+MOMENTS = (lp.LowRank(residual_gain=0.6), PAPER, lp.Dense())
 TRIPLES = [
     (layout, MOMENTS[i % 3], (AUTO, EXPLICIT)[i % 2])
     for i, layout in enumerate(LAYOUTS)

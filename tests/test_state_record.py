@@ -109,7 +109,7 @@ def test_what_is_no_record(record):
     ("one", "other"),
     [
         # The gain is no part of the state: it says how the factors are read.
-        *(({}, {"first_moment": lp.LowRank(complement_gain=x)}) for x in (1, 0.5)),
+        *(({}, {"first_moment": lp.LowRank(residual_gain=x)}) for x in (1, 0.5)),
         # Nor is a rank where nothing has it.
         (
             {**DENSE_FIRST, "rank": 2},

@@ -71,7 +71,7 @@ def tolerance(dtype, method="other"):
 @pytest.mark.parametrize("gain", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_gain_of_the_complement(gain, dtype):
-    shape, method = SHAPES["wide"], lp.LowRank(complement_gain=gain)
+    shape, method = SHAPES["wide"], lp.LowRank(residual_gain=gain)
     with jax.enable_x64(dtype == "float64"):
         tx = lp.lorapre_ema(
             0.9, RANK, moment=method, min_dim_size_to_factor=1, factor_dtype=dtype,
@@ -93,7 +93,7 @@ def test_methods_are_values(method):
 
 METHODS = {
     "default": (lp.LowRank(), lp.RotatedRankOne()),
-    "gain": (lp.LowRank(complement_gain=0.3), lp.RotatedRankOne()),
+    "gain": (lp.LowRank(residual_gain=0.3), lp.RotatedRankOne()),
     "rank_one": (lp.LowRank(), lp.RankOne()),
     "paper": (PAPER, PAPER),
     "both_factored": (lp.LowRank(), lp.LowRank()),
@@ -106,7 +106,7 @@ def oracle_of(method, shape):
     if method == PAPER:
         return oracle.Paper(shape[0], shape[1], RANK, noise(shape[1]))
     if isinstance(method, lp.LowRank):
-        return regression(shape, method.complement_gain)
+        return regression(shape, method.residual_gain)
     others = {
         lp.RotatedRankOne: oracle.Rotated,
         lp.RankOne: oracle.RankOne,

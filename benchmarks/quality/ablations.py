@@ -39,7 +39,7 @@ def _adam(**fields: Any) -> Method:
 
 
 def _gain(gain: float) -> lp.LowRank:
-    return lp.LowRank(complement_gain=gain)
+    return lp.LowRank(residual_gain=gain)
 
 
 def _muon(**fields: Any) -> Method:

@@ -158,7 +158,7 @@ def check_moments(first: Any, second: Any, path: str = "") -> None:
             f"first moment LowRank(...), got {first!r}. Pass another second moment, "
             "RankOne() say."
         )
-    if getattr(second, "complement_gain", 1.0) != 1.0:
+    if getattr(second, "residual_gain", 1.0) != 1.0:
         raise ValueError(
             f"{where}`second_moment`: {second!r}: the gain is of first moments only; "
             "leave it at 1."

@@ -94,7 +94,7 @@ def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, slices_at_once):
         ]
         one = functools.partial(on_matrix, hyper)
         shards = leaf.batch_shards
-        mapped = over_batch(one, len(view.batch), slices_at_once, shards)
+        mapped = over_batch(one, len(view.batch_shape), slices_at_once, shards)
         return tuple(
             view.unfuse(x) if is_factors(x) else view.from_matrix(x)
             for x in mapped(*matrices)

@@ -38,7 +38,7 @@ class LeafPlan:
       shape, dtype: The parameter's.
       view: Its matrices; None where it is not seen as any.
       rank: The factors' rank; None where the leaf is dense.
-      dense: Why it is dense; empty where it is not.
+      why_dense: Why it is dense; empty where it is not.
       methods: How each of the transform's moments is kept; none for an empty leaf.
       batch_shards: Over how many devices the first batch axis is known to be sharded.
         No part of the decision: plans compare equal wherever their leaves lie.
@@ -49,7 +49,7 @@ class LeafPlan:
     dtype: str
     view: MatrixView | None
     rank: int | None
-    dense: str
+    why_dense: str
     methods: tuple[Any, ...]
     batch_shards: int = dataclasses.field(default=1, compare=False)
 
@@ -234,7 +234,7 @@ def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]
 def _init_factors(leaf: LeafPlan, index: int, dtype, seed) -> Any:
     view: Any = leaf.view
     method, rank = leaf.methods[index], leaf.rank
-    return view.unfuse(method.init(view.batch, view.p, view.q, rank, dtype, seed))
+    return view.unfuse(method.init(view.batch_shape, view.p, view.q, rank, dtype, seed))
 
 
 def _boxed(path: str, state: Any, node: Any, view: Any) -> Any:

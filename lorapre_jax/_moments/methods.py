@@ -141,7 +141,7 @@ class LowRank:
     factors before the step plus `(1 - b2) g^2`.
 
     Attributes:
-      complement_gain: Total weight, over time, of the part of a gradient that the
+      residual_gain: Total weight, over time, of the part of a gradient that the
         factors do not take up. One (default) is what they take up has, and what every
         direction has in the full average. First moments only.
 
@@ -149,16 +149,16 @@ class LowRank:
       ValueError: The gain is negative, infinite, or no number.
     """
 
-    complement_gain: float = 1.0
+    residual_gain: float = 1.0
     kind = FactorPair
 
     def __post_init__(self):
-        gain = self.complement_gain
+        gain = self.residual_gain
         if not (isinstance(gain, numbers.Real) and 0 <= gain < math.inf):
             raise ValueError(
-                f"complement_gain must be a finite number of at least 0, got {gain!r}."
+                f"residual_gain must be a finite number of at least 0, got {gain!r}."
             )
-        object.__setattr__(self, "complement_gain", float(gain))  # One way to write it.
+        object.__setattr__(self, "residual_gain", float(gain))  # One way to write it.
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         del seed
@@ -168,7 +168,7 @@ class LowRank:
     def first_moment(self, state, g, decay, count, seed):
         decay = unbiased_decay(decay, count, g.dtype)
         new, _ = self._step(state, g, decay, seed)
-        gain = self.complement_gain / (1 - decay)
+        gain = self.residual_gain / (1 - decay)
         return _with_residual(1, gain, state, new, g, decay), new
 
     def split_moment(self, state, g, decay, count, seed):

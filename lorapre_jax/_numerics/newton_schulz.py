@@ -20,7 +20,7 @@ def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.A
     values end in about [0.7, 1.2], those below `a^-steps` nearer to zero.
 
     Args:
-      x: The matrix, of spectral norm at most one; see `norms.divided`.
+      x: The matrix, of spectral norm at most one; see `norms.divide_by_norm`.
       coefficients: `(a, b, c)`, or one triple per step, of which the last `steps` run.
       steps: Number of iterations.
     """

@@ -40,7 +40,9 @@ def relative(x):
     return x / jnp.where(total > 0, total, 1)
 
 
-def divided(x: jax.Array, norm: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
+def divide_by_norm(
+    x: jax.Array, norm: jax.Array, eps: jax.typing.ArrayLike
+) -> jax.Array:
     """`x / (norm + eps)`, zero where that is no number."""
     norm = norm + jnp.asarray(eps, x.dtype)
     return x / jnp.where(norm > 0, norm, 1)

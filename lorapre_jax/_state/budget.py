@@ -97,5 +97,5 @@ def _too_little(nbytes: int, least: Report) -> str:
 def _largest(leaves: Iterable[LeafReport], most: int = 4) -> str:
     by_size = sorted(leaves, key=lambda leaf: -leaf.nbytes)
     rest = f" and {len(by_size) - most} more" if len(by_size) > most else ""
-    named = (f"'{x.path}' ({x.nbytes:,}; {x.dense})" for x in by_size[:most])
+    named = (f"'{x.path}' ({x.nbytes:,}; {x.why_dense})" for x in by_size[:most])
     return ", ".join(named) + rest

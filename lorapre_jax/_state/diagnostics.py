@@ -129,7 +129,7 @@ def _of_leaf(leaf: LeafPlan, pair, g: jax.Array, absolute: bool) -> FactorDiagno
 
     def on_leaf(g, left, right):
         fn = on_matrix
-        for _ in view.batch:
+        for _ in view.batch_shape:
             fn = jax.vmap(fn)
         return fn(view.to_matrix(g), *view.fuse(FactorPair(left, right)))
 

@@ -17,8 +17,9 @@ class LeafReport:
 
     Attributes:
       path, shape, dtype: The parameter's.
-      batch, p, q, rank: Its matrices and their factors' rank; None where it is dense.
-      dense: Why it is dense; empty where it is factored.
+      batch_shape, p, q, rank: Its matrices and their factors' rank; None where it is
+        dense.
+      why_dense: Why it is dense; empty where it is factored.
       methods: How each moment is kept.
       nbytes: Bytes of state that belong to it, on all devices together.
       adamw_nbytes: The same for `optax.adamw`.
@@ -28,11 +29,11 @@ class LeafReport:
     path: str
     shape: tuple[int, ...]
     dtype: str
-    batch: tuple[int, ...] | None
+    batch_shape: tuple[int, ...] | None
     p: int | None
     q: int | None
     rank: int | None
-    dense: str
+    why_dense: str
     methods: tuple[Any, ...]
     nbytes: int
     adamw_nbytes: int
@@ -122,7 +123,7 @@ class Report:
             share = "Nothing is factored, and no state is saved"
         if not large:
             return [*words, f"{share}; no large leaf is dense."]
-        named = ", ".join(f"'{leaf.path}' ({leaf.dense})" for leaf in large[:4])
+        named = ", ".join(f"'{leaf.path}' ({leaf.why_dense})" for leaf in large[:4])
         more = f" and {len(large) - 4} more" if len(large) > 4 else ""
         mends = dict.fromkeys(filter(None, map(_mend, large)))
         return [*words, f"{share}. Large and dense: {named}{more}.", *mends]
@@ -130,24 +131,24 @@ class Report:
 
 def _mend(leaf: LeafReport) -> str:
     """What to write for a leaf that might be factored; nothing where that was said."""
-    if leaf.dense == UNKNOWN:
+    if leaf.why_dense == UNKNOWN:
         return (
             "Say which axes are rows and columns: matrices=lp.select_matrices(axes={"
             f'r"^{re.escape(leaf.path)}$": lp.MatrixAxes(rows=..., columns=...)}}, '
             "extend_default=True)."
         )
-    if leaf.dense.startswith("a side is below"):
+    if leaf.why_dense.startswith("a side is below"):
         return "To factor smaller matrices, lower min_dim_size_to_factor=."
-    if "does not pay" in leaf.dense:
+    if "does not pay" in leaf.why_dense:
         return "A smaller rank= would factor what this one does not pay for."
     return ""
 
 
 def _kept(leaf: LeafReport) -> str:
     if not leaf.is_factored:
-        return f"dense: {leaf.dense}"
+        return f"dense: {leaf.why_dense}"
     kinds = [type(m).__name__ for m in leaf.methods if not isinstance(m, Dense)]
-    size = _times((*(leaf.batch or ()), leaf.p, leaf.q))
+    size = _times((*(leaf.batch_shape or ()), leaf.p, leaf.q))
     at_rank = f" at rank {leaf.rank}" if have_rank(leaf.methods) else ""
     return f"{size}{at_rank}: {', '.join(kinds)}"
 

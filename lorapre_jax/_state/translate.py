@@ -124,7 +124,7 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
             whole: Any = _scaled(low_rank.as_row_column(x), ratio)
             return low_rank.rotated(whole, after, known, m)
 
-        over_batch = low_rank.one_by_one(on_matrix, len(view.batch))
+        over_batch = low_rank.one_by_one(on_matrix, len(view.batch_shape))
         value = over_batch((value, before, after, m))
         if new is Dense:
             value = view.from_matrix(jnp.square(value) if squared else value)

@@ -94,7 +94,7 @@ class MatrixView:
     column_axes: tuple[int, ...]
 
     @property
-    def batch(self) -> tuple[int, ...]:
+    def batch_shape(self) -> tuple[int, ...]:
         return self._sizes(self.batch_axes)
 
     @property
@@ -107,7 +107,7 @@ class MatrixView:
 
     def to_matrix(self, leaf: jax.Array) -> jax.Array:
         """`shape` -> `(*batch, p, q)`."""
-        return leaf.transpose(self._order).reshape(*self.batch, self.p, self.q)
+        return leaf.transpose(self._order).reshape(*self.batch_shape, self.p, self.q)
 
     def from_matrix(self, matrix: jax.Array) -> jax.Array:
         """`(*batch, p, q)` -> `shape`."""
@@ -134,7 +134,7 @@ class MatrixView:
 
         def shape(x, sides) -> tuple[int, ...]:
             sizes = {"row": self.p, "column": self.q, "rank": x.shape[-1]}
-            return self.batch + tuple(sizes[side] for side in sides)
+            return self.batch_shape + tuple(sizes[side] for side in sides)
 
         kind = type(state)
         shapes = map(shape, state, kind.sides)
