@@ -8,8 +8,12 @@ mapped outside.
     first_moment(state, g, decay, count, seed)   -> estimate of E[g], new state
     second_moment(state, g, decay, count, seed)  -> estimate of sqrt(E[g^2]), new state
 
-`kind` is the class of the state; `Dense` has none. `RotatedRankOne` sees the gradient
-in the two parts of `split_moment` instead.
+    first_weight(decay, count), second_weight(decay, count)  -> what bias correction
+        divides the state by: the total weight in it of the gradients so far, or, for
+        a second moment, what that makes of its root
+
+`factors_type` is the class of the state; `Dense` has none. `RotatedRankOne` sees the
+gradient in the two parts of `split_moment` instead.
 
 Second moments come back as their root: it has the gradient's scale, and factored ones
 never form its square, which would under- or overflow sooner.
@@ -26,7 +30,14 @@ import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair, RotatedRowColumn, RowColumn
 from lorapre_jax._numerics.arrays import at_least_float32, dot, random_columns
-from lorapre_jax._numerics.averages import blend, mass, unbiased_decay
+from lorapre_jax._numerics.averages import (
+    blend,
+    mass,
+    mass_of_root,
+    one,
+    root_of_mass,
+    unbiased_decay,
+)
 from lorapre_jax._numerics.norms import hypot, relative, root, root_mean_square
 from lorapre_jax._numerics.online_regression import jacobi, subspace
 
@@ -35,17 +46,21 @@ from lorapre_jax._numerics.online_regression import jacobi, subspace
 class Dense:
     """The full moment, one number per parameter, as `optax.scale_by_adam` keeps it."""
 
+    factors_type = None
+    first_weight = staticmethod(mass)
+    second_weight = staticmethod(root_of_mass)
+
     def first_moment(self, mu, g, decay, count, seed):
         del seed
         decay = jnp.asarray(decay, g.dtype)
         mu = decay * mu + (1 - decay) * g
-        return mu / mass(decay, count), mu
+        return mu / self.first_weight(decay, count), mu
 
     def second_moment(self, nu, g, decay, count, seed):
         del seed
         decay = jnp.asarray(decay, g.dtype)
         nu = decay * nu + (1 - decay) * jnp.square(g)
-        return root(nu / mass(decay, count)), nu
+        return root(nu) / self.second_weight(decay, count), nu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +73,8 @@ class RankOne:
     `sqrt(R)` and `sqrt(C)` in float32 at least, whatever `factor_dtype` says.
     """
 
-    kind = RowColumn
+    factors_type = RowColumn
+    second_weight = staticmethod(one)
 
     def init(self, batch, p, q, rank, dtype, seed) -> RowColumn:
         del rank, seed
@@ -106,7 +122,8 @@ class RotatedRankOne:
     The state holds root mean squares in float32 at least, whatever `factor_dtype` says.
     """
 
-    kind = RotatedRowColumn
+    factors_type = RotatedRowColumn
+    second_weight = staticmethod(one)
 
     def init(self, batch, p, q, rank, dtype, seed) -> RotatedRowColumn:
         del seed
@@ -150,7 +167,8 @@ class LowRank:
     """
 
     residual_gain: float = 1.0
-    kind = FactorPair
+    factors_type = FactorPair
+    first_weight = second_weight = staticmethod(one)
 
     def __post_init__(self):
         gain = self.residual_gain
@@ -216,7 +234,9 @@ class AlgorithmOne:
     rank 12 and a tenth of noise). Clip the gradients, `optax.clip_by_global_norm`.
     """
 
-    kind = FactorPair
+    factors_type = FactorPair
+    first_weight = staticmethod(mass)
+    second_weight = staticmethod(mass_of_root)
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         left = jnp.zeros((*batch, p, rank), dtype)
@@ -228,14 +248,15 @@ class AlgorithmOne:
         del seed
         decay = jnp.asarray(decay, g.dtype)
         before = decay * state.product + (1 - decay) * g
-        return before / mass(decay, count), self._step(state, g, decay)
+        return before / self.first_weight(decay, count), self._step(state, g, decay)
 
     def second_moment(self, state, g, decay, count, seed):
         del seed
         decay = jnp.asarray(decay, g.dtype)
         before = blend(decay, state.product, g)
         new = self._step(state, jnp.abs(g), jnp.sqrt(decay))
-        return before / jnp.sqrt(mass(decay, count)), new
+        # The paper corrects as if the state were Adam's, and not by `second_weight`.
+        return before / root_of_mass(decay, count), new
 
     def _step(self, state, target, decay) -> FactorPair:
         return FactorPair(*jacobi(state.left, state.right, target, decay))
@@ -245,13 +266,11 @@ FirstMoment = LowRank | AlgorithmOne | Dense
 SecondMoment = LowRank | AlgorithmOne | RotatedRankOne | RankOne | Dense
 Methods = FirstMoment | SecondMoment | Mapping[str, FirstMoment | SecondMoment]
 """One for all leaves, or by pattern."""
-FACTORED = (LowRank, AlgorithmOne)
-"""The methods whose state is a `FactorPair`."""
 
 
 def have_rank(methods) -> bool:
     """Whether any of a leaf's moments has factors of its rank; `RankOne()` has none."""
-    return any(isinstance(method, FACTORED) for method in methods)
+    return any(method.factors_type is FactorPair for method in methods)
 
 
 def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):

@@ -118,16 +118,16 @@ def known_sharding(param: Any) -> Sharding | None:
     return sharding if chosen and isinstance(sharding, SingleDeviceSharding) else None
 
 
-def with_auto_axes(fn: Callable[..., Any], g: jax.Array, states: Any) -> Any:
-    """`fn(hyper, g, *states) -> (update, *states)`, also under explicit mesh axes.
+def with_auto_axes(fn: Callable[..., Any], *arrays: Any) -> Any:
+    """`fn(rule, *arrays)`, also under explicit mesh axes, with results like `arrays`.
 
     There JAX wants to be told the sharding of every contraction of sharded dimensions.
-    The compiler knows better; only the results are pinned, to where the arguments lie.
+    The compiler knows better; only the results are pinned, to where the arguments are.
     """
-    if not jax.typeof(g).sharding.mesh.explicit_axes:
+    places = jax.tree.map(lambda x: jax.typeof(x).sharding, arrays)
+    if not jax.tree.leaves(places)[0].mesh.explicit_axes:
         return fn
-    out = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, *states))
-    return jax.sharding.auto_axes(fn, out_sharding=out)
+    return jax.sharding.auto_axes(fn, out_sharding=places)
 
 
 def replicated_result(fn: Callable[..., Any], g: jax.Array) -> Callable[..., Any]:
