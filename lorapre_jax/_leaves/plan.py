@@ -38,9 +38,11 @@ class DenseLeaf(LeafPlan):
 
     Attributes:
       why: Why it is dense.
+      mend: What to write to have it factored; empty if nothing suggests itself.
     """
 
     why: str
+    mend: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
