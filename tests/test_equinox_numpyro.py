@@ -21,6 +21,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.optim import optax_to_numpyro
 
 import lorapre_jax as lp
+from lorapre_jax._leaves.plan import FactoredLeaf
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -40,7 +41,7 @@ def views(state: Any) -> dict[str, Any]:
             leaf.methods[1],
         )
         for leaf in plan_of(state).leaves
-        if leaf.is_factored
+        if isinstance(leaf, FactoredLeaf)
     }
 
 
