@@ -1,4 +1,4 @@
-"""One moment of one leaf, from one way of keeping it to another."""
+"""Converts one moment of one leaf from one way of keeping it to another."""
 
 import functools
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from lorapre_jax._trees.matrix_view import MatrixView
 
 
 class Moment(NamedTuple):
-    """As a state keeps it."""
+    """One moment of one leaf, as a state keeps it."""
 
     path: str
     kind: str  # "first" or "second".
@@ -43,7 +43,7 @@ class Moment(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the leaf."""
+        """Shape of the leaf."""
         return self.view.shape if self.view and self.is_factored else self.value.shape
 
     @property
@@ -52,7 +52,7 @@ class Moment(NamedTuple):
 
 
 def translated(old: Moment, new: Moment, decay: float | None) -> Any:
-    """A value for `new` that means what that of `old` means."""
+    """Returns a value for `new` that means what the value of `old` means."""
     if old.shape != new.shape:
         raise ValueError(
             f"Leaf '{old.path}': the old moment is of shape {old.shape}, the new one "
@@ -91,7 +91,7 @@ def forget_programs() -> None:
 
 @functools.lru_cache(maxsize=1024)  # Layers that are alike are compiled once.
 def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
-    """`(value, ratio, old first moment, new one) -> value`, compiled."""
+    """Returns the compiled `(value, ratio, old first moment, new one) -> value`."""
     old, new = methods
     squared = kind == "second"
 
@@ -140,7 +140,7 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
 
 
 def _are_alike(old: Moment, new: Moment) -> bool:
-    """Whether one is kept as the other is, so that there is nothing to translate."""
+    """Whether both are kept in the same way, so that there is nothing to translate."""
     shapes = [jax.tree.map(jnp.shape, x.value) for x in (old, new)]
     return (
         type(old.method) is type(new.method)
@@ -173,7 +173,7 @@ def _scaled(x: low_rank.Matrix, ratio: jax.Array) -> low_rank.Matrix:
 
 
 def _ratio(old: Moment, method: Any, decay: float | None) -> Any:
-    """Of the new value to the old one; of second moments, of their roots."""
+    """Returns the ratio of new to old values; of second moments, of their roots."""
     if _start(old.method, old.kind) == _start(method, old.kind):
         return 1.0
     if decay is None:
@@ -190,7 +190,7 @@ def _ratio(old: Moment, method: Any, decay: float | None) -> Any:
 
 
 def _start(method: Any, kind: str) -> str:
-    """What an average that was never updated is part of the way from."""
+    """Returns which value a moment is biased towards at the start."""
     if isinstance(method, (LowRank, RankOne, RotatedRankOne)):
         return "nowhere"  # The average itself is held.
     if kind == "first":
@@ -199,7 +199,7 @@ def _start(method: Any, kind: str) -> str:
 
 
 def _mass(start: str, decay: jax.Array, count: jax.Array) -> jax.Array:
-    """What the value has of the average, or its root of the average's root."""
+    """Returns the share of the average in the value; of second moments, of roots."""
     total = {
         "nowhere": jnp.ones(()),
         "zero": mass(decay, count),
