@@ -75,9 +75,11 @@ def scale_by_lorapre_adam(
 
     .. math::
       u = B\, \frac{A}{
-          \max(\sqrt{v}, (1 - \hat b_1) \sqrt{1 - \hat b_2}\, |A|) + \epsilon}
-        + \gamma\, \frac{R}{\max(\sqrt{w}, \sqrt{1 - \hat b_2}\, |R|) + \epsilon},
-      \qquad \hat b_i = b_i\, \frac{1 - b_i^{t-1}}{1 - b_i^t}
+          \max(\sqrt{v}, (1 - \hat{b_1}) \sqrt{1 - \hat{b_2}}\, |A|) + \epsilon}
+        + \gamma\, \frac{R}{\max(\sqrt{w}, \sqrt{1 - \hat{b_2}}\, |R|) + \epsilon}
+
+    with :math:`\hat{b_i} = b_i (1 - b_i^{t-1}) / (1 - b_i^t)`, the decay rates of
+    averages that are bias-corrected at every step.
 
     `LowRank` defines R and its gain :math:`\gamma`, and `RotatedRankOne` the second
     moments v of `B^T g` and w of R. With any other second moment v, of the entries of
@@ -141,7 +143,7 @@ def scale_by_lorapre_adam(
       >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
       >>> tx = optax.chain(lp.scale_by_lorapre_adam(rank=32), optax.scale(-2e-3))
       >>> state = tx.init(params)
-      >>> grads = params  # of |params|^2 / 2
+      >>> grads = params  # those of |params|^2 / 2
       >>> updates, state = jax.jit(tx.update)(grads, state)
       >>> print(state[0].mu_factors["kernel"].left.shape, state[0].mu["bias"].shape)
       (256, 32) (512,)
@@ -281,7 +283,7 @@ def lorapre_adamw(
       >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
       >>> tx = lp.lorapre_adamw(2e-3, rank=32, weight_decay=0.1)
       >>> state = tx.init(params)
-      >>> grads = params  # of |params|^2 / 2
+      >>> grads = params  # those of |params|^2 / 2
       >>> updates, state = jax.jit(tx.update)(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
 

@@ -222,8 +222,9 @@ class LowRank:
     weight that a full average would give it over all later steps.
 
     A second moment follows `|g|` with decay rate `sqrt(b_2)` and is read squared, so
-    that it cannot be negative: :math:`v = \hat b_2 (B A)^2 + (1 - \hat b_2) g^2`, with
-    the factors before the step. It is exact if `|g|` is constant and of rank at most r.
+    that it cannot be negative: :math:`v = \hat{b_2} (B A)^2 + (1 - \hat{b_2}) g^2`,
+    with the factors before the step. It is exact if `|g|` is constant and of rank at
+    most r.
 
     The state holds B and the transpose of A, `left` and `right`, in `factor_dtype`.
 

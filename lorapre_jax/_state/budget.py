@@ -51,8 +51,8 @@ def rank_for_budget(
     Raises:
       TypeError: `nbytes` is not an int.
       ValueError: Rank one needs more bytes (the message says how many, and which leaves
-        take them), or no leaf is factored. Whatever else `transform` and its `init`
-        raise.
+        take them), or no leaf is factored.
+      Whatever else `transform` and its `init` raise.
 
     Examples:
       >>> import jax

@@ -46,7 +46,8 @@ def describe(
       TypeError: A parameter is not an array; the message names the leaf.
       ValueError: `state` lacks an array that the state of `tx` has, or an array of it
         has another shape than in the state of `tx` or in its own plan; the message
-        names it. What `tx.init` raises.
+        names it.
+      What `tx.init` raises.
 
     Examples:
       >>> import jax

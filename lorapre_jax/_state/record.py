@@ -59,7 +59,8 @@ def check_state_record(record: Record | None, state: Any) -> None:
     Raises:
       ValueError: One or more leaves differ; the message lists all of them and what to
         call. Or `record` is not a record, for example None because nothing was
-        recorded. What `state_record` raises.
+        recorded.
+      What `state_record` raises.
 
     Examples:
       >>> import jax
