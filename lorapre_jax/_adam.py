@@ -84,9 +84,10 @@ def scale_by_lorapre_adam(
     `LowRank` defines R and its gain :math:`\gamma`, and `RotatedRankOne` the second
     moments v of `B^T g` and w of R. With any other second moment v, of the entries of
     g, the first moment m is divided entry by entry, as in Adam, with the first of the
-    two bounds. The bounds are the roots that one gradient alone would leave, if it were
-    as large as what one step adds. They keep entries that low-rank estimates tell badly
-    apart, such as those next to outliers, from being divided by next to nothing.
+    two bounds. A bound is what the root would be of one gradient alone, as large as the
+    share of m, or of R, that one step adds. The bounds keep entries that low-rank
+    estimates tell badly apart, such as those next to outliers, from being divided by
+    next to nothing.
     `AlgorithmOne` has no bounds.
 
     Dense leaves get the update of `optax.scale_by_adam`.
@@ -215,8 +216,8 @@ def _adam(leaf, hyper, g, mu, nu):
     c1, c2 = (1 - unbiased_decay(b, count, g.dtype) for b in (b1, b2))
 
     def divided(m, root_v, share):
-        # Low-rank estimates may be far too small, so the root has at least what this
-        # gradient alone would leave if it were as large as what this step adds to m.
+        # Low-rank estimates may be far too small. So the root is at least what it would
+        # be of one gradient as large as the share of m that one step adds (of R, all).
         # The paper's rule stays as it was published.
         if leaf.is_factored and not isinstance(second, AlgorithmOne):
             root_v = jnp.maximum(root_v, jnp.sqrt(c2) * share * jnp.abs(m))
@@ -225,7 +226,7 @@ def _adam(leaf, hyper, g, mu, nu):
     if isinstance(second, RotatedRankOne):
         mu, along, rest = first.split_moment(mu, g, b1, count, seed)
         (root_v, root_w), nu = second.rotated_moment(nu, g, along, rest, b2, count)
-        # Each direction is divided in the basis of B, the residual entry by entry.
+        # The components A are divided in the basis of B, the residual entry by entry.
         update = mu.left @ divided(mu.right, root_v, c1).T
         update += first.residual_gain * divided(rest, root_w, 1)
     else:

@@ -250,8 +250,8 @@ class MuonRule(NamedTuple):
         if isinstance(method, LowRank):
             mu, _, residual = method.split_moment(mu, g, beta, *step)
             residual = _share_of_noise(beta, hyper["count"]) * residual
-            # Of the whole average: B A and sigma R are nearly orthogonal, and alone a
-            # residual of rounding would be blown up to norm one.
+            # The norm of the whole average, B A and sigma R being nearly orthogonal:
+            # over its own norm, a residual of mere rounding would be blown up.
             norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
             return divide_by_norm(residual, norm, hyper["eps"]), mu
         m, mu = method.first_moment(mu, g, beta, *step)

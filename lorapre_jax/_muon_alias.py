@@ -132,17 +132,17 @@ def lorapre_muon(
     def init_fn(params):
         for path, leaf in named_leaves(params):
             checks.check_floating(path, leaf)
-        # Decided once: names and shapes say less in a part of a tree than in the whole.
+        # Decided on the whole tree, since names and shapes say less in a part of it.
         by_role = roles(params)
         decided = Decided(by_role, resolve_axes(matrices, params, by_role))
-        # As a function: a tree of labels that is an Equinox module is callable too.
+        # A function, since a tree of labels that is an Equinox module is callable.
         labels = functools.partial(_labels, decided)
         return optax.partition(parts(decided), labels).init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         labels = functools.partial(_labels_in, state)
-        divided = optax.partition(parts(matrices), labels)
-        return divided.update(updates, state, params, **extra_args)
+        both = optax.partition(parts(matrices), labels)
+        return both.update(updates, state, params, **extra_args)
 
     parts(matrices)  # Checks the arguments.
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,4 +1,4 @@
-"""One decision per leaf, made at `init`, carried in the state, read ever after.
+"""One decision per leaf, made at `init` and carried in the state.
 
 `make_plan` decides; `init_moment` allocates what was decided.
 """
@@ -26,7 +26,7 @@ from lorapre_jax._trees.matrix_view import MatrixView, matrix_view
 from lorapre_jax._trees.paths import is_masked, named_leaves, named_nodes
 from lorapre_jax._trees.sharding import batch_shards, known_sharding, like_parameter
 
-_MIN_DIM_SIZE = 128  # Of a side, where nothing but the default selects a leaf.
+_MIN_DIM_SIZE = 128  # Of a side of a leaf that only the default selects.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,15 @@ class LeafPlan:
 
     Attributes:
       path: Keys joined by slashes.
-      shape, dtype: The parameter's.
-      view: Its matrices; None where it is not seen as any.
-      rank: The factors' rank; None where the leaf is dense.
-      why_dense: Why it is dense; empty where it is not.
-      methods: How each of the transform's moments is kept; none for an empty leaf.
+      shape, dtype: Shape and dtype of the parameter.
+      view: Its matrices; None if it is not seen as any.
+      rank: Rank of its factors; None if the leaf is dense.
+      why_dense: Why it is dense; empty if it is factored.
+      methods: How each of the transform's moments is kept; empty for a leaf without
+        elements.
       batch_shards: Over how many devices the first batch axis is known to be sharded.
-        No part of the decision: plans compare equal wherever their leaves lie.
+        It is not part of the decision: plans compare equal however their leaves are
+        sharded.
     """
 
     path: str
@@ -58,7 +60,7 @@ class LeafPlan:
         return self.rank is not None
 
     def kind_of(self, index: int) -> Any:
-        """The class of the factors that moment `index` is kept as; None: an array."""
+        """Returns the class of a factored moment's state; None for a dense moment."""
         method = self.methods[index]
         if not self.is_factored or isinstance(method, Dense):
             return None
@@ -73,16 +75,16 @@ class Plan:
     leaves: tuple[LeafPlan, ...]
 
     def __hash__(self):
-        # jit hashes the node at every call; the paths tell almost all plans apart.
+        # jit hashes the node at every call, and paths tell almost all plans apart.
         return hash(tuple((leaf.path, leaf.rank) for leaf in self.leaves))
 
     def __repr__(self):
-        # It stands in the repr of every state, and in JAX's errors about these.
+        # It is part of the repr of every state, and of JAX's errors about states.
         factored = sum(leaf.is_factored for leaf in self.leaves)
         return f"Plan({len(self.leaves)} leaves, {factored} factored)"
 
     def by_path(self, leaves: list[tuple[str, Any]]) -> dict[str, LeafPlan]:
-        """The decisions, after a check that `leaves` are those decided on."""
+        """Returns the decisions, and checks that `leaves` are those decided on."""
         plans = {leaf.path: leaf for leaf in self.leaves}
         for path, leaf in leaves:
             checks.check_floating(path, leaf)
@@ -102,21 +104,21 @@ class Plan:
 
 
 def _let_flax_serialize() -> None:
-    """Tells Flax, where it is in use, that a plan has nothing to serialize.
+    """Tells Flax, if it is loaded, that a plan has nothing to serialize.
 
-    Flax's `to_bytes` and `from_bytes` know only the types that were registered; a state
-    that is read back has the plan of the one that it is read into.
+    Flax's `to_bytes` and `from_bytes` know only the types that were registered. A state
+    that is read back has the plan of the state that it is read into.
     """
     serialization = sys.modules.get("flax.serialization")
     if serialization is not None:
-        with contextlib.suppress(ValueError):  # It has been told.
+        with contextlib.suppress(ValueError):  # It is registered already.
             serialization.register_serialization_state(
                 Plan, lambda plan: {}, lambda plan, nothing: plan
             )
 
 
 def has_plan(node: Any) -> bool:
-    """Whether it is the state of one of our transforms."""
+    """Whether `node` is the state of one of our transforms."""
     return isinstance(getattr(node, "plan", None), Plan)
 
 
@@ -130,8 +132,8 @@ def make_plan(
 ) -> Plan | jax.Array:
     """Decides for every leaf of `params`, which may be abstract.
 
-    Returns a leaf for optax's placeholder for parameters: `optax.tree_map_params` then
-    takes the plan for one of the state's leaves that are no parameters'.
+    For optax's placeholder for parameters it returns an array:
+    `optax.tree_map_params` then treats the plan as a leaf that belongs to no parameter.
     """
     if _is_placeholder(params):
         return jnp.zeros([])
@@ -186,7 +188,7 @@ def make_plan(
 
 
 def _is_placeholder(params: Any) -> bool:
-    """Whether it is one node that can hold nothing, and no empty container."""
+    """Whether it is one node that can hold nothing, and not an empty container."""
     empty = not jax.tree.leaves(params, is_leaf=is_masked)
     containers = (Mapping, list, tuple, type(None))
     is_one_node = jax.tree.structure(params).num_nodes == 1
@@ -200,13 +202,13 @@ def rank_of(rank: int | Fraction, view: MatrixView) -> int:
 
 
 def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]:
-    """Zero state of moment number `index`: its dense tree, its factors by leaf path.
+    """Returns the zero state of moment `index`: a dense tree, and factors by path.
 
     The tree is shaped like `params`, with `optax.MaskedNode` in place of the array, or
-    of the box that it is in, where the moment is not kept densely. Dense moments are
-    float32 at least. With optax's placeholder for parameters, the tree is that, and the
-    factors are a leaf that is none: `tree_map_params` then leaves them to its
-    `transform_non_params`.
+    of the box that it is in, if the moment is factored. Dense moments are float32 at
+    least. With optax's placeholder for parameters, the tree is the placeholder, and the
+    factors are an array that belongs to no parameter: `tree_map_params` then leaves
+    them to its `transform_non_params`.
     """
     if not isinstance(plan, Plan):
         return params, jnp.zeros([])
@@ -238,7 +240,7 @@ def _init_factors(leaf: LeafPlan, index: int, dtype, seed) -> Any:
 
 
 def _boxed(path: str, state: Any, node: Any, view: Any) -> Any:
-    """Each array of a factored state in a box like the parameter's."""
+    """Puts each array of a factored state into a box like the parameter's."""
     kind = type(state)
     axes = map(view.factor_axes, kind.sides)
     try:
@@ -249,6 +251,6 @@ def _boxed(path: str, state: Any, node: Any, view: Any) -> Any:
 
 
 def _structure(params: Any) -> Any:
-    """With a leaf for each node of `named_nodes`."""
+    """Returns the structure with one leaf for each node of `named_nodes`."""
     stop = lambda x: x is None or is_masked(x) or is_box(x)  # noqa: E731
     return jax.tree.structure(params, is_leaf=stop)

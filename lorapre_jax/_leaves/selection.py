@@ -1,4 +1,4 @@
-"""Which leaves are matrices, and along which axes: the rules of `matrices=`."""
+"""Which leaves are matrices, and along which axes: the values of `matrices=`."""
 
 import dataclasses
 import re
@@ -110,10 +110,12 @@ def select_matrices(
 
 
 class Resolved(NamedTuple):
-    """Attributes:
-    axes: The leaf's; None where it is not seen as a matrix.
-    why: Why not; empty where it is.
-    by_default: Whether nothing but its role says so.
+    """The matrix axes of one leaf.
+
+    Attributes:
+      axes: The axes; None if the leaf is not seen as a matrix.
+      why: Why it is not; empty if it is.
+      by_default: Whether only its role says so.
     """
 
     axes: MatrixAxes | None
@@ -132,9 +134,9 @@ class Decided:
 def resolve_axes(
     matrices: Matrices, params: optax.Params, by_role: Mapping[str, Role]
 ) -> dict[str, Resolved]:
-    """By leaf path."""
+    """Returns the matrix axes of each leaf, by path."""
     leaves = named_leaves(params, masked=True)
-    # Masked leaves have no shape, but a rule that is about them is not a mistake.
+    # Masked leaves have no shape, but a pattern that matches one is not a mistake.
     paths = [path for path, _ in leaves]
     shapes = {path: leaf.shape for path, leaf in leaves if not is_masked(leaf)}
     if not shapes:
@@ -207,7 +209,7 @@ def _resolve_leaf(
         return _of_role(role)
     if include is None and not matching and len(shape) != 2:
         return Resolved(None, "not two axes")
-    # Compared as they are meant: on two axes, (0, 1) is (-2, -1).
+    # Views are compared, since on two axes (0, 1) means the same as (-2, -1).
     found = {matrix_view(shape, axes, path): axes for axes in matching}
     if len(found) > 1:
         raise ValueError(
@@ -223,7 +225,7 @@ def _resolve_leaf(
 
 
 def _nones(tree: Any) -> set[str]:
-    """Where a tree has None for a leaf."""
+    """Returns the paths where a tree has None for a leaf."""
     leaves = named_leaves(tree, is_leaf=lambda x: x is None)
     return {path for path, leaf in leaves if leaf is None}
 
@@ -233,7 +235,7 @@ def _resolve_tree(tree: Any, shapes, paths, nones) -> dict[str, Resolved]:
     resolved: dict[str, Resolved] = {}
     used: set[str] = set()
     for path in paths:
-        # A spec at a subtree speaks for every leaf below it.
+        # A spec at a subtree holds for every leaf below it.
         keys = path.split("/")
         prefixes = ["/".join(keys[:n]) for n in range(len(keys), -1, -1)]
         prefix = next((prefix for prefix in prefixes if prefix in specs), None)

@@ -179,8 +179,7 @@ class RotatedRankOne:
         return RotatedRowColumn(*(jnp.zeros((*batch, n), dtype) for n in (p, q, rank)))
 
     def rotated_moment(self, state, g, components, residual, decay, count):
-        """Returns estimates of sqrt(v), `(q, r)`, and sqrt(w), `(p, q)`; and the new
-        state.
+        """Returns the roots of v, `(q, r)`, and of w, `(p, q)`; and the new state.
 
         Args:
           components: `g^T B`, `(q, r)`.
@@ -280,8 +279,7 @@ class LowRank:
         return _with_residual(1, gain, state, new, g, decay), new
 
     def split_moment(self, state, g, decay, count, seed):
-        """Returns the new factors B and A; `g^T B`, `(q, r)`; and the residual R, `(p,
-        q)`.
+        """Returns the new factors; `g^T B`, `(q, r)`; and the residual R, `(p, q)`.
 
         R has what the factors miss of g and what they drop of the old product.
         """
@@ -307,8 +305,7 @@ class LowRank:
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmOne:
-    r"""Keeps a moment as LoRA-Pre was published, Algorithm 1, `r (p + q)` numbers per
-    matrix.
+    r"""Keeps a moment as LoRA-Pre's Algorithm 1 does, `r (p + q)` numbers per matrix.
 
     Each factor takes the damped Newton step of Theorem 3.1, B from zero and A from a
     random start:

@@ -137,9 +137,7 @@ def _sketched(x: jax.Array, rank: int) -> FactorPair:
 
 
 def _truncated(pair: FactorPair, rank: int) -> FactorPair:
-    """Returns the pair of the largest singular triples, padded with zeros if there are
-    fewer.
-    """
+    """Returns the pair of the largest singular triples, padded with zeros."""
     u = orthonormal_columns(pair.left)
     v = orthonormal_columns(pair.right)
     core = dot(dot(u.T, pair.left), dot(pair.right.T, v))

@@ -13,7 +13,7 @@ from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._state.memory import describe
 from lorapre_jax._state.report import LeafReport, Report
 
-_RANK_ONE = Fraction(1, 10**18)  # Of any matrix.
+_RANK_ONE = Fraction(1, 10**18)  # Rank one for any matrix.
 
 
 def rank_for_budget(
@@ -87,7 +87,7 @@ def rank_for_budget(
         count = sum(leaf.is_factored for leaf in at.leaves)
         return at.total_bytes > nbytes or count < len(factored)
 
-    # The ranks change at multiples of 1/min(p, q) only; at the first they are all one.
+    # Ranks change at multiples of 1/min(p, q) only. At the least, all ranks are one.
     sides = {min(leaf.p, leaf.q) for leaf in factored if leaf.p and leaf.q}
     shares = sorted({Fraction(k, side) for side in sides for k in range(1, side + 1)})
     return shares[bisect.bisect_left(shares, True, key=too_much) - 1]

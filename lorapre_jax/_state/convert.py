@@ -106,7 +106,7 @@ def convert_state(
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, params))):
         raise TypeError("convert_state cannot be traced: call it outside jit and vmap.")
     check_all_fit(state)
-    # NumPy's arrays, as Flax's `from_bytes` returns them, lie on no device.
+    # NumPy's arrays, as Flax's `from_bytes` returns them, are on no device.
     state = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, state
     )
@@ -186,7 +186,7 @@ class _Old(NamedTuple):
     """What is known of the old state."""
 
     moments: dict[tuple[str, str], Moment]
-    others: dict[str, Any]  # All nodes by their place.
+    others: dict[str, Any]  # All nodes of the old state, by path.
     decays: dict[str, float | None]
 
     def same(self, name: str, fresh: Any) -> Any:
@@ -196,7 +196,7 @@ class _Old(NamedTuple):
             return fresh
         found = self.others.get(name)
         if found is None and keys[-1] == "count" and self.moments:
-            found = self.count  # A schedule's, elsewhere in the chain.
+            found = self.count  # The count of a schedule, elsewhere in the chain.
         if found is None or jnp.shape(found) != jnp.shape(fresh):
             raise ValueError(
                 f"The new state has '{name}' of shape {jnp.shape(fresh)}, and the old "

@@ -27,9 +27,9 @@ class FactorDiagnostics(NamedTuple):
         1 to infinity.
     """
 
-    captured: jax.Array  # (*batch,) float32, 0 to 1
-    effective_rank: jax.Array  # (*batch,) float32, 0 to r
-    condition: jax.Array  # (*batch,) float32, 1 to infinity
+    captured: jax.Array
+    effective_rank: jax.Array
+    condition: jax.Array
 
 
 def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics]]:
@@ -171,8 +171,8 @@ def _of_matrix(left, right, g) -> FactorDiagnostics:
     u = orthonormal_columns(left)
     v = orthonormal_columns(right)
 
-    # The energy of P G + (I - P) G Q, whose parts are orthogonal: no difference of
-    # large numbers, and no square that could under- or overflow.
+    # The energy of P G + (I - P) G Q, whose two terms are orthogonal. This needs no
+    # difference of large numbers, and no square that could under- or overflow.
     in_columns, in_rows = dot(u.T, g), dot(g, v)
     only_in_rows = in_rows - dot(u, dot(in_columns, v))
     size = rms(g)

@@ -187,7 +187,7 @@ def _bytes_by_owner(
 def _placed(found: list[Part], state: Any) -> dict[str, Sharding]:
     """Returns the sharding of each array by its path in the state of the transform."""
     given = dict(named_leaves(state))
-    # What something is around, such as `nnx.state(optimizer)`, has longer paths.
+    # Trees around the state, such as `nnx.state(optimizer)`, have longer paths.
     by_end: dict[str, str] = {}
     for path in sorted(given, key=len):
         keys = path.split("/")

@@ -133,7 +133,7 @@ def _difference(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None)
         return "only here" if there is None else "only there"
     names = [name for name in here if there.get(name) != here[name]]
     if "matrices" in names and None in (there.get("matrices"), here["matrices"]):
-        # That it is dense says all but the shape, where a rank says it.
+        # One side is dense. The rank says so, and apart from the shape all follows.
         names = [name for name in names if name in ("shape", "rank")] or names
     return "; ".join(
         f"{name} {there.get(name)} there, {here[name]} here" for name in names

@@ -8,7 +8,7 @@ from typing import Any
 from lorapre_jax._leaves.roles import UNKNOWN
 from lorapre_jax._moments.methods import Dense, have_rank
 
-_LARGE = 0.01  # Of all parameters: the dense leaves that the last line names.
+_LARGE = 0.01  # The last line names dense leaves above this share of all parameters.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +140,7 @@ class Report:
 
 
 def _mend(leaf: LeafReport) -> str:
-    """Returns what to write so that the leaf is factored; empty if there is no such
-    advice.
-    """
+    """Returns what to write so that the leaf is factored; empty without advice."""
     if leaf.why_dense == UNKNOWN:
         return (
             "Say which axes are rows and columns: matrices=lp.select_matrices(axes={"

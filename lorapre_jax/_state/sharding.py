@@ -86,7 +86,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
 def _known(path: str, leaf: Any, everywhere: Sharding | None) -> Sharding:
     if (known := known_sharding(leaf)) is not None:
         return known
-    if isinstance(leaf, jax.Array):  # Not placed by anyone: with the others.
+    if isinstance(leaf, jax.Array):  # It was never placed: it goes with the others.
         return everywhere or leaf.sharding
     if isinstance(getattr(leaf, "sharding", None), SingleDeviceSharding):
         return leaf.sharding

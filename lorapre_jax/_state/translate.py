@@ -157,7 +157,7 @@ def _kept_by(method: type, x: low_rank.Matrix, rank: int | None) -> low_rank.Mat
     assert rank is not None
     pair = low_rank.as_factors(x, rank)
     if method is AlgorithmOne:
-        # Its step cannot leave a pair of zeros.
+        # The paper's step never leaves a pair of zeros.
         noise = 0.02 * random_columns(0, *pair.right.shape).astype(pair.right.dtype)
         empty = jnp.all(pair.right == 0, axis=0)
         return FactorPair(
@@ -192,7 +192,7 @@ def _ratio(old: Moment, method: Any, decay: float | None) -> Any:
 def _start(method: Any, kind: str) -> str:
     """Returns which value a moment is biased towards at the start."""
     if isinstance(method, (LowRank, RankOne, RotatedRankOne)):
-        return "nowhere"  # The average itself is held.
+        return "nowhere"  # The value is the average itself.
     if kind == "first":
         return "zero"
     return "zero of |g|" if isinstance(method, AlgorithmOne) else "zero of g^2"

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = tuple[int | None, ...]
-"""Of a new array: which axis of the parameter each of its axes is; None: a new one."""
+"""Which axis of the parameter each axis of a new array is; None for a new axis."""
 
 _RANK = "lorapre_rank"  # Haliax names every axis; no mapping to mesh axes has this one.
 
@@ -109,7 +109,7 @@ def refilled(node: Any, array: Any) -> Any:
 
 def _kind_of(node: Any) -> _BoxKind | None:
     for known in (*_registered, *_loaded()):
-        # A variable may hold a tree of arrays, and is no box then.
+        # A variable may hold a tree of arrays. Then it is not a box.
         if isinstance(node, known.kind) and len(_children(node)) == 1:
             return known
     return None
@@ -133,7 +133,7 @@ def _loaded() -> list[_BoxKind]:
     return found
 
 
-# Flax NNX. Names are metadata, under the first of these that is there.
+# Flax NNX. Names are metadata, under the first of these keys that is present.
 
 _NAMES = (tuple, list, PartitionSpec)
 _SHARDING = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
@@ -152,7 +152,7 @@ def _variable_like(variable: Any, array: Any, axes: Axes) -> Any:
     for key in _SHARDING:
         if metadata.get(key):
             metadata[key] = _selected(metadata[key], axes)
-    # Where MaxText has the layers of a scan; it adds their name there if it is missing.
+    # MaxText's axis of scanned layers; it adds their name there if that is missing.
     scanned = metadata.get("param_scan_axis")
     if scanned in axes:
         metadata["param_scan_axis"] = axes.index(scanned)
@@ -164,8 +164,8 @@ def _selected(entries: Any, axes: Axes) -> Any:
         return entries.update(spec=_selected(entries.spec, axes))
     if not isinstance(entries, _NAMES):
         raise TypeError(
-            f"its sharding metadata is a {type(entries).__name__}, from which those of "
-            "the axes of a factor cannot be told. Give a tuple of names, a "
+            f"its sharding metadata is a {type(entries).__name__}, which does not tell "
+            "the names of the axes of a factor. Give a tuple of names, a "
             "PartitionSpec or a NamedSharding."
         )
     old = tuple(entries)

@@ -89,8 +89,8 @@ def as_matrix_axes(axes: AxesLike, where: str = "matrices") -> MatrixAxes:
         )
     if not isinstance(axes, MatrixAxes):
         raise TypeError(
-            f"{where}: {axes!r} is no MatrixAxes; write MatrixAxes(rows=0, columns=1), "
-            "say."
+            f"{where}: {axes!r} is not a MatrixAxes; write, for example, "
+            "MatrixAxes(rows=0, columns=1)."
         )
     return axes
 
