@@ -1,5 +1,6 @@
 """LoRA-Pre Adam."""
 
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -10,9 +11,11 @@ import optax
 
 from lorapre_jax._leaves import checks
 from lorapre_jax._leaves.choice import choice
+from lorapre_jax._leaves.decide import make_plan
 from lorapre_jax._leaves.fit import check_fits
 from lorapre_jax._leaves.map_leaves import map_leaves
-from lorapre_jax._leaves.plan import init_moment, make_plan
+from lorapre_jax._leaves.moments import init_moment
+from lorapre_jax._leaves.plan import FactoredLeaf, Leaf
 from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._moments.methods import (
     AlgorithmOne,
@@ -44,6 +47,7 @@ class ScaleByLorapreAdamState(NamedTuple):
       plan: The decision for each leaf: a static pytree node without leaves.
     """
 
+    moments = (("mu", "first"), ("nu", "second"))
     count: jax.typing.ArrayLike
     mu: optax.Updates
     nu: optax.Updates
@@ -188,11 +192,9 @@ def scale_by_lorapre_adam(
         checks.check_state(state, ScaleByLorapreAdamState)
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
-        hyper = {"b1": b1, "b2": b2, "eps": eps, "update_scale": update_scale}
-
+        rule = AdamRule(b1, b2, eps, update_scale, unboxed(count), seed)
         updates, (mu, mu_factors), (nu, nu_factors) = map_leaves(
-            _adam,
-            hyper | {"count": unboxed(count), "seed": seed},
+            rule,
             state.plan,
             updates,
             [(state.mu, state.mu_factors), (state.nu, state.nu_factors)],
@@ -205,37 +207,58 @@ def scale_by_lorapre_adam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _adam(leaf, hyper, g, mu, nu):
-    """Computes the Adam update of one matrix, or of a dense leaf of any shape.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdamRule:
+    """The update of one matrix, or of a dense leaf of any shape.
 
-    Returns the update and the new states of the two moments.
+    A call returns the update and the new states of the two moments.
     """
-    first, second = leaf.methods
-    b1, b2, count, seed = (hyper[name] for name in ("b1", "b2", "count", "seed"))
-    # 1 - hat b_1 and 1 - hat b_2: the weights of this gradient in the two averages.
-    c1, c2 = (1 - unbiased_decay(b, count, g.dtype) for b in (b1, b2))
 
-    def divided(m, root_v, share):
-        # Low-rank estimates may be far too small. So the root is at least what it would
-        # be of one gradient as large as the share of m that one step adds (of R, all).
+    b1: jax.typing.ArrayLike
+    b2: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike
+    update_scale: jax.typing.ArrayLike
+    count: jax.Array
+    seed: jax.typing.ArrayLike
+
+    def __call__(self, leaf: Leaf, g, mu, nu):
+        first, second = leaf.methods
+        # 1 - hat b_1 and 1 - hat b_2: the weights of this gradient in the two averages.
+        w1, w2 = (
+            1 - unbiased_decay(b, self.count, g.dtype) for b in (self.b1, self.b2)
+        )
         # The paper's rule stays as it was published.
-        if leaf.is_factored and not isinstance(second, AlgorithmOne):
-            root_v = jnp.maximum(root_v, jnp.sqrt(c2) * share * jnp.abs(m))
-        return m / (root_v + jnp.asarray(hyper["eps"], g.dtype))
+        is_bounded = isinstance(leaf, FactoredLeaf) and not isinstance(
+            second, AlgorithmOne
+        )
 
-    if isinstance(second, RotatedRankOne):
-        mu, along, rest = first.split_moment(mu, g, b1, count, seed)
-        (root_v, root_w), nu = second.rotated_moment(nu, g, along, rest, b2, count)
-        # The components A are divided in the basis of B, the residual entry by entry.
-        update = mu.left @ divided(mu.right, root_v, c1).T
-        update += first.residual_gain * divided(rest, root_w, 1)
-    else:
-        m, mu = first.first_moment(mu, g, b1, count, seed)
-        root_v, nu = second.second_moment(nu, g, b2, count, seed)
-        update = divided(m, root_v, c1)
-    if leaf.is_factored:
-        update = update * jnp.asarray(hyper["update_scale"], g.dtype)
-    return update, mu, nu
+        def divide(m, root_v, weight):
+            # Low-rank estimates may be far too small. So the root is at least what it
+            # would be of one gradient as large as the share of m that one step adds
+            # (of R, all).
+            if is_bounded:
+                root_v = jnp.maximum(root_v, jnp.sqrt(w2) * weight * jnp.abs(m))
+            return m / (root_v + jnp.asarray(self.eps, g.dtype))
+
+        if isinstance(second, RotatedRankOne):
+            mu, along, residual = first.split_moment(
+                mu, g, self.b1, self.count, self.seed
+            )
+            (root_v, root_w), nu = second.rotated_moment(
+                nu, g, along, residual, self.b2, self.count
+            )
+            # The components A are divided in the basis of B, the residual entry by
+            # entry.
+            update = mu.left @ divide(mu.right, root_v, w1).T
+            update += first.residual_gain * divide(residual, root_w, 1)
+        else:
+            m, mu = first.first_moment(mu, g, self.b1, self.count, self.seed)
+            root_v, nu = second.second_moment(nu, g, self.b2, self.count, self.seed)
+            update = divide(m, root_v, w1)
+        if isinstance(leaf, FactoredLeaf):
+            update = update * jnp.asarray(self.update_scale, g.dtype)
+        return update, mu, nu
 
 
 def lorapre_adamw(

@@ -1,5 +1,6 @@
 """The low-rank moving average, from which any momentum method is built."""
 
+import dataclasses
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -9,9 +10,11 @@ import optax
 
 from lorapre_jax._leaves import checks
 from lorapre_jax._leaves.choice import choice
+from lorapre_jax._leaves.decide import make_plan
 from lorapre_jax._leaves.fit import check_fits
 from lorapre_jax._leaves.map_leaves import map_leaves
-from lorapre_jax._leaves.plan import init_moment, make_plan
+from lorapre_jax._leaves.moments import init_moment
+from lorapre_jax._leaves.plan import Leaf
 from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._moments.methods import LowRank, Methods
 from lorapre_jax._numerics.averages import mass
@@ -31,6 +34,7 @@ class LorapreEmaState(NamedTuple):
       plan: The decision for each leaf: a static pytree node without leaves.
     """
 
+    moments = (("ema", "first"),)
     count: jax.typing.ArrayLike
     ema: optax.Updates
     ema_factors: Any
@@ -120,17 +124,8 @@ def lorapre_ema(
         checks.check_state(state, LorapreEmaState)
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
-        hyper = {"decay": decay, "count": unboxed(count), "seed": seed}
-
-        def average(leaf, hyper, g, ema):
-            decay = jnp.asarray(hyper["decay"], g.dtype)
-            step = hyper["count"], hyper["seed"]
-            m, ema = leaf.methods[0].first_moment(ema, g, decay, *step)
-            return m if debias else m * mass(decay, hyper["count"]), ema
-
         updates, (ema, factors) = map_leaves(
-            average,
-            hyper,
+            EmaRule(decay, unboxed(count), seed, debias),
             state.plan,
             updates,
             [(state.ema, state.ema_factors)],
@@ -139,3 +134,19 @@ def lorapre_ema(
         return updates, LorapreEmaState(count, ema, factors, state.plan)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EmaRule:
+    """The average of one matrix, and its new state."""
+
+    decay: jax.typing.ArrayLike
+    count: jax.Array
+    seed: jax.typing.ArrayLike
+    debias: bool = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, leaf: Leaf, g, ema):
+        decay = jnp.asarray(self.decay, g.dtype)
+        m, ema = leaf.methods[0].first_moment(ema, g, decay, self.count, self.seed)
+        return m if self.debias else m * mass(decay, self.count), ema

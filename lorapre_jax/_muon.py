@@ -1,5 +1,6 @@
 """LoRA-Pre Muon."""
 
+import dataclasses
 import functools
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -10,9 +11,11 @@ import optax
 
 from lorapre_jax._leaves import checks
 from lorapre_jax._leaves.choice import choice
+from lorapre_jax._leaves.decide import make_plan
 from lorapre_jax._leaves.fit import check_fits
 from lorapre_jax._leaves.map_leaves import map_leaves
-from lorapre_jax._leaves.plan import Plan, init_moment, make_plan
+from lorapre_jax._leaves.moments import init_moment
+from lorapre_jax._leaves.plan import DenseLeaf, FactoredLeaf, Leaf, Plan
 from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._moments.methods import LowRank, Methods
 from lorapre_jax._muon_shares import (
@@ -45,6 +48,7 @@ class ScaleByLorapreMuonState(NamedTuple):
       plan: The decision for each leaf: a static pytree node without leaves.
     """
 
+    moments = (("momentum", "first"),)
     count: jax.typing.ArrayLike
     momentum: optax.Updates
     momentum_factors: Any
@@ -160,7 +164,7 @@ def scale_by_lorapre_muon(
     ns_steps = NS_STEPS if ns_steps is None else ns_steps
     checks.check_count("ns_steps", ns_steps)
     checks.check_ns_coeffs(ns_coeffs, ns_steps)
-    rule = MuonRule(nesterov, ns_steps, ns_coeffs)
+    shares_of = functools.cache(functools.partial(plan_shares, param_shardings))
 
     def init_fn(params):
         plan = make_plan(
@@ -172,8 +176,7 @@ def scale_by_lorapre_muon(
         )
         if isinstance(plan, Plan):
             _refuse_other_than_matrices(plan)
-            if param_shardings is not None:
-                plan_shares(plan, param_shardings)
+            shares_of(plan)
         mu, factors = init_moment(plan, params, 0, factor_dtype, seed)
         return ScaleByLorapreMuonState(replicated_zero(params), mu, factors, plan)
 
@@ -183,32 +186,36 @@ def scale_by_lorapre_muon(
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
 
-        hyper = {
-            "beta": beta,
-            "eps": eps,
-            "consistent_rms": consistent_rms,
-            "update_scale": update_scale,
-            "count": unboxed(count),
-            "seed": seed,
-        }
-        run = functools.partial(
-            map_leaves, hyper=hyper, plan=state.plan, slices_at_once=slices_at_once
+        rule = MuonRule(
+            beta=beta,
+            eps=eps,
+            consistent_rms=consistent_rms,
+            update_scale=update_scale,
+            count=unboxed(count),
+            seed=seed,
+            nesterov=nesterov,
+            ns_steps=ns_steps,
+            ns_coeffs=ns_coeffs,
         )
         moments = [(state.momentum, state.momentum_factors)]
-        shares = None
-        if param_shardings is not None and isinstance(state.plan, Plan):
-            shares = plan_shares(state.plan, param_shardings)
+        shares = shares_of(state.plan) if isinstance(state.plan, Plan) else {}
         if shares:
-            wide = jax.tree.map(without_underflow, updates)
-            rest, moment = run(rule.begin, updates=wide, moments=moments)
-            rest = orthogonalize_shares(
-                rule.polar, shares, rest, param_shardings, slices_at_once
+            part = jax.tree.map(without_underflow, updates)
+            begin, finish = (
+                jax.tree_util.Partial(stage, rule)
+                for stage in (MuonRule.begin, MuonRule.finish)
             )
-            updates, (mu, factors), _ = run(
-                rule.finish, updates=updates, moments=[moment, (rest, {})]
+            part, moment = map_leaves(begin, state.plan, part, moments, slices_at_once)
+            part = orthogonalize_shares(
+                rule.polar, shares, part, param_shardings, slices_at_once
+            )
+            updates, (mu, factors) = map_leaves(
+                finish, state.plan, updates, [moment], slices_at_once, part
             )
         else:
-            updates, (mu, factors) = run(rule.whole, updates=updates, moments=moments)
+            updates, (mu, factors) = map_leaves(
+                rule, state.plan, updates, moments, slices_at_once
+            )
         return updates, ScaleByLorapreMuonState(count, mu, factors, state.plan)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -216,78 +223,87 @@ def scale_by_lorapre_muon(
 
 def _refuse_other_than_matrices(plan: Plan) -> None:
     for leaf in plan.leaves:
-        if leaf.view is None and leaf.methods:
+        if isinstance(leaf, DenseLeaf) and leaf.view is None and leaf.methods:
             raise ValueError(
                 f"Leaf '{leaf.path}' of shape {leaf.shape} is not a matrix "
-                f"({leaf.why_dense}), and Muon orthogonalises matrices only. Name its "
+                f"({leaf.why}), and Muon orthogonalises matrices only. Name its "
                 "axes in `matrices=`, or use lorapre_muon, which gives such leaves "
                 "to Adam."
             )
 
 
-class MuonRule(NamedTuple):
-    """The update of one matrix: `whole`, or `begin` and `finish` around `polar`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MuonRule:
+    """The update of one matrix; or its two parts, `begin` and `finish`, around `polar`.
 
     Orthogonalisation is costly and crosses shards, so it can be done elsewhere between
     the two parts.
     """
 
-    nesterov: bool
-    ns_steps: int
-    ns_coeffs: Coefficients
+    beta: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike
+    consistent_rms: jax.typing.ArrayLike | None
+    update_scale: jax.typing.ArrayLike
+    count: jax.Array
+    seed: jax.typing.ArrayLike
+    nesterov: bool = dataclasses.field(metadata={"static": True})
+    ns_steps: int = dataclasses.field(metadata={"static": True})
+    ns_coeffs: Coefficients = dataclasses.field(metadata={"static": True})
 
-    def whole(self, leaf, hyper, g, mu):
-        rest, mu = self.begin(leaf, hyper, g, mu)
-        return self.finish(leaf, hyper, g, mu, self.polar(rest))[:2]
+    def __call__(self, leaf: Leaf, g, mu):
+        part, mu = self.begin(leaf, g, mu)
+        return self.finish(leaf, g, self.polar(part), mu)
 
-    def begin(self, leaf, hyper, g, mu):
-        """Returns what is orthogonalised at its full size, over its norm; new momentum.
+    def begin(self, leaf: Leaf, g, mu):
+        """Returns what is orthogonalised as a full matrix, over its norm; and the new
+        momentum.
 
         That is `sigma R` for a `LowRank` momentum, and the whole momentum otherwise.
         """
-        method, step = leaf.methods[0], (hyper["count"], hyper["seed"])
-        beta = jnp.asarray(hyper["beta"], g.dtype)
+        method, step = leaf.methods[0], (self.count, self.seed)
+        beta = jnp.asarray(self.beta, g.dtype)
         if isinstance(method, LowRank):
             mu, _, residual = method.split_moment(mu, g, beta, *step)
-            residual = _share_of_noise(beta, hyper["count"]) * residual
+            residual = _share_of_noise(beta, self.count) * residual
             # The norm of the whole average, B A and sigma R being nearly orthogonal:
             # over its own norm, a residual of mere rounding would be blown up.
             norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
-            return divide_by_norm(residual, norm, hyper["eps"]), mu
+            return divide_by_norm(residual, norm, self.eps), mu
         m, mu = method.first_moment(mu, g, beta, *step)
-        m = self.look_ahead(hyper, m, g)
-        return divide_by_norm(m, frobenius_norm(m), hyper["eps"]), mu
+        m = self.look_ahead(m, g)
+        return divide_by_norm(m, frobenius_norm(m), self.eps), mu
 
-    def finish(self, leaf, hyper, g, mu, orthogonal):
-        """Returns the update, the momentum, and `orthogonal`.
+    def finish(self, leaf: Leaf, g, orthogonal, mu):
+        """Returns the update and the momentum.
 
         Args:
           orthogonal: The polar factor of what `begin` returned.
         """
         update = orthogonal
         if isinstance(leaf.methods[0], LowRank):
-            beta = jnp.asarray(hyper["beta"], g.dtype)
+            beta = jnp.asarray(self.beta, g.dtype)
             gain = leaf.methods[0].residual_gain
-            gain = gain / _share_of_noise(beta, hyper["count"])
+            gain = gain / _share_of_noise(beta, self.count)
             # polar(B A) = B polar(A), since B is orthonormal wherever A is more than
             # rounding. The norm of A is that of the product.
-            right = self.look_ahead(hyper, mu.right, g.T @ mu.left)
-            right = divide_by_norm(right, frobenius_norm(right), hyper["eps"])
+            right = self.look_ahead(mu.right, g.T @ mu.left)
+            right = divide_by_norm(right, frobenius_norm(right), self.eps)
             update = mu.left @ self.polar(right).T + gain * orthogonal
-        scale = _shape_scale(g.shape, hyper["consistent_rms"], g.dtype)
-        if leaf.is_factored:
-            scale = scale * jnp.asarray(hyper["update_scale"], g.dtype)
-        return update * scale, mu, orthogonal
+        scale = _shape_scale(g.shape, self.consistent_rms, g.dtype)
+        if isinstance(leaf, FactoredLeaf):
+            scale = scale * jnp.asarray(self.update_scale, g.dtype)
+        return update * scale, mu
 
     def polar(self, x):
         return orthogonalize(x, self.ns_coeffs, self.ns_steps)
 
-    def look_ahead(self, hyper, m, g):
+    def look_ahead(self, m, g):
         """Returns the average `m` one step ahead, as `optax.contrib.muon` does."""
         if not self.nesterov:
             return m
-        b, count = jnp.asarray(hyper["beta"], g.dtype), hyper["count"]
-        now, ahead = mass(b, count), mass(b, optax.safe_increment(count))
+        b = jnp.asarray(self.beta, g.dtype)
+        now, ahead = mass(b, self.count), mass(b, optax.safe_increment(self.count))
         return b * (now / ahead) * m + ((1 - b) / now) * g
 
 

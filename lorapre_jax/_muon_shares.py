@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from lorapre_jax._leaves.plan import LeafPlan, Plan
+from lorapre_jax._leaves.plan import Leaf, Plan
 from lorapre_jax._numerics.arrays import at_least_float32
 from lorapre_jax._trees.matrix_view import MatrixView
 from lorapre_jax._trees.paths import named_leaves
@@ -39,8 +39,10 @@ Shares = Mapping[_Group, Mapping[str, MatrixView]]
 """The leaves of each group, by path."""
 
 
-def plan_shares(plan: Plan, param_shardings: Any) -> Shares:
-    """Groups the leaves into stacks; returns nothing if no matrix is sharded."""
+def plan_shares(param_shardings: Any, plan: Plan) -> Shares:
+    """Groups matrices into stacks; returns nothing if none is known to be sharded."""
+    if param_shardings is None:
+        return {}
     given = dict(named_leaves(param_shardings, is_leaf=lambda x: x is None))
     groups: dict[_Group, dict[str, MatrixView]] = {}
     unsharded = []
@@ -72,7 +74,7 @@ def plan_shares(plan: Plan, param_shardings: Any) -> Shares:
     return groups
 
 
-def _checked(leaf: LeafPlan, place: Any) -> Any:
+def _checked(leaf: Leaf, place: Any) -> Any:
     what = f"Leaf '{leaf.path}': `param_shardings` has {place!r} for it"
     if isinstance(place, SingleDeviceSharding):
         return place

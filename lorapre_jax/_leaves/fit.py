@@ -1,19 +1,17 @@
 """Whether a state holds what its plan says; checked wherever a state is read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from lorapre_jax._leaves.plan import LeafPlan, Plan, has_plan
+from lorapre_jax._leaves.moments import StoredMoment, stored_moments
+from lorapre_jax._leaves.plan import FactoredLeaf, LeafPlan, Plan, has_plan
 from lorapre_jax._moments.factors import is_factors
 from lorapre_jax._trees.boxes import unboxed
 from lorapre_jax._trees.paths import named_leaves
 
 Shape = tuple[int, ...]
-
-_MOMENTS = {"mu": 0, "nu": 1, "momentum": 0, "ema": 0}
-"""Fields of our states that hold a moment, with its index among a leaf's methods."""
 
 
 def check_fits(state: Any, stacked: bool = False) -> None:
@@ -35,19 +33,12 @@ def check_fits(state: Any, stacked: bool = False) -> None:
     if not isinstance(state.plan, Plan):  # It was made for optax's placeholder.
         return
     stack = getattr(unboxed(state.count), "shape", ()) if stacked else ()
-    for field, index in _MOMENTS.items():
-        if not hasattr(state, field):
-            continue
-        dense = dict(named_leaves(getattr(state, field)))
-        factors = getattr(state, f"{field}_factors")
+    for moment in stored_moments(state):
+        dense = dict(named_leaves(moment.dense))
         for leaf in state.plan.leaves:
-            if not leaf.methods:
-                continue
-            is_dense = leaf.kind_of(index) is None
-            where = field if is_dense else f"{field}_factors"
-            node = (dense if is_dense else factors).get(leaf.path)
-            for name, array, shape in _arrays(leaf, index, node):
-                _check(leaf, index, f"{where}/{name}", array, (*stack, *shape))
+            if leaf.methods:
+                for name, array, shape in _arrays(leaf, moment, dense):
+                    _check(leaf, moment.index, name, array, (*stack, *shape))
 
 
 def check_all_fit(state: Any) -> None:
@@ -56,18 +47,20 @@ def check_all_fit(state: Any) -> None:
         check_fits(node, stacked=True)
 
 
-def _arrays(leaf: LeafPlan, index: int, node: Any) -> Iterator[tuple[str, Any, Shape]]:
-    """Yields the arrays of one moment by name, with their shapes by the plan."""
-    kind, view = leaf.kind_of(index), leaf.view
-    if kind is None:
-        yield leaf.path, node, leaf.shape
+def _arrays(
+    leaf: LeafPlan, moment: StoredMoment, dense: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Shape]]:
+    """Yields the arrays of one moment by place, with their shapes by the plan."""
+    if not isinstance(leaf, FactoredLeaf) or leaf.factors_type(moment.index) is None:
+        yield f"{moment.name}/{leaf.path}", dense.get(leaf.path), leaf.shape
         return
-    assert view is not None
-    assert leaf.rank is not None
+    kind = leaf.factors_type(moment.index)
+    node = moment.factors.get(leaf.path)
     for name, sides in zip(kind._fields, kind.sides, strict=True):
         array = getattr(node, name, None) if is_factors(node) else node
-        shape = view.factor_shape(sides, leaf.rank)
-        yield f"{leaf.path}/{name}", next(iter(jax.tree.leaves(array)), None), shape
+        place = f"{moment.name}_factors/{leaf.path}/{name}"
+        shape = leaf.view.factor_shape(sides, leaf.rank)
+        yield place, next(iter(jax.tree.leaves(array)), None), shape
 
 
 def _check(leaf: LeafPlan, index: int, place: str, array: Any, shape: Shape) -> None:
@@ -75,7 +68,7 @@ def _check(leaf: LeafPlan, index: int, place: str, array: Any, shape: Shape) -> 
     if array is not None and tuple(found) == shape:
         return
     has = "is missing" if array is None else f"has shape {tuple(found)}"
-    rank = "" if leaf.kind_of(index) is None else f" at rank {leaf.rank}"
+    rank = f" at rank {leaf.rank}" if isinstance(leaf, FactoredLeaf) else ""
     raise ValueError(
         f"Leaf '{leaf.path}': `{place}` {has} in the optimizer state, whose plan says "
         f"{shape} for {leaf.methods[index]!r}{rank}. Its arrays are not those that "

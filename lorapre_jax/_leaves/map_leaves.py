@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorapre_jax._leaves.plan import LeafPlan, Plan
+from lorapre_jax._leaves.plan import Leaf, Plan
 from lorapre_jax._moments.factors import is_factors, open_boxes
 from lorapre_jax._numerics.arrays import at_least_float32
 from lorapre_jax._trees.paths import named_leaves
@@ -18,26 +18,26 @@ Moments = tuple[Any, Any]  # What `init_moment` returns.
 
 
 def map_leaves(
-    fn: Callable[..., tuple[Any, ...]],
-    hyper: dict[str, Any],
+    rule: Callable[..., tuple[Any, ...]],
     plan: Plan,
     updates: optax.Updates,
     moments: Sequence[Moments],
     slices_at_once: int | None,
+    *others: Any,
 ) -> tuple[Any, ...]:
-    """Maps `fn(leaf, hyper, g, *states) -> (update, *states)` over all matrices.
+    """Maps `rule(leaf, g, *others, *states) -> (update, *states)` over all matrices.
 
     A dense leaf that is not seen as matrices is passed whole. Computation is in float32
     at least. Updates are returned in the dtype that optax would return, and states in
     their own dtypes.
 
     Args:
-      fn: The optimizer on one matrix.
-      hyper: The numbers that it needs, passed so that `fn` closes over no array.
+      rule: The optimizer's rule for one matrix, a pytree that holds its numbers.
       plan: The decision for each leaf.
       updates: Gradients, a tree like the one that the plan was made for.
       moments: One `(dense tree, factors)` pair per moment.
       slices_at_once: How many slices of the first batch axis at a time; None: all.
+      others: Trees like the updates, whose arrays the rule gets too.
 
     Returns:
       The updates, and the new `(dense tree, factors)` pairs.
@@ -46,8 +46,9 @@ def map_leaves(
     if not leaves:
         return updates, *moments
     plans = plan.by_path(leaves)
+    by_path = [dict(named_leaves(tree)) for tree in others]
     dense = [dict(named_leaves(tree)) for tree, _ in moments]
-    factors = [dict(by_path) for _, by_path in moments]
+    factors = [dict(of_path) for _, of_path in moments]
     results = []
     for path, g in leaves:
         leaf = plans[path]
@@ -55,8 +56,9 @@ def map_leaves(
             results.append(g)
             continue
         kept = [f if path in f else d for d, f in zip(dense, factors, strict=True)]
+        inputs = [each[path] for each in by_path]
         states = [open_boxes(where[path]) for where in kept]
-        update, *states = _run_leaf(fn, leaf, hyper, g, states, slices_at_once)
+        update, *states = _run_leaf(rule, leaf, slices_at_once, g, inputs, states)
         results.append(update)
         for where, state in zip(kept, states, strict=True):
             boxes = jax.tree.structure(where[path])
@@ -71,8 +73,8 @@ def map_leaves(
     )
 
 
-def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, slices_at_once):
-    """Applies `fn` to one leaf: seen as matrices, in the compute dtype, and back."""
+def _run_leaf(rule, leaf: Leaf, slices_at_once, g, inputs, states):
+    """Applies the rule to one leaf: seen as matrices, in the compute dtype."""
     compute = at_least_float32(
         g.dtype, leaf.dtype, *(x.dtype for x in jax.tree.leaves(states))
     )
@@ -80,32 +82,34 @@ def _run_leaf(fn, leaf: LeafPlan, hyper, g, states, slices_at_once):
         # The cast loses nothing, and the update can reuse the gradient's buffer.
         g = g.astype(jnp.promote_types(g.dtype, leaf.dtype))
 
-    def on_matrix(hyper, g, *states):
-        cast = jax.tree.map(lambda x: x.astype(compute), (g, *states))
-        return jax.tree.map(
-            lambda new, old: new.astype(old.dtype), fn(leaf, hyper, *cast), (g, *states)
-        )
+    def on_matrix(rule, *arrays):
+        cast = jax.tree.map(lambda x: x.astype(compute), arrays)
+        update, *new = rule(leaf, *cast)
+        # Other inputs are returned unchanged: a loop over slices carries all arrays.
+        done = update, *arrays[1 : 1 + len(inputs)], *new
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), done, arrays)
 
-    def on_leaf(hyper, g, *states):
-        view = leaf.view
+    def on_leaf(rule, *arrays):
+        view, one = leaf.view, functools.partial(on_matrix, rule)
         if view is None:
-            return on_matrix(hyper, g, *states)
+            return one(*arrays)
         matrices = [
-            view.fuse(x) if is_factors(x) else view.to_matrix(x) for x in (g, *states)
+            view.fuse(x) if is_factors(x) else view.to_matrix(x) for x in arrays
         ]
-        one = functools.partial(on_matrix, hyper)
-        shards = leaf.batch_shards
-        mapped = over_batch(one, len(view.batch_shape), slices_at_once, shards)
+        ndim = len(view.batch_shape)
+        mapped = over_batch(one, ndim, slices_at_once, leaf.batch_shards)
         return tuple(
             view.unfuse(x) if is_factors(x) else view.from_matrix(x)
             for x in mapped(*matrices)
         )
 
-    return with_auto_axes(on_leaf, g, states)(hyper, g, *states)
+    arrays = g, *inputs, *states
+    update, *done = with_auto_axes(on_leaf, *arrays)(rule, *arrays)
+    return update, *done[len(inputs) :]
 
 
 def over_batch(fn, ndim: int, slices_at_once: int | None, shards: int):
-    """Maps `fn(g, *states) -> (update, *states)` over `ndim` leading axes."""
+    """Maps `fn`, whose results are like its arguments, over `ndim` leading axes."""
     for _ in range(max(ndim - 1, 0)):
         fn = jax.vmap(fn)
     if ndim == 0:

@@ -8,7 +8,11 @@ its state is an array of the leaf's shape.
     first_moment(state, g, decay, count, seed)   -> estimate of E[g], new state
     second_moment(state, g, decay, count, seed)  -> estimate of sqrt(E[g^2]), new state
 
-`kind` is the class of the state; `Dense` has none. `RotatedRankOne` has
+    first_weight(decay, count), second_weight(decay, count)  -> what bias correction
+        divides the state by: the total weight in it of the gradients so far, or, for
+        a second moment, what that makes of its root
+
+`factors_type` is the class of the state; `Dense` has none. `RotatedRankOne` has
 `rotated_moment` instead, which sees the gradient as `LowRank.split_moment` splits it.
 
 Second moments are returned as their roots, which have the gradient's scale. Factored
@@ -26,7 +30,14 @@ import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair, RotatedRowColumn, RowColumn
 from lorapre_jax._numerics.arrays import at_least_float32, dot, random_columns
-from lorapre_jax._numerics.averages import blend, mass, unbiased_decay
+from lorapre_jax._numerics.averages import (
+    blend,
+    mass,
+    mass_of_root,
+    one,
+    root_of_mass,
+    unbiased_decay,
+)
 from lorapre_jax._numerics.norms import hypot, relative, root, root_mean_square
 from lorapre_jax._numerics.online_regression import jacobi, subspace
 
@@ -55,17 +66,21 @@ class Dense:
       `LowRank`, `RankOne`; :doc:`methods by pattern </choosing>`.
     """
 
+    factors_type = None
+    first_weight = staticmethod(mass)
+    second_weight = staticmethod(root_of_mass)
+
     def first_moment(self, mu, g, decay, count, seed):
         del seed
         decay = jnp.asarray(decay, g.dtype)
         mu = decay * mu + (1 - decay) * g
-        return mu / mass(decay, count), mu
+        return mu / self.first_weight(decay, count), mu
 
     def second_moment(self, nu, g, decay, count, seed):
         del seed
         decay = jnp.asarray(decay, g.dtype)
         nu = decay * nu + (1 - decay) * jnp.square(g)
-        return root(nu / mass(decay, count)), nu
+        return root(nu) / self.second_weight(decay, count), nu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +114,8 @@ class RankOne:
       `RotatedRankOne`, `optax.scale_by_factored_rms`; :doc:`the method </method>`.
     """
 
-    kind = RowColumn
+    factors_type = RowColumn
+    second_weight = staticmethod(one)
 
     def init(self, batch, p, q, rank, dtype, seed) -> RowColumn:
         del rank, seed
@@ -171,7 +187,8 @@ class RotatedRankOne:
       </results/why>`.
     """
 
-    kind = RotatedRowColumn
+    factors_type = RotatedRowColumn
+    second_weight = staticmethod(one)
 
     def init(self, batch, p, q, rank, dtype, seed) -> RotatedRowColumn:
         del seed
@@ -256,7 +273,8 @@ class LowRank:
     """
 
     residual_gain: float = 1.0
-    kind = FactorPair
+    factors_type = FactorPair
+    first_weight = second_weight = staticmethod(one)
 
     def __post_init__(self):
         gain = self.residual_gain
@@ -347,7 +365,9 @@ class AlgorithmOne:
       `LowRank`; :doc:`the method </method>`.
     """
 
-    kind = FactorPair
+    factors_type = FactorPair
+    first_weight = staticmethod(mass)
+    second_weight = staticmethod(mass_of_root)
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         left = jnp.zeros((*batch, p, rank), dtype)
@@ -359,14 +379,15 @@ class AlgorithmOne:
         del seed
         decay = jnp.asarray(decay, g.dtype)
         before = decay * state.product + (1 - decay) * g
-        return before / mass(decay, count), self._step(state, g, decay)
+        return before / self.first_weight(decay, count), self._step(state, g, decay)
 
     def second_moment(self, state, g, decay, count, seed):
         del seed
         decay = jnp.asarray(decay, g.dtype)
         before = blend(decay, state.product, g)
         new = self._step(state, jnp.abs(g), jnp.sqrt(decay))
-        return before / jnp.sqrt(mass(decay, count)), new
+        # The paper corrects as if the state were Adam's, and not by `second_weight`.
+        return before / root_of_mass(decay, count), new
 
     def _step(self, state, target, decay) -> FactorPair:
         return FactorPair(*jacobi(state.left, state.right, target, decay))
@@ -380,7 +401,7 @@ Methods = FirstMoment | SecondMoment | Mapping[str, FirstMoment | SecondMoment]
 
 def have_rank(methods) -> bool:
     """Whether any of a leaf's moments is a `FactorPair`, which has a rank."""
-    return any(getattr(method, "kind", None) is FactorPair for method in methods)
+    return any(method.factors_type is FactorPair for method in methods)
 
 
 def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):

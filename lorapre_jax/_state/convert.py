@@ -10,6 +10,11 @@ import numpy as np
 import optax
 
 from lorapre_jax._leaves.fit import check_all_fit
+from lorapre_jax._leaves.moments import (
+    StoredMoment,
+    replace_moment,
+    stored_moments,
+)
 from lorapre_jax._leaves.plan import has_plan
 from lorapre_jax._moments.factors import open_boxes
 from lorapre_jax._moments.methods import Dense
@@ -17,9 +22,6 @@ from lorapre_jax._state.translate import Moment, forget_programs, translated
 from lorapre_jax._trees.boxes import unboxed
 from lorapre_jax._trees.paths import named_leaves
 from lorapre_jax._trees.sharding import known_sharding, replicated
-
-_FIRST = ("mu", "momentum", "ema")
-_SECOND = "nu"
 
 
 def convert_state(
@@ -114,12 +116,12 @@ def convert_state(
     old = _Old({}, dict(nodes), {"first": b1, "second": b2})
     for node in (node for _, node in nodes if _keeps_moments(node)):
         for moment in _moments(node).values():
-            if (moment.path, moment.kind) in old.moments:
+            if (moment.path, moment.order) in old.moments:
                 raise ValueError(
-                    f"Leaf '{moment.path}': the state keeps two {moment.kind} moments. "
-                    "Convert the parts of the chain one by one."
+                    f"Leaf '{moment.path}': the state keeps two {moment.order} "
+                    "moments. Convert the parts of the chain one by one."
                 )
-            old.moments[moment.path, moment.kind] = moment
+            old.moments[moment.path, moment.order] = moment
     for moment in old.moments.values():
         if jnp.shape(moment.count) != ():
             raise ValueError(
@@ -149,36 +151,45 @@ def convert_state(
     return jax.tree.map(lambda x, like: _placed(x, like, everywhere), whole, fresh)
 
 
-_OPTAX = (
-    optax.ScaleByAdamState,
-    optax.ScaleByAmsgradState,
-    optax.EmaState,
-    optax.contrib.MuonState,
-)
+_ADAM = (("mu", "first"), ("nu", "second"))
+_OPTAX = {
+    optax.ScaleByAdamState: _ADAM,
+    optax.ScaleByAmsgradState: _ADAM,
+    optax.EmaState: (("ema", "first"),),
+    optax.contrib.MuonState: (("mu", "first"),),
+}
+"""Which fields of optax's states hold moments, all of them dense."""
 
 
 def _keeps_moments(node: Any) -> bool:
-    return isinstance(node, _OPTAX) or has_plan(node)
+    return type(node) in _OPTAX or has_plan(node)
+
+
+def _stored(node: Any) -> list[StoredMoment]:
+    """Returns the moments of one transform's state."""
+    if has_plan(node):
+        return stored_moments(node)
+    return [
+        StoredMoment(name, order, i, getattr(node, name), {})
+        for i, (name, order) in enumerate(_OPTAX[type(node)])
+    ]
 
 
 def _moments(node: Any) -> dict[tuple[str, str], Moment]:
     """Returns every moment that one transform's state keeps, by field and leaf path."""
     plans = {leaf.path: leaf for leaf in node.plan.leaves} if has_plan(node) else {}
-    found = {}
-    for field in (*_FIRST, _SECOND):
-        if field not in node._fields:
-            continue
-        factors = getattr(node, f"{field}_factors", {})
-        opened = [(path, open_boxes(value)) for path, value in factors.items()]
-        for path, value in [*named_leaves(getattr(node, field)), *opened]:
-            leaf = plans.get(path)
+    found: dict[tuple[str, str], Moment] = {}
+    firsts: dict[str, Any] = {}
+    for name, order, index, dense, factors in _stored(node):
+        by_path = dict(named_leaves(dense))
+        by_path |= {path: open_boxes(x) for path, x in factors.items()}
+        for path, value in by_path.items():
             method, view = Dense(), None
-            if leaf is not None and leaf.methods:
-                method, view = leaf.methods[field == _SECOND], leaf.view
-            kind = "second" if field == _SECOND else "first"
-            first = found["mu", path].value if field == _SECOND else None
-            moment = Moment(path, kind, method, value, view, unboxed(node.count), first)
-            found[field, path] = moment
+            if path in factors:
+                method, view = plans[path].methods[index], plans[path].view
+            moment = Moment(path, order, method, value, view, unboxed(node.count))
+            found[name, path] = moment._replace(first=firsts.get(path))
+        firsts = {path: found[name, path].value for path in by_path}
     return found
 
 
@@ -252,34 +263,44 @@ def _listed(paths: list[str]) -> str:
 
 def _filled(node: Any, old: _Old) -> Any:
     """Returns a fresh state with the moments and the count of the old one."""
-    values: dict[str, dict[str, Any]] = {}
-    for (field, path), moment in _moments(node).items():
-        source = old.moments.get((path, moment.kind))
-        value, is_empty = moment.value, moment.is_empty
-        if source is None and not is_empty and path in old.paths:
-            raise ValueError(
-                f"Leaf '{path}': the old state keeps no {moment.kind} moment of it. "
-                "Start from new_tx.init(params), or take a transform that needs none."
-            )
-        if moment.first is not None:
-            moment = moment._replace(first=values["mu"][path])
-        if source is not None and not is_empty:
-            value = translated(source, moment, old.decays[moment.kind])
-        values.setdefault(field, {})[path] = value
-    fields: dict[str, Any] = {"count": old.count} if old.moments else {}
+    values: dict[tuple[str, str], Any] = {}
+    firsts: dict[str, Any] = {}
+    for (name, path), moment in _moments(node).items():
+        if moment.order == "second":
+            moment = moment._replace(first=firsts[path])
+        values[name, path] = _carried(moment, old)
+        if moment.order == "first":
+            firsts[path] = values[name, path]
+    filled = node._replace(count=old.count) if old.moments else node
     if isinstance(node, optax.ScaleByAmsgradState):
         known = old.maxima
         kept = [known.get(path, x) for path, x in named_leaves(node.nu_max)]
-        fields["nu_max"] = jax.tree.unflatten(jax.tree.structure(node.nu_max), kept)
-    for field, by_path in values.items():
-        tree = getattr(node, field)
-        kept = [by_path[path] for path, _ in named_leaves(tree)]
-        fields[field] = jax.tree.unflatten(jax.tree.structure(tree), kept)
-        if factors := getattr(node, f"{field}_factors", {}):
-            fields[f"{field}_factors"] = {
-                path: _reboxed(by_path[path], factors[path]) for path in factors
-            }
-    return node._replace(**fields)
+        structure = jax.tree.structure(node.nu_max)
+        filled = filled._replace(nu_max=jax.tree.unflatten(structure, kept))
+    for name, _, _, dense, factors in _stored(node):
+        kept = [values[name, path] for path, _ in named_leaves(dense)]
+        filled = replace_moment(
+            filled,
+            name,
+            jax.tree.unflatten(jax.tree.structure(dense), kept),
+            {path: _reboxed(values[name, path], x) for path, x in factors.items()},
+        )
+    return filled
+
+
+def _carried(moment: Moment, old: _Old) -> Any:
+    """Returns the value of a moment in the new state; a new leaf keeps its zeros."""
+    source = old.moments.get((moment.path, moment.order))
+    if moment.is_empty:
+        return moment.value
+    if source is not None:
+        return translated(source, moment, old.decays[moment.order])
+    if moment.path in old.paths:
+        raise ValueError(
+            f"Leaf '{moment.path}': the old state keeps no {moment.order} moment of "
+            "it. Start from new_tx.init(params), or take a transform that needs none."
+        )
+    return moment.value
 
 
 def _reboxed(state: Any, like: Any) -> Any:

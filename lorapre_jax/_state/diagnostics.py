@@ -1,12 +1,14 @@
 """How well factors fit the gradients that they follow: numbers to log."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lorapre_jax._leaves.fit import check_fits
-from lorapre_jax._leaves.plan import LeafPlan, has_plan
+from lorapre_jax._leaves.moments import StoredMoment, stored_moments
+from lorapre_jax._leaves.plan import FactoredLeaf, LeafPlan, has_plan
 from lorapre_jax._moments.factors import FactorPair, open_boxes
 from lorapre_jax._numerics.arrays import at_least_float32, dot
 from lorapre_jax._numerics.norms import root_mean_square
@@ -104,15 +106,15 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
         check_fits(ours)
         for leaf in ours.plan.leaves:
             _check_gradient(leaf, by_path)
-            for moment, pair in _factor_pairs(ours, leaf.path):
-                of_leaf = found.setdefault(leaf.path, {})
-                if moment in of_leaf:
-                    raise ValueError(
-                        f"Leaf '{leaf.path}': two states keep '{moment}' as factors, "
-                        "and both cannot follow one gradient. Pass them one by one."
-                    )
-                target = jnp.asarray(by_path[leaf.path])
-                of_leaf[moment] = _of_leaf(leaf, pair, target, moment == "nu")
+        for leaf, moment, pair in _factor_pairs(ours):
+            of_leaf = found.setdefault(leaf.path, {})
+            if moment.name in of_leaf:
+                raise ValueError(
+                    f"Leaf '{leaf.path}': two states keep '{moment.name}' as factors, "
+                    "and both cannot follow one gradient. Pass them one by one."
+                )
+            g = jnp.asarray(by_path[leaf.path])
+            of_leaf[moment.name] = _of_leaf(leaf, pair, g, moment.order == "second")
     if not found:
         raise ValueError(
             "The optimizer state keeps no moment as a pair of factors, so there is "
@@ -121,16 +123,16 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
     return found
 
 
-def _factor_pairs(state: Any, path: str) -> list[tuple[str, FactorPair]]:
-    """Returns the pairs of factors that the state keeps for this leaf, by name."""
-    suffix = "_factors"
-    kept = {
-        name.removesuffix(suffix): getattr(state, name).get(path)
-        for name in state._fields
-        if name.endswith(suffix)
-    }
-    pairs = ((name, open_boxes(x)) for name, x in kept.items())
-    return [(name, x) for name, x in pairs if isinstance(x, FactorPair)]
+def _factor_pairs(
+    state: Any,
+) -> Iterator[tuple[FactoredLeaf, StoredMoment, FactorPair]]:
+    """Yields every moment that one of our states keeps as a pair of factors."""
+    for leaf in state.plan.leaves:
+        if isinstance(leaf, FactoredLeaf):
+            for moment in stored_moments(state):
+                factors = open_boxes(moment.factors.get(leaf.path))
+                if isinstance(factors, FactorPair):
+                    yield leaf, moment, factors
 
 
 def _check_gradient(leaf: LeafPlan, by_path: dict[str, Any]) -> None:
@@ -147,8 +149,10 @@ def _check_gradient(leaf: LeafPlan, by_path: dict[str, Any]) -> None:
         )
 
 
-def _of_leaf(leaf: LeafPlan, pair, g: jax.Array, absolute: bool) -> FactorDiagnostics:
-    view: Any = leaf.view
+def _of_leaf(
+    leaf: FactoredLeaf, pair: FactorPair, g: jax.Array, absolute: bool
+) -> FactorDiagnostics:
+    view = leaf.view
     dtype = at_least_float32(g.dtype, pair.left.dtype)
 
     def on_matrix(g, left, right):

@@ -12,8 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from lorapre_jax._leaves import checks
 from lorapre_jax._leaves.fit import check_all_fit
-from lorapre_jax._leaves.plan import LeafPlan
-from lorapre_jax._moments.factors import is_factors
+from lorapre_jax._leaves.plan import DenseLeaf, FactoredLeaf, LeafPlan
 from lorapre_jax._state.parts import Part, parts, plans_by_path
 from lorapre_jax._state.report import LeafReport, Report
 from lorapre_jax._trees.paths import named_leaves
@@ -161,13 +160,19 @@ def _leaf_report(
         batch_shape=view.batch_shape if view else None,
         p=view.p if view else None,
         q=view.q if view else None,
-        rank=plan.rank if plan else None,
-        why_dense=plan.why_dense if plan else "another transform",
+        rank=plan.rank if isinstance(plan, FactoredLeaf) else None,
+        why_dense=_why_dense(plan),
         methods=plan.methods if plan else (),
         nbytes=nbytes,
         adamw_nbytes=adamw_nbytes,
         device_nbytes=None if per_device is None else per_device[path],
     )
+
+
+def _why_dense(plan: LeafPlan | None) -> str:
+    if plan is None:
+        return "another transform"
+    return plan.why if isinstance(plan, DenseLeaf) else ""
 
 
 def _bytes_by_owner(
@@ -226,10 +231,9 @@ def _replicated(
     """Yields the names of factors that are sharded less than their parameter's axes."""
     for part in found:
         owner = known_sharding(params.get(part.owner or ""))
-        if owner is None or part.plan is None or not is_factors(part.node):
+        if owner is None or part.view is None:
             continue
-        view: Any = part.plan.view
-        wanted = factor_shardings(owner, view, type(part.node))
+        wanted = factor_shardings(owner, part.view, type(part.node))
         for (name, array), fair in zip(part.arrays(), wanted, strict=True):
             has, should = (
                 math.prod(place.shard_shape(array.shape))

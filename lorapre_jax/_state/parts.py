@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lorapre_jax._leaves.plan import LeafPlan, Plan, has_plan
+from lorapre_jax._leaves.plan import FactoredLeaf, LeafPlan, Plan, has_plan
 from lorapre_jax._moments.factors import is_factors
+from lorapre_jax._trees.matrix_view import MatrixView
 from lorapre_jax._trees.paths import named_leaves
 
 
@@ -15,13 +16,14 @@ class Part(NamedTuple):
 
     Attributes:
       owner: Path of the parameter that it belongs to; None for a counter and the like.
-      plan: What one of our transforms decided for that parameter; None elsewhere.
+      view: How that parameter is seen as matrices, for factors; None for any other
+        array.
       name: Path in the state.
       node: The array, or the factors.
     """
 
     owner: str | None
-    plan: LeafPlan | None
+    view: MatrixView | None
     name: str
     node: Any
 
@@ -63,7 +65,8 @@ def parts(state: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
         for inner_name, inner in named_leaves(node, is_leaf=is_factors):
             path = owner(inner_name, inner)
             place = f"{name}/{inner_name}".strip("/")
-            found.append(Part(path, plans.get(path or ""), place, inner))
+            view = plans[path].view if path and is_factors(inner) else None
+            found.append(Part(path, view, place, inner))
     return found
 
 
@@ -75,4 +78,8 @@ def plans_by_path(state: Any) -> dict[str, LeafPlan]:
     is_plan = lambda node: isinstance(node, Plan)  # noqa: E731
     plans = filter(is_plan, jax.tree.leaves(state, is_leaf=is_plan))
     leaves = (leaf for plan in plans for leaf in plan.leaves)
-    return {leaf.path: leaf for leaf in sorted(leaves, key=lambda x: x.is_factored)}
+    return {leaf.path: leaf for leaf in sorted(leaves, key=_is_factored)}
+
+
+def _is_factored(leaf: LeafPlan) -> bool:
+    return isinstance(leaf, FactoredLeaf)

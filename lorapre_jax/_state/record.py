@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapre_jax._leaves.fit import check_all_fit
-from lorapre_jax._leaves.plan import LeafPlan, has_plan
+from lorapre_jax._leaves.plan import FactoredLeaf, LeafPlan, has_plan
 from lorapre_jax._moments.methods import have_rank
 from lorapre_jax._trees.paths import named_leaves
 
@@ -107,12 +107,15 @@ def check_state_record(record: Record | None, state: Any) -> None:
 
 
 def _of_leaf(leaf: LeafPlan) -> dict[str, Any]:
-    view = leaf.view
-    sides = view and f"rows {list(view.row_axes)}, columns {list(view.column_axes)}"
+    rank = sides = None
+    if isinstance(leaf, FactoredLeaf):
+        view = leaf.view
+        sides = f"rows {list(view.row_axes)}, columns {list(view.column_axes)}"
+        rank = leaf.rank if have_rank(leaf.methods) else None
     return {
         "shape": list(leaf.shape),
-        "rank": leaf.rank if have_rank(leaf.methods) else None,
-        "matrices": sides if leaf.is_factored else None,
+        "rank": rank,
+        "matrices": sides,
         "moments": [type(method).__name__ for method in leaf.methods],
     }
 

@@ -7,7 +7,6 @@ import optax
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from lorapre_jax._leaves import checks
-from lorapre_jax._moments.factors import is_factors
 from lorapre_jax._state.parts import Part, parts
 from lorapre_jax._trees.paths import named_leaves
 from lorapre_jax._trees.sharding import factor_shardings, known_sharding, replicated
@@ -74,9 +73,8 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
         if part.owner is None:
             return everywhere
         own = shardings[part.owner]
-        if is_factors(part.node):
-            view: Any = part.plan and part.plan.view
-            return factor_shardings(own, view, type(part.node))
+        if part.view is not None:
+            return factor_shardings(own, part.view, type(part.node))
         return own if part.node.shape == shapes[part.owner] else everywhere
 
     placed = [place(part) for part in parts(state, shapes)]

@@ -11,12 +11,10 @@ from lorapre_jax._moments.factors import FactorPair, is_factors
 from lorapre_jax._moments.methods import (
     AlgorithmOne,
     Dense,
-    LowRank,
     RankOne,
     RotatedRankOne,
 )
 from lorapre_jax._numerics.arrays import at_least_float32, random_columns
-from lorapre_jax._numerics.averages import mass
 from lorapre_jax._trees.matrix_view import MatrixView
 
 
@@ -24,31 +22,32 @@ class Moment(NamedTuple):
     """One moment of one leaf, as a state keeps it."""
 
     path: str
-    kind: str  # "first" or "second".
+    order: str  # "first" or "second".
     method: Any
     value: Any  # Shaped like the leaf, or factors of its matrices.
-    view: MatrixView | None
+    view: MatrixView | None  # The matrices of factors; None for a dense moment.
     count: jax.Array
     first: Any = None
     """With a second moment, the first one of the same leaf: factors, or dense."""
 
     @property
-    def is_factored(self) -> bool:
-        return not isinstance(self.method, Dense)
-
-    @property
     def is_empty(self) -> bool:
         """Whether the leaf has no elements."""
-        return not self.is_factored and self.value.size == 0
+        return self.view is None and self.value.size == 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the leaf."""
-        return self.view.shape if self.view and self.is_factored else self.value.shape
+        return self.value.shape if self.view is None else self.view.shape
 
     @property
     def devices(self) -> set[Any]:
         return {d for x in jax.tree.leaves(self.value) for d in x.devices()}
+
+    @property
+    def weight(self) -> Any:
+        """The weight function of the method; see `lorapre_jax._moments.methods`."""
+        return getattr(self.method, f"{self.order}_weight")
 
 
 def translated(old: Moment, new: Moment, decay: float | None) -> Any:
@@ -58,9 +57,10 @@ def translated(old: Moment, new: Moment, decay: float | None) -> Any:
             f"Leaf '{old.path}': the old moment is of shape {old.shape}, the new one "
             f"of {new.shape}."
         )
-    if _are_alike(old, new):
+    view = new.view if old.view is None else old.view
+    if view is None or _are_alike(old, new):
         return old.value
-    if old.is_factored and new.is_factored and old.view != new.view:
+    if None not in (old.view, new.view) and old.view != new.view:
         raise ValueError(
             f"Leaf '{old.path}': its factors are of other matrices, {old.view}, than "
             f"the new ones, {new.view}. Convert to `Dense()` first, then to these."
@@ -70,16 +70,15 @@ def translated(old: Moment, new: Moment, decay: float | None) -> Any:
             f"Leaf '{old.path}': its moment lies on other devices than the parameter. "
             "Move the state first: jax.device_put(state, state_sharding(tx, params))."
         )
-    view: Any = old.view if old.is_factored else new.view
     program = _program(
         (type(old.method), type(new.method)),
-        new.kind,
+        new.order,
         view,
         new.value.right.shape[-1] if isinstance(new.value, FactorPair) else None,
         jax.tree.map(lambda x: x.dtype, new.value),
         jax.tree.map(lambda x: x.sharding, new.value),
     )
-    ratio = jnp.asarray(_ratio(old, new.method, decay))
+    ratio = jnp.asarray(_ratio(old, new, decay))
     rotates = [isinstance(x.method, RotatedRankOne) for x in (old, new)]
     before, after = old.first if any(rotates) else None, new.first
     return program(old.value, ratio, before, after if rotates[1] else None)
@@ -90,10 +89,10 @@ def forget_programs() -> None:
 
 
 @functools.lru_cache(maxsize=1024)  # Layers that are alike are compiled once.
-def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
+def _program(methods, order: str, view: MatrixView, rank, dtypes, places) -> Any:
     """Returns the compiled `(value, ratio, old first moment, new one) -> value`."""
     old, new = methods
-    squared = kind == "second"
+    squared = order == "second"
 
     def as_matrices(x):
         if x is None:
@@ -142,11 +141,8 @@ def _program(methods, kind: str, view: MatrixView, rank, dtypes, places) -> Any:
 def _are_alike(old: Moment, new: Moment) -> bool:
     """Whether both are kept in the same way, so that there is nothing to translate."""
     shapes = [jax.tree.map(jnp.shape, x.value) for x in (old, new)]
-    return (
-        type(old.method) is type(new.method)
-        and (old.view == new.view or not old.is_factored)
-        and shapes[0] == shapes[1]
-    )
+    is_same_method = type(old.method) is type(new.method)
+    return is_same_method and old.view == new.view and shapes[0] == shapes[1]
 
 
 def _kept_by(method: type, x: low_rank.Matrix, rank: int | None) -> low_rank.Matrix:
@@ -172,38 +168,16 @@ def _scaled(x: low_rank.Matrix, ratio: jax.Array) -> low_rank.Matrix:
     return jax.tree.map(lambda part: ratio * part, x)
 
 
-def _ratio(old: Moment, method: Any, decay: float | None) -> Any:
+def _ratio(old: Moment, new: Moment, decay: float | None) -> Any:
     """Returns the ratio of new to old values; of second moments, of their roots."""
-    if _start(old.method, old.kind) == _start(method, old.kind):
+    if old.weight is new.weight:
         return 1.0
     if decay is None:
-        name = {"first": "b1", "second": "b2"}[old.kind]
+        name = {"first": "b1", "second": "b2"}[old.order]
         raise ValueError(
-            f"Leaf '{old.path}': the two ways to keep its {old.kind} moment differ by "
+            f"Leaf '{old.path}': the two ways to keep its {old.order} moment differ by "
             f"the bias correction. Pass the decay rate, {name}=, to translate."
         )
-    rate = jnp.asarray(decay, jnp.float32)
-    new, before = (
-        _mass(_start(m, old.kind), rate, old.count) for m in (method, old.method)
-    )
-    return new / before
-
-
-def _start(method: Any, kind: str) -> str:
-    """Returns which value a moment is biased towards at the start."""
-    if isinstance(method, (LowRank, RankOne, RotatedRankOne)):
-        return "nowhere"  # The value is the average itself.
-    if kind == "first":
-        return "zero"
-    return "zero of |g|" if isinstance(method, AlgorithmOne) else "zero of g^2"
-
-
-def _mass(start: str, decay: jax.Array, count: jax.Array) -> jax.Array:
-    """Returns the share of the average in the value; of second moments, of roots."""
-    total = {
-        "nowhere": jnp.ones(()),
-        "zero": mass(decay, count),
-        "zero of |g|": mass(jnp.sqrt(decay), count),
-        "zero of g^2": jnp.sqrt(mass(decay, count)),
-    }[start]
-    return jnp.where(count > 0, total, 1)
+    rate, count = jnp.asarray(decay, jnp.float32), old.count
+    after, before = new.weight(rate, count), old.weight(rate, count)
+    return jnp.where(count > 0, after, 1) / jnp.where(count > 0, before, 1)

@@ -124,17 +124,17 @@ def known_sharding(param: Any) -> Sharding | None:
     return sharding if chosen and isinstance(sharding, SingleDeviceSharding) else None
 
 
-def with_auto_axes(fn: Callable[..., Any], g: jax.Array, states: Any) -> Any:
-    """Returns `fn(hyper, g, *states) -> (update, *states)` for explicit axes too.
+def with_auto_axes(fn: Callable[..., Any], *arrays: Any) -> Any:
+    """Returns `fn(rule, *arrays)` for explicit axes too, with results sharded like
+    `arrays`.
 
     Under explicit mesh axes JAX has to be told the sharding of every contraction of
-    sharded axes. The compiler knows better, so only the results are pinned: they are
-    sharded like the arguments.
+    sharded axes. The compiler knows better, so only the results are pinned.
     """
-    if not jax.typeof(g).sharding.mesh.explicit_axes:
+    places = jax.tree.map(lambda x: jax.typeof(x).sharding, arrays)
+    if not jax.tree.leaves(places)[0].mesh.explicit_axes:
         return fn
-    out = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, *states))
-    return jax.sharding.auto_axes(fn, out_sharding=out)
+    return jax.sharding.auto_axes(fn, out_sharding=places)
 
 
 def replicated_result(fn: Callable[..., Any], g: jax.Array) -> Callable[..., Any]:
