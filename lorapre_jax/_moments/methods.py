@@ -107,8 +107,7 @@ class RankOne:
 
     References:
       Shazeer and Stern, *Adafactor: Adaptive Learning Rates with Sublinear Memory
-      Cost*,
-      2018, algorithm 2: `arXiv 1804.04235 <https://arxiv.org/abs/1804.04235>`_
+      Cost*, 2018, algorithm 2: `arXiv 1804.04235 <https://arxiv.org/abs/1804.04235>`_
 
     See also:
       `RotatedRankOne`, `optax.scale_by_factored_rms`; :doc:`the method </method>`.
@@ -234,8 +233,9 @@ class LowRank:
     .. math::
       R = \frac{X - B A}{1 - \hat b}
 
-    A first moment returns :math:`B A + \gamma R`. The residual then has at once the
-    weight that a full average would give it over all later steps.
+    A first moment returns :math:`B A + \gamma R`. With :math:`\gamma = 1` and t large,
+    the residual has at once the weight that a full average would give it over all later
+    steps.
 
     A second moment follows `|g|` with decay rate `sqrt(b_2)` and is read squared, so
     that it cannot be negative: :math:`v = \hat{b_2} (B A)^2 + (1 - \hat{b_2}) g^2`,
@@ -337,7 +337,7 @@ class AlgorithmOne:
     step, over `1 - b_1^t`. The factors C and D of a second moment follow `|g|` with
     decay rate `sqrt(b_2)`, and it is read as :math:`b_2 (C D)^2 + (1 - b_2) g^2`, over
     `1 - b_2^t`. What rounding may take from a Gram matrix (8 machine epsilons of its
-    trace) is added to the paper's damping.
+    trace) is added to the 1e-6 by which the paper damps it (Appendix C.1).
 
     The step is quadratic in the gradient and unbounded: after a gradient far larger
     than those before it, the factors overshoot. Clip the gradients,
