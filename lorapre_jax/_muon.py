@@ -19,6 +19,7 @@ from lorapre_jax._leaves.plan import DenseLeaf, FactoredLeaf, Leaf, Plan
 from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._moments.methods import LowRank, Methods
 from lorapre_jax._muon_shares import (
+    Shares,
     orthogonalize_shares,
     plan_shares,
     without_underflow,
@@ -199,26 +200,36 @@ def scale_by_lorapre_muon(
         )
         moments = [(state.momentum, state.momentum_factors)]
         shares = shares_of(state.plan) if isinstance(state.plan, Plan) else {}
+        arguments = state.plan, updates, moments, slices_at_once
         if shares:
-            part = jax.tree.map(without_underflow, updates)
-            begin, finish = (
-                jax.tree_util.Partial(stage, rule)
-                for stage in (MuonRule.begin, MuonRule.finish)
-            )
-            part, moment = map_leaves(begin, state.plan, part, moments, slices_at_once)
-            part = orthogonalize_shares(
-                rule.polar, shares, part, param_shardings, slices_at_once
-            )
-            updates, (mu, factors) = map_leaves(
-                finish, state.plan, updates, [moment], slices_at_once, part
-            )
+            results = _in_shares(rule, shares, param_shardings, *arguments)
         else:
-            updates, (mu, factors) = map_leaves(
-                rule, state.plan, updates, moments, slices_at_once
-            )
+            results = map_leaves(rule, *arguments)
+        updates, (mu, factors) = results
         return updates, ScaleByLorapreMuonState(count, mu, factors, state.plan)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _in_shares(
+    rule: "MuonRule",
+    shares: Shares,
+    param_shardings: Any,
+    plan: Plan,
+    updates: optax.Updates,
+    moments: Any,
+    slices_at_once: int | None,
+) -> tuple[Any, ...]:
+    """Does what `map_leaves(rule, ...)` does; devices exchange shards in between."""
+    begin, finish = (
+        jax.tree_util.Partial(part, rule) for part in (MuonRule.begin, MuonRule.finish)
+    )
+    wide = jax.tree.map(without_underflow, updates)
+    full, moment = map_leaves(begin, plan, wide, moments, slices_at_once)
+    orthogonal = orthogonalize_shares(
+        rule.polar, shares, full, param_shardings, slices_at_once
+    )
+    return map_leaves(finish, plan, updates, [moment], slices_at_once, orthogonal)
 
 
 def _refuse_other_than_matrices(plan: Plan) -> None:

@@ -14,6 +14,7 @@ import scipy.linalg
 
 import lorapre_jax as lp
 from benchmarks import spike
+from lorapre_jax._leaves.plan import FactoredLeaf
 from lorapre_jax._numerics.orthonormal import orthonormal_columns
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -109,7 +110,7 @@ def normal(seed, shape, steps=4):
 def run(name, grads):
     grads = jnp.asarray(grads)
     state: Any = TRANSFORMS[name].init(grads[0])
-    assert all(leaf.is_factored for leaf in state.plan.leaves)
+    assert all(isinstance(leaf, FactoredLeaf) for leaf in state.plan.leaves)
     updates = []
     for g in grads:
         update, state = updater(name)(g, state)

@@ -1,5 +1,6 @@
 """Decides for every leaf: is it seen as matrices, and how is each moment kept."""
 
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -16,7 +17,7 @@ from lorapre_jax._leaves.plan import (
     Plan,
     let_flax_serialize,
 )
-from lorapre_jax._leaves.roles import roles, warn_of_unknown
+from lorapre_jax._leaves.roles import UNKNOWN, roles, warn_of_unknown
 from lorapre_jax._leaves.selection import Decided, Matrices, Resolved, resolve_axes
 from lorapre_jax._moments.methods import Dense, have_rank
 from lorapre_jax._trees.matrix_view import MatrixView, matrix_view
@@ -90,22 +91,35 @@ def _decide(
     if 0 in shape:
         return DenseLeaf(**common, methods=(), view=None, why="no elements")
     if resolved.axes is None:
-        return DenseLeaf(**common, methods=dense, view=None, why=resolved.why)
+        mend = _name_axes(path) if resolved.why == UNKNOWN else ""
+        return DenseLeaf(
+            **common, methods=dense, view=None, why=resolved.why, mend=mend
+        )
     if len(methods) == 2:
         checks.check_moments(*methods, path)
     view = matrix_view(shape, resolved.axes, path)
     common |= {"view": view, "batch_shards": batch_shards(leaf, view)}
     r, (p, q) = rank_of(rank, view), (view.p, view.q)
-    why = ""
+    why = mend = ""
     if all(isinstance(method, Dense) for method in methods):
         why = "Dense() moments"
     elif have_rank(methods) and r * (p + q) >= p * q:
         why = f"rank {r} does not pay: r(p+q) >= pq"
+        mend = "A smaller rank= would factor what this one does not pay for."
     elif resolved.by_default and min(p, q) < least:
         why = f"a side is below {least}"
+        mend = "To factor smaller matrices, lower min_dim_size_to_factor=."
     if why:
-        return DenseLeaf(**common, methods=dense, why=why)
+        return DenseLeaf(**common, methods=dense, why=why, mend=mend)
     return FactoredLeaf(**common, methods=methods, rank=r)
+
+
+def _name_axes(path: str) -> str:
+    return (
+        "Say which axes are rows and columns: matrices=lp.select_matrices(axes={"
+        f'r"^{re.escape(path)}$": lp.MatrixAxes(rows=..., columns=...)}}, '
+        "extend_default=True)."
+    )
 
 
 def _is_placeholder(params: Any) -> bool:

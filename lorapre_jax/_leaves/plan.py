@@ -40,9 +40,11 @@ class DenseLeaf(LeafPlan):
 
     Attributes:
       why: Why it is dense.
+      mend: What to write so that it is factored; empty without advice.
     """
 
     why: str
+    mend: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,7 @@ def _leaf_report(
     path, leaf, plan: LeafPlan | None, nbytes, adamw_nbytes, per_device
 ) -> LeafReport:
     view = plan and plan.view
+    why, mend = _why_dense(plan)
     return LeafReport(
         path=path,
         shape=tuple(leaf.shape),
@@ -161,7 +162,8 @@ def _leaf_report(
         p=view.p if view else None,
         q=view.q if view else None,
         rank=plan.rank if isinstance(plan, FactoredLeaf) else None,
-        why_dense=_why_dense(plan),
+        why_dense=why,
+        mend=mend,
         methods=plan.methods if plan else (),
         nbytes=nbytes,
         adamw_nbytes=adamw_nbytes,
@@ -169,10 +171,11 @@ def _leaf_report(
     )
 
 
-def _why_dense(plan: LeafPlan | None) -> str:
+def _why_dense(plan: LeafPlan | None) -> tuple[str, str]:
+    """Returns why a leaf is dense, and what to write to change that."""
     if plan is None:
-        return "another transform"
-    return plan.why if isinstance(plan, DenseLeaf) else ""
+        return "another transform", ""
+    return (plan.why, plan.mend) if isinstance(plan, DenseLeaf) else ("", "")
 
 
 def _bytes_by_owner(

@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-import re
 from typing import Any
 
-from lorapre_jax._leaves.roles import UNKNOWN
 from lorapre_jax._moments.methods import Dense, have_rank
 
 _LARGE = 0.01  # The last line names dense leaves above this share of all parameters.
@@ -24,6 +22,7 @@ class LeafReport:
       q: Columns of one matrix; None likewise.
       rank: Rank of its factors; None if it is dense.
       why_dense: Why it is dense; empty if it is factored.
+      mend: What to write so that it is factored; empty without advice.
       methods: How each moment is kept, for example `(LowRank(), RankOne())`.
       nbytes: Bytes of state that belong to it, on all devices together.
       adamw_nbytes: Bytes of its state in `optax.adamw`.
@@ -39,6 +38,7 @@ class LeafReport:
     q: int | None
     rank: int | None
     why_dense: str
+    mend: str
     methods: tuple[Any, ...]
     nbytes: int
     adamw_nbytes: int
@@ -135,23 +135,8 @@ class Report:
             return [*words, f"{share}; no large leaf is dense."]
         named = ", ".join(f"'{leaf.path}' ({leaf.why_dense})" for leaf in large[:4])
         more = f" and {len(large) - 4} more" if len(large) > 4 else ""
-        mends = dict.fromkeys(filter(None, map(_mend, large)))
+        mends = dict.fromkeys(leaf.mend for leaf in large if leaf.mend)
         return [*words, f"{share}. Large and dense: {named}{more}.", *mends]
-
-
-def _mend(leaf: LeafReport) -> str:
-    """Returns what to write so that the leaf is factored; empty without advice."""
-    if leaf.why_dense == UNKNOWN:
-        return (
-            "Say which axes are rows and columns: matrices=lp.select_matrices(axes={"
-            f'r"^{re.escape(leaf.path)}$": lp.MatrixAxes(rows=..., columns=...)}}, '
-            "extend_default=True)."
-        )
-    if leaf.why_dense.startswith("a side is below"):
-        return "To factor smaller matrices, lower min_dim_size_to_factor=."
-    if "does not pay" in leaf.why_dense:
-        return "A smaller rank= would factor what this one does not pay for."
-    return ""
 
 
 def _kept(leaf: LeafReport) -> str:
