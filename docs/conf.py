@@ -58,8 +58,6 @@ INCLUDED = {
 }
 """Pages from outside this folder, and what includes them here."""
 
-nitpick_ignore = [("py:class", "JSON-able")]  # Prose before a colon, taken for a type.
-
 _PAGES = "".join(page.read_text() for page in Path(__file__).parent.glob("api/*.md"))
 ENTRIES = {
     path.rpartition(".")[2]: path
