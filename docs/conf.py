@@ -12,8 +12,6 @@ from pathlib import Path
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
-import lorapre_jax
-
 project = "lorapre_jax"
 version = release = metadata.version("lorapre-jax")
 
@@ -34,6 +32,7 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 68
 add_module_names = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 html_theme = "sphinx_book_theme"
 html_static_path = ["_static"]
@@ -59,10 +58,16 @@ INCLUDED = {
 }
 """Pages from outside this folder, and what includes them here."""
 
-nitpick_ignore = [("py:class", "JSON-able")]  # Prose before a colon, taken for a type.
+_PAGES = "".join(page.read_text() for page in Path(__file__).parent.glob("api/*.md"))
+ENTRIES = {
+    path.rpartition(".")[2]: path
+    for path in re.findall(r"^\.\. auto\w+:: ([\w.]+)", _PAGES, re.MULTILINE)
+}
+"""What the reference documents, by its name: public names and classes of results."""
 
 _LINK = re.compile(r"\]\((\.\./[^)#\s]*\.md)")
-_CODE = re.compile(r"(?<![`:])`([^`]+)`(?!`)(?=(\w?))")
+# Roles and links to addresses, which stay as they are; or code in single backticks.
+_CODE = re.compile(r":\w+:`[^`]+`|`[^`]+<https[^`]+`_|(?<!`)`([^`]+)`(?!`)(?=(\w?))")
 _RAISES = re.compile(r"^( +)(What(?:ever)? .*raises?\.)$", re.MULTILINE)
 
 
@@ -80,16 +85,18 @@ def _to_included(app, docname, source) -> None:
 
 
 def _as_rest(app, what, name, obj, options, lines) -> None:
-    """Single backticks are code here, and links where they name something public."""
+    """Single backticks are code here, and links if they name an entry."""
     del app, what, name, obj, options
 
     def code(found: re.Match[str]) -> str:
+        if found[1] is None:
+            return found[0]
         text = " ".join(found[1].split())
         known = text.partition("(")[0].removeprefix("lorapre_jax.")
         known = known.removeprefix("lp.")
         end = "\\ " if found[2] else ""  # reST wants no letter right behind code.
-        if known in lorapre_jax.__all__:
-            return f":py:obj:`{text} <lorapre_jax.{known}>`{end}"
+        if known in ENTRIES:
+            return f":py:obj:`{text} <{ENTRIES[known]}>`{end}"
         return f"``{text}``{end}"
 
     text = _RAISES.sub(r"\1Exception: \2", "\n".join(lines))

@@ -33,15 +33,18 @@ class ScaleByLorapreAdamState(NamedTuple):
     """State of `scale_by_lorapre_adam`.
 
     Attributes:
-      count: Steps taken, `()`, int32.
-      mu, nu: First and second moments of the leaves that keep them densely, a tree like
-        the parameters with `optax.MaskedNode` elsewhere, in float32 at least.
-      mu_factors, nu_factors: The others, by leaf path, on the leaf's own axes and in
-        boxes as the parameters are. `LowRank()` has `left (*batch, *rows, r)` and
-        `right (*batch, *columns, r)` in `factor_dtype`; `RankOne()` and
-        `RotatedRankOne()` have `row (*batch, *rows)`, `column (*batch, *columns)` and,
-        the latter, `direction (*batch, r)`, in float32 at least.
-      plan: The decision per leaf; static, without leaves.
+      count: Number of steps taken, `()`, int32.
+      mu: The dense first moments: a tree like the parameters, float32 at least, with
+        `optax.MaskedNode` in place of leaves whose moment is factored.
+      nu: The dense second moments, likewise.
+      mu_factors: The factored first moments, by leaf path. Arrays have the leaf's own
+        axes and are in boxes like the parameter's: `left (*batch, *rows, r)` and
+        `right (*batch, *columns, r)` in `factor_dtype`.
+      nu_factors: The factored second moments, likewise. The statistics of `RankOne()`
+        are `row (*batch, *rows)` and `column (*batch, *columns)`, to which
+        `RotatedRankOne()` adds `direction (*batch, r)`: root mean squares in float32 at
+        least.
+      plan: The decision for each leaf: a static pytree node without leaves.
     """
 
     moments = (("mu", "first"), ("nu", "second"))
@@ -68,89 +71,97 @@ def scale_by_lorapre_adam(
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales updates as Adam does, with moments kept as thin factors.
+    r"""Rescales updates as Adam does, with moments that are kept as low-rank factors.
 
-    For a matrix `g: (p, q)` at step t, with `B A` the factors of the bias-corrected
-    first moment, B orthonormal, `R = (X - B A) / c_1` the residual of their fit to the
-    average X, `\gamma` its gain (`LowRank`), and v and w the estimates of the
-    second moments of `B^T g` and of R (`RotatedRankOne`):
+    For a matrix `g: (p, q)` at step t, with the factors B (orthonormal) and A of the
+    bias-corrected first moment and the residual R of their fit, the update by default
+    is
 
     .. math::
-      u_t = B\, \frac{A}{\max(\sqrt{v}, \kappa |A|) + \epsilon}
-        + \gamma\, \frac{R}{\max(\sqrt{w}, \sqrt{c_2} |R|) + \epsilon},
-      \quad \kappa = c_1 \sqrt{c_2}, \quad c_i = \frac{1 - b_i}{1 - b_i^t}
+      u = B\, \frac{A}{
+          \max(\sqrt{v}, (1 - \hat{b_1}) \sqrt{1 - \hat{b_2}}\, |A|) + \epsilon}
+        + \gamma\, \frac{R}{\max(\sqrt{w}, \sqrt{1 - \hat{b_2}}\, |R|) + \epsilon}
 
-    With any other second moment, entries are divided one by one as in Adam: `u_t =
-    m / (max(sqrt(v), kappa |m|) + eps)`. The maxima are what v and w have of a single
-    gradient as large as what one step adds. They keep entries that low-rank estimates
-    tell badly apart, such as those next to outliers, from being divided by next to
-    nothing: quotients are at most `1 / ((1 - b1) sqrt(1 - b2))`, those of R `1 / sqrt(1
-    - b2)`. Algorithm 1 has none (LoRA-Pre, arXiv 2602.24283).
+    with :math:`\hat{b_i} = b_i (1 - b_i^{t-1}) / (1 - b_i^t)`, the decay rates of
+    averages that are bias-corrected at every step.
 
-    The default's directions have a step of their own, whatever their number: where the
-    gradients have only k of them, the update's root mean square is about `sqrt(k / p)`
-    of Adam's (with the sides of `MatrixAxes` exchanged, `sqrt(k / q)`). Then try higher
-    learning rates, or `RankOne()`, whose updates are as large as Adam's.
+    `LowRank` defines R and its gain :math:`\gamma`, and `RotatedRankOne` the second
+    moments v of `B^T g` and w of R. With any other second moment v, of the entries of
+    g, the first moment m is divided entry by entry, as in Adam, with the first of the
+    two bounds. A bound is what the root would be of one gradient alone, as large as the
+    share of m, or of R, that one step adds. The bounds keep entries that low-rank
+    estimates tell badly apart, such as those next to outliers, from being divided by
+    next to nothing.
+    `AlgorithmOne` has no bounds.
 
-    Leaves that are not factored get `optax.scale_by_adam`'s update, from dense moments
-    in the same state.
-
-    Finite gradients may overflow inside: factors, where sums over a side of the matrix
-    do (entries near 1e38 in float32), `Dense()` second moments and `AlgorithmOne()`,
-    where squares do (1.8e19), as `optax.adam`'s. The state then stays non-finite, and
-    `optax.apply_if_finite`, which looks at gradients, lets them pass. Clip before,
-    `optax.clip(1e18)` or by the global norm.
+    Dense leaves get the update of `optax.scale_by_adam`.
 
     Args:
-      rank: Rank r of the factors; or a `fractions.Fraction` of the smaller side of each
+      rank: Rank r of the factors, or a `fractions.Fraction` of the smaller side of each
         matrix. Static.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the root of the second moment.
-      first_moment: How the first moment is kept, `LowRank(...)` or `Dense()`; or a
-        mapping from patterns on leaf paths (`re.search`) to these. Leaves that no
-        pattern matches have the default.
-      second_moment: How the second is, likewise. None: `RankOne()` for embeddings and
-        heads, as far as their names and shapes tell, and `RotatedRankOne()`, which goes
-        with `LowRank(...)` alone, for all other matrices. `LowRank()` is exact where
-        `|g|` is constant and of rank r, and otherwise behind both
-        (`benchmarks/quality`); `Dense()`. Both moments `AlgorithmOne()`: the paper's
-        algorithm to the letter.
-      matrices: Which leaves are matrices: a `select_matrices(...)`, one `MatrixAxes`
-        for every leaf that has these axes, or a tree of `MatrixAxes` and None (a prefix
-        of the parameters will do). Taken at its word, except that a leaf for which
-        `r (p+q) >= p q` stays dense. None: every matrix with sides of at least
-        `min_dim_size_to_factor` for which the rank pays. Stacks of layers and experts,
-        heads and convolutions are told by the names of axes in the parameters' boxes
-        (`register_box`) and by paths, of the tree that `init` gets: in a part of a tree
-        (`optax.masked`) they may tell less. A large leaf of which they tell nothing
-        stays dense, with a warning that names it. `describe` shows the outcome.
-      min_dim_size_to_factor: See `matrices`; None: 128. Static.
-      update_scale: Multiplies the update of factored leaves; 0.25 in the published
+      first_moment: How the first moment is kept: `LowRank(...)`, `Dense()` or
+        `AlgorithmOne()`; or a mapping from patterns on leaf paths (`re.search`) to
+        these. Leaves that no pattern matches have the default.
+      second_moment: How the second moment is kept, likewise. None: `RankOne()` for
+        embeddings and heads, and `RotatedRankOne()`, which needs a first moment
+        `LowRank(...)`, for all other matrices. `AlgorithmOne()` for both moments is the
+        paper's algorithm to the letter.
+      matrices: Which leaves are matrices: a `select_matrices(...)`; one `MatrixAxes`
+        for every leaf that has these axes; or a tree of `MatrixAxes` and None, which
+        may be a prefix of the parameters. A selected leaf stays dense only if its rank
+        does not pay, `r (p + q) >= p q`. None: every matrix that the names of axes in
+        boxes (`register_box`) and the leaf paths tell, if its sides are at least
+        `min_dim_size_to_factor` and its rank pays. A large leaf of which they tell
+        nothing stays dense, with a warning that names it. `describe` shows the outcome.
+      min_dim_size_to_factor: See `matrices`. None: 128. Static.
+      update_scale: Multiplies the update of factored leaves; 0.25 in the paper's
         recipe.
-      slices_at_once: How many slices along a leaf's first batch axis are in flight at
-        once, for bounded memory (the largest divisor of the axis up to it); None: all.
-        Static.
-        An axis that is sharded over n devices is walked n at a time, one on each, or
-        more. Where `init` cannot see the sharding (under jit with Auto mesh axes),
-        it must be a multiple of n, or the stack is gathered. Under `shard_map` the
-        state must come from outside.
-      factor_dtype: Dtype of the stored factors. Computation is in float32 at least.
-        Changes below the last bit of bfloat16 are lost, as in any average that is kept
-        in it: the nearer a decay rate is to one, the farther the average stays off.
-      seed: Of the random start and sketches, which depend on (seed, r, q) alone.
+      slices_at_once: How many slices along a leaf's first batch axis are computed at
+        once, which bounds the memory of temporaries: the largest divisor of the axis up
+        to this number. On a mesh see :doc:`meshes </meshes>`. None: all slices. Static.
+      factor_dtype: Dtype of the stored factors, "bfloat16", "float32" or "float64".
+        Computation is in float32 at least. Static.
+      seed: Seed of the random start and of the sketches, which depend on (seed, r, q)
+        only.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`. Updates have the dtype that optax's
-      Adam would return; the state's dtypes do not depend on the gradients'.
+      An `optax.GradientTransformationExtraArgs` with the state
+      `ScaleByLorapreAdamState`. Updates have the dtype that optax's Adam would return;
+      the dtypes of the state do not depend on those of the gradients.
 
     Raises:
       TypeError, ValueError: An argument is out of range, an array where a static value
         is needed, or a number in half precision (`optax.inject_hyperparams` takes
-        `static_args="rank"` and `hyperparam_dtype=`); at `init`, a leaf is not real
-        floating point or lacks the axes it is said to have; at `update`, an array of
+        `static_args="rank"` and `hyperparam_dtype=`). At `init`: a leaf is not real
+        floating point or lacks the axes it is said to have. At `update`: an array of
         the state has another shape than was decided. The message names the argument or
         the leaf's path.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import lorapre_jax as lp
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+      >>> tx = optax.chain(lp.scale_by_lorapre_adam(rank=32), optax.scale(-2e-3))
+      >>> state = tx.init(params)
+      >>> grads = params  # those of |params|^2 / 2
+      >>> updates, state = jax.jit(tx.update)(grads, state)
+      >>> print(state[0].mu_factors["kernel"].left.shape, state[0].mu["bias"].shape)
+      (256, 32) (512,)
+
+    References:
+      Wang et al., *Taming Momentum: Rethinking Optimizer States Through Low-Rank
+      Approximation* (LoRA-Pre), 2026, section 3: `arXiv 2602.24283
+      <https://arxiv.org/abs/2602.24283>`_
+
+    See also:
+      `lorapre_adamw`; :doc:`the method </method>`; :doc:`choosing leaves and rank
+      </choosing>`; :doc:`limits </limits>`, such as gradients so large that their
+      squares overflow.
     """
     checks.check_storage(rank, slices_at_once, factor_dtype, seed)
     checks.check_decay("b1", b1)
@@ -201,7 +212,7 @@ def scale_by_lorapre_adam(
 class AdamRule:
     """The update of one matrix, or of a dense leaf of any shape.
 
-    Returns it with the new states of the two moments.
+    A call returns the update and the new states of the two moments.
     """
 
     b1: jax.typing.ArrayLike
@@ -213,15 +224,19 @@ class AdamRule:
 
     def __call__(self, leaf: Leaf, g, mu, nu):
         first, second = leaf.methods
-        # The weights that the bias-corrected averages give to one gradient.
+        # 1 - hat b_1 and 1 - hat b_2: the weights of this gradient in the two averages.
         w1, w2 = (
             1 - unbiased_decay(b, self.count, g.dtype) for b in (self.b1, self.b2)
         )
+        # The paper's rule stays as it was published.
         is_bounded = isinstance(leaf, FactoredLeaf) and not isinstance(
             second, AlgorithmOne
         )
 
         def divide(m, root_v, weight):
+            # Low-rank estimates may be far too small. So the root is at least what it
+            # would be of one gradient as large as the share of m that one step adds
+            # (of R, all).
             if is_bounded:
                 root_v = jnp.maximum(root_v, jnp.sqrt(w2) * weight * jnp.abs(m))
             return m / (root_v + jnp.asarray(self.eps, g.dtype))
@@ -233,6 +248,8 @@ class AdamRule:
             (root_v, root_w), nu = second.rotated_moment(
                 nu, g, along, residual, self.b2, self.count
             )
+            # The components A are divided in the basis of B, the residual entry by
+            # entry.
             update = mu.left @ divide(mu.right, root_v, w1).T
             update += first.residual_gain * divide(residual, root_w, 1)
         else:
@@ -262,7 +279,9 @@ def lorapre_adamw(
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW with low-rank moments: `optax.adamw`'s chain around our Adam.
+    """AdamW with moments that are kept as low-rank factors.
+
+    This is the chain of `optax.adamw` around `scale_by_lorapre_adam`.
 
     Args:
       learning_rate: A number or a schedule.
@@ -277,8 +296,32 @@ def lorapre_adamw(
       The `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError, ValueError: As `scale_by_lorapre_adam`; and by `update`, where weights
-        decay and there are no `params`.
+      TypeError, ValueError: As `scale_by_lorapre_adam`. At `update`: weights decay and
+        `params` are not given.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import lorapre_jax as lp
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+      >>> tx = lp.lorapre_adamw(2e-3, rank=32, weight_decay=0.1)
+      >>> state = tx.init(params)
+      >>> grads = params  # those of |params|^2 / 2
+      >>> updates, state = jax.jit(tx.update)(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      Wang et al., *Taming Momentum: Rethinking Optimizer States Through Low-Rank
+      Approximation* (LoRA-Pre), 2026: `arXiv 2602.24283
+      <https://arxiv.org/abs/2602.24283>`_
+
+      Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, 2019, algorithm 2:
+      `arXiv 1711.05101 <https://arxiv.org/abs/1711.05101>`_
+
+    See also:
+      `scale_by_lorapre_adam`, `describe`, `optax.adamw`; :doc:`choosing leaves and rank
+      </choosing>`.
     """
     return optax.chain(
         scale_by_lorapre_adam(
@@ -301,7 +344,10 @@ def lorapre_adamw(
 
 
 def decayed_weights(weight_decay, mask) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`, which needs `params` even to add nothing."""
+    """Returns `optax.add_decayed_weights`, or the identity if the decay is Python's 0.
+
+    `optax.add_decayed_weights` needs `params` even if it adds nothing.
+    """
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, mask)

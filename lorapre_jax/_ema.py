@@ -26,12 +26,12 @@ class LorapreEmaState(NamedTuple):
     """State of `lorapre_ema`.
 
     Attributes:
-      count: Steps taken, `()`, int32.
-      ema: The averages of leaves that keep them densely, as `mu` in
-        `ScaleByLorapreAdamState`.
-      ema_factors: The others, by leaf path: `left (*batch, *rows, r)` and `right
-        (*batch, *columns, r)` in `factor_dtype`, in boxes as the parameters are.
-      plan: The decision per leaf; static, without leaves.
+      count: Number of steps taken, `()`, int32.
+      ema: The dense averages: a tree like the parameters, float32 at least, with
+        `optax.MaskedNode` in place of leaves whose average is factored.
+      ema_factors: The factored averages, by leaf path: `left (*batch, *rows, r)` and
+        `right (*batch, *columns, r)` in `factor_dtype`, in boxes like the parameter's.
+      plan: The decision for each leaf: a static pytree node without leaves.
     """
 
     moments = (("ema", "first"),)
@@ -53,33 +53,54 @@ def lorapre_ema(
     factor_dtype: jax.typing.DTypeLike = "float32",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A moving average of past updates, kept as thin factors.
+    r"""A moving average of past updates that is kept as low-rank factors.
 
-    With factors `B A` of the bias-corrected average, and X what a step fits them to,
-    `X = b B A + (1 - b) g` of the factors before, at step t with `b = decay (1 -
-    decay^(t-1)) / (1 - decay^t)` (LoRA-Pre, arXiv 2602.24283, section 3), the update is
+    This is the first moment of `scale_by_lorapre_adam` alone, from which any method
+    with momentum can be built. With the factors B and A of the bias-corrected average,
+    the residual R of their fit and its gain :math:`\gamma` (`LowRank`), the update is
 
     .. math::
-      m_t = B A + \frac{\gamma}{1 - b} (X - B A)
+      m = B A + \gamma R
 
-    What the factors leave out passes at once, with the weight that the full average
-    gives it over all later steps, once t is large, times the gain :math:`\gamma`
-    (`LowRank`).
-    Where r = min(p, q), or all gradients fit, this is `optax.ema`, and with
-    `debias=False`, scaled by `1 / (1 - decay)`, heavy-ball momentum `v <- decay v + g`.
+    The residual has the total weight over time that it would have in a full average,
+    but all of it at once. If r = min(p, q), or if all gradients fit into the factors,
+    the result is that of `optax.ema`. With `debias=False`, scaled by `1 / (1 - decay)`,
+    it is then heavy-ball momentum, `m <- decay m + g`.
 
     Args:
-      decay: Decay rate, in [0, 1).
+      decay: Decay rate b, in [0, 1).
       rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
-      debias: Whether to return the bias-corrected average; False returns it times
-        `1 - decay^t`, the average that started from zero. Static.
-      moment: How the average is kept, `LowRank(...)` or `Dense()`, or by pattern.
+      debias: Whether to return the bias-corrected average. If False, it is multiplied
+        by `1 - b^t`, as the average that started from zero. Static.
+      moment: How the average is kept: `LowRank(...)`, `Dense()` or `AlgorithmOne()`; or
+        a mapping from patterns on leaf paths to these.
 
     Returns:
-      The `optax.GradientTransformationExtraArgs`.
+      An `optax.GradientTransformationExtraArgs` with the state `LorapreEmaState`.
 
     Raises:
       TypeError, ValueError: As `scale_by_lorapre_adam`.
+
+    Examples:
+      Momentum for SGD:
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import lorapre_jax as lp
+      >>> params = {"kernel": jnp.ones((256, 512))}
+      >>> tx = optax.chain(lp.lorapre_ema(0.9, rank=32), optax.sgd(0.5))
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params))
+      >>> print(f"{updates['kernel'][0, 0]:.3f}")  # -0.5 times the gradient
+      -0.500
+
+    References:
+      Wang et al., *Taming Momentum: Rethinking Optimizer States Through Low-Rank
+      Approximation* (LoRA-Pre), 2026, section 3: `arXiv 2602.24283
+      <https://arxiv.org/abs/2602.24283>`_
+
+    See also:
+      `optax.ema`, `optax.trace`; :doc:`the method </method>`.
     """
     checks.check_decay("decay", decay)
     checks.check_storage(rank, slices_at_once, factor_dtype, seed)

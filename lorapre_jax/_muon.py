@@ -40,12 +40,13 @@ class ScaleByLorapreMuonState(NamedTuple):
     """State of `scale_by_lorapre_muon`.
 
     Attributes:
-      count: Steps taken, `()`, int32.
-      momentum: Of the leaves that keep it densely, as `mu` in
-        `ScaleByLorapreAdamState`.
-      momentum_factors: The others, by leaf path: `left (*batch, *rows, r)` and `right
-        (*batch, *columns, r)` in `factor_dtype`, in boxes as the parameters are.
-      plan: The decision per leaf; static, without leaves.
+      count: Number of steps taken, `()`, int32.
+      momentum: The dense momenta: a tree like the parameters, float32 at least, with
+        `optax.MaskedNode` in place of leaves whose momentum is factored.
+      momentum_factors: The factored momenta, by leaf path: `left (*batch, *rows, r)`
+        and `right (*batch, *columns, r)` in `factor_dtype`, in boxes like the
+        parameter's.
+      plan: The decision for each leaf: a static pytree node without leaves.
     """
 
     moments = (("momentum", "first"),)
@@ -76,54 +77,80 @@ def scale_by_lorapre_muon(
     seed: jax.typing.ArrayLike = 0,
     param_shardings: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales updates as Muon does, with a momentum kept as thin factors.
+    r"""Rescales updates as Muon does, with a momentum that is kept as low-rank factors.
 
-    With factors `B A`, the residual R of their fit to the average and
-    `c = residual_gain`, the update is, times a scale for the matrix's shape,
+    With the factors B and A of the bias-corrected momentum, the residual R of their fit
+    and its gain :math:`\gamma` (`LowRank`), the update is, times a scale for the shape
+    of the matrix,
 
     .. math::
-      \mathrm{polar}(B A) + (c / s)\; \mathrm{polar}(s R), \quad
-      s^2 = \frac{(1 - \beta) (1 + \beta^t)}{(1 + \beta) (1 - \beta^t)}
+      u = \mathrm{polar}(B A) + \frac{\gamma}{\sigma}\, \mathrm{polar}(\sigma R), \qquad
+      \sigma^2 = \frac{(1 - \beta) (1 + \beta^t)}{(1 + \beta) (1 - \beta^t)}
 
-    where polar is Newton-Schulz orthogonalisation. R is a single gradient's and mostly
-    noise: averaged as full Muon averages it, it would be smaller by s, and
-    orthogonalisation would divide by that little. As in full Muon, its iteration starts
-    from `s R` over the norm of the whole average, `B A` and `s R`: a residual that is
-    next to nothing, such as the rounding of gradients of low rank, stays so (but for
-    bfloat16 factors, whose own rounding is more than nothing). A momentum kept as
-    `AlgorithmOne()` is orthogonalised as a whole (LoRA-Pre, arXiv 2602.24283,
-    for Muon), as is `Dense()`.
+    where polar is Newton-Schulz orthogonalisation. R comes from a single gradient and
+    is mostly noise; the average of full Muon would shrink it by :math:`\sigma`. The
+    iteration for :math:`\sigma R` starts from the norm of the whole average, as in full
+    Muon, so that a residual of next to nothing, such as the rounding of gradients of
+    low rank, stays so. (The rounding of bfloat16 factors is larger than that.) A
+    momentum that is kept as `AlgorithmOne()` or `Dense()` is orthogonalised as a whole.
 
-    Every leaf must be a matrix, or a batch of them; one whose rank does not pay keeps a
-    dense momentum and is orthogonalised all the same.
+    Every leaf must be a matrix or a batch of matrices. If its rank does not pay, its
+    momentum is dense, and it is orthogonalised all the same.
 
     Args:
       rank: See `scale_by_lorapre_adam`, as for all arguments that are not named here.
       beta: Decay rate of the momentum, in [0, 1).
       nesterov: Whether to look one step ahead, as `optax.contrib.muon` does. Static.
-      ns_steps: Number of Newton-Schulz iterations; None: 5. Static.
+      ns_steps: Number of Newton-Schulz iterations. None: 5. Static.
       ns_coeffs: Their coefficients `(a, b, c)`, or at least `ns_steps` such triples.
-      eps: Added to the Frobenius norm that the iteration's start is divided by.
-      consistent_rms: None scales the update by `sqrt(max(1, q/p))` (Jordan et al.,
-        2024); a number, 0.2 say, by `sqrt(max(p, q))` times it, so that the update's
-        root mean square does not depend on the shape (Liu et al., 2025). Where little
-        of the gradients is held, it is up to `c / s` times the number.
-      moment: How the momentum is kept, `LowRank(...)` or `Dense()`, or by pattern.
-      param_shardings: None leaves it to the compiler how a divided matrix is
-        orthogonalised: up to about two and a half times the whole matrix comes to every
-        device at every iteration (`benchmarks/traffic.py`). A tree of the parameters'
-        shardings (other leaves may be in it too) gives each device its share of whole
-        matrices, the same number for all: their exchange brings a device at most four
-        times the bytes of that share, and nothing for matrices that are not divided.
-        All matrices of one size are exchanged at once, whatever `slices_at_once`
-        says. Static.
+        Static.
+      eps: Added to the Frobenius norm by which the iteration's start is divided.
+      consistent_rms: None scales the update by `sqrt(max(1, q/p))` (Jordan et al.). A
+        number, for example 0.2, scales it by that number times `sqrt(max(p, q))`, so
+        that the update's root mean square does not depend on the shape (Liu et al.);
+        learning rates are then like AdamW's. If the factors capture little of the
+        gradients, the root mean square is up to :math:`\gamma / \sigma` times the
+        number.
+      moment: How the momentum is kept: `LowRank(...)`, `Dense()` or `AlgorithmOne()`;
+        or a mapping from patterns on leaf paths to these.
+      param_shardings: How whole matrices are orthogonalised if they are sharded. None
+        leaves it to the compiler, which gathers them on every device. A tree of the
+        parameters' shardings (it may have other leaves too) gives each device its share
+        of whole matrices, for which devices exchange their shards. All matrices of one
+        size are exchanged at once, whatever `slices_at_once` says. Static.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`.
+      An `optax.GradientTransformationExtraArgs` with the state
+      `ScaleByLorapreMuonState`.
 
     Raises:
-      TypeError, ValueError: As `scale_by_lorapre_adam`; and at `init`, for a leaf that
-        is not a matrix, or that `param_shardings` has no fitting sharding for.
+      TypeError, ValueError: As `scale_by_lorapre_adam`. At `init`: a leaf is not a
+        matrix, or `param_shardings` has no fitting sharding for it.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import lorapre_jax as lp
+      >>> params = {"kernel": jnp.ones((256, 512))}
+      >>> tx = lp.scale_by_lorapre_muon(rank=32)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params))
+      >>> print(jax.tree.map(jnp.shape, state.momentum_factors))
+      {'kernel': FactorPair(left=(256, 32), right=(512, 32))}
+
+    References:
+      Wang et al., *Taming Momentum: Rethinking Optimizer States Through Low-Rank
+      Approximation* (LoRA-Pre), 2026: `arXiv 2602.24283
+      <https://arxiv.org/abs/2602.24283>`_
+
+      Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024:
+      `kellerjordan.github.io/posts/muon <https://kellerjordan.github.io/posts/muon/>`_
+
+      Liu et al., *Muon is Scalable for LLM Training*, 2025: `arXiv 2502.16982
+      <https://arxiv.org/abs/2502.16982>`_
+
+    See also:
+      `lorapre_muon`, `optax.contrib.scale_by_muon`; :doc:`the method </method>`;
+      :doc:`Muon on a mesh </meshes>`.
     """
     checks.check_storage(rank, slices_at_once, factor_dtype, seed)
     checks.check_decay("beta", beta)
@@ -193,7 +220,7 @@ def _in_shares(
     moments: Any,
     slices_at_once: int | None,
 ) -> tuple[Any, ...]:
-    """As `map_leaves(rule, ...)`; between its two parts the devices exchange blocks."""
+    """Does what `map_leaves(rule, ...)` does; devices exchange shards in between."""
     begin, finish = (
         jax.tree_util.Partial(part, rule) for part in (MuonRule.begin, MuonRule.finish)
     )
@@ -219,7 +246,11 @@ def _refuse_other_than_matrices(plan: Plan) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MuonRule:
-    """The update of one matrix; or its two parts, around the costly `polar` of one."""
+    """The update of one matrix; or its two parts, `begin` and `finish`, around `polar`.
+
+    Orthogonalisation is costly and crosses shards, so it can be done elsewhere between
+    the two parts.
+    """
 
     beta: jax.typing.ArrayLike
     eps: jax.typing.ArrayLike
@@ -236,12 +267,18 @@ class MuonRule:
         return self.finish(leaf, g, self.polar(part), mu)
 
     def begin(self, leaf: Leaf, g, mu):
-        """What is orthogonalised as a full matrix, over its norm; the new momentum."""
+        """Returns what is orthogonalised as a full matrix, over its norm; and the new
+        momentum.
+
+        That is `sigma R` for a `LowRank` momentum, and the whole momentum otherwise.
+        """
         method, step = leaf.methods[0], (self.count, self.seed)
         beta = jnp.asarray(self.beta, g.dtype)
         if isinstance(method, LowRank):
             mu, _, residual = method.split_moment(mu, g, beta, *step)
             residual = _share_of_noise(beta, self.count) * residual
+            # The norm of the whole average, B A and sigma R being nearly orthogonal:
+            # over its own norm, a residual of mere rounding would be blown up.
             norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
             return divide_by_norm(residual, norm, self.eps), mu
         m, mu = method.first_moment(mu, g, beta, *step)
@@ -249,14 +286,18 @@ class MuonRule:
         return divide_by_norm(m, frobenius_norm(m), self.eps), mu
 
     def finish(self, leaf: Leaf, g, orthogonal, mu):
-        """The update, from what `begin` gave, orthogonalised; and the same momentum."""
+        """Returns the update and the momentum.
+
+        Args:
+          orthogonal: The polar factor of what `begin` returned.
+        """
         update = orthogonal
         if isinstance(leaf.methods[0], LowRank):
             beta = jnp.asarray(self.beta, g.dtype)
             gain = leaf.methods[0].residual_gain
             gain = gain / _share_of_noise(beta, self.count)
-            # The left factor is orthonormal, where `right` is not rounding alone: it
-            # stays outside.
+            # polar(B A) = B polar(A), since B is orthonormal wherever A is more than
+            # rounding. The norm of A is that of the product.
             right = self.look_ahead(mu.right, g.T @ mu.left)
             right = divide_by_norm(right, frobenius_norm(right), self.eps)
             update = mu.left @ self.polar(right).T + gain * orthogonal
@@ -269,7 +310,7 @@ class MuonRule:
         return orthogonalize(x, self.ns_coeffs, self.ns_steps)
 
     def look_ahead(self, m, g):
-        """The bias-corrected average as `optax.contrib.muon` looks ahead."""
+        """Returns the average `m` one step ahead, as `optax.contrib.muon` does."""
         if not self.nesterov:
             return m
         b = jnp.asarray(self.beta, g.dtype)
@@ -278,7 +319,10 @@ class MuonRule:
 
 
 def _share_of_noise(beta, count):
-    """What the corrected average of `count` steps leaves of uncorrelated noise."""
+    """Returns sigma: by how much the corrected average of `count` steps shrinks noise.
+
+    That is the root of the sum of its squared weights, the noise being uncorrelated.
+    """
     total = mass(beta, count)
     return jnp.sqrt((1 - beta) / (1 + beta) * (2 - total) / total)
 

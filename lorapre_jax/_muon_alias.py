@@ -1,4 +1,4 @@
-"""LoRA-Pre Muon with Adam for what is no matrix."""
+"""LoRA-Pre Muon for matrices, with Adam for all other leaves."""
 
 import functools
 from collections.abc import Callable
@@ -47,27 +47,46 @@ def lorapre_muon(
     adam_b2: jax.typing.ArrayLike = 0.999,
     adam_weight_decay: optax.ScalarOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon with a low-rank momentum for the matrices, Adam for all other leaves.
+    """Muon with a low-rank momentum for the matrices, and Adam for all other leaves.
 
     Args:
       learning_rate: A number or a schedule.
       rank: See `scale_by_lorapre_muon`, as for all arguments that are not named here.
-      weight_decay: Of the matrices, as in `lorapre_adamw`.
+      weight_decay: Decoupled weight decay of the matrices, as in `lorapre_adamw`.
       weight_decay_mask: Which of them decay, as `mask` of `optax.adamw`.
-      matrices: Which leaves are orthogonalised; the others go to Adam, which keeps
-        their moments densely. None: every matrix that is no embedding and no head;
-        these go to Adam and are factored as by `lorapre_adamw`. So they are where a
-        selection extends the default.
-      adam_learning_rate: Learning rate of Adam; None: `learning_rate`.
-      adam_b1, adam_b2, adam_weight_decay: Of Adam, as in `optax.contrib.muon`; it
+      matrices: Which leaves are orthogonalised. All others go to Adam with dense
+        moments. None: every matrix except embeddings and heads, which go to Adam and
+        are factored as by `lorapre_adamw`. A selection that extends the default treats
+        them likewise.
+      adam_learning_rate: Learning rate of Adam. None: `learning_rate`.
+      adam_b1, adam_b2, adam_weight_decay: Of Adam, as in `optax.contrib.muon`. Adam
         shares `eps`, and unlike optax's it never looks a step ahead (no `nesterov`).
 
     Returns:
       The `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError, ValueError: As `scale_by_lorapre_muon`; and by `update`, where weights
-        decay and there are no `params`.
+      TypeError, ValueError: As `scale_by_lorapre_muon`. At `update`: weights decay and
+        `params` are not given.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import lorapre_jax as lp
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+      >>> tx = lp.lorapre_muon(5e-3, rank=32, consistent_rms=0.2)
+      >>> state = tx.init(params)
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      Wang et al., *Taming Momentum: Rethinking Optimizer States Through Low-Rank
+      Approximation* (LoRA-Pre), 2026: `arXiv 2602.24283
+      <https://arxiv.org/abs/2602.24283>`_
+
+    See also:
+      `scale_by_lorapre_muon`, `optax.contrib.muon`; :doc:`Muon on a mesh </meshes>`.
     """
     checks.check_decay("adam_b1", adam_b1)
     checks.check_decay("adam_b2", adam_b2)
@@ -113,24 +132,24 @@ def lorapre_muon(
     def init_fn(params):
         for path, leaf in named_leaves(params):
             checks.check_floating(path, leaf)
-        # Decided once: names and shapes say less in a part of a tree than in the whole.
+        # Decided on the whole tree, since names and shapes say less in a part of it.
         by_role = roles(params)
         decided = Decided(by_role, resolve_axes(matrices, params, by_role))
-        # As a function: a tree of labels that is an Equinox module is callable too.
+        # A function, since a tree of labels that is an Equinox module is callable.
         labels = functools.partial(_labels, decided)
         return optax.partition(parts(decided), labels).init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         labels = functools.partial(_labels_in, state)
-        divided = optax.partition(parts(matrices), labels)
-        return divided.update(updates, state, params, **extra_args)
+        both = optax.partition(parts(matrices), labels)
+        return both.update(updates, state, params, **extra_args)
 
     parts(matrices)  # Checks the arguments.
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _labels(decided: Decided, params: optax.Params) -> Any:
-    """Which part gets each leaf."""
+    """Returns a tree with the name of the part that each leaf goes to."""
 
     def label(path: str) -> str:
         axes, _, by_default = decided.axes[path]
@@ -142,7 +161,10 @@ def _labels(decided: Decided, params: optax.Params) -> Any:
 
 
 def _labels_in(state: Any, updates: optax.Updates) -> Any:
-    """The same, from the state: updates may have lost their boxes and their names."""
+    """Returns the same labels, read off the plan in the state.
+
+    Updates may have lost their boxes, and with them the names of axes.
+    """
     checks.check_state(state, optax.PartitionState)
     muon = state.inner_states["muon"].inner_state[0]
     checks.check_state(muon, ScaleByLorapreMuonState)

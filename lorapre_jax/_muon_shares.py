@@ -1,4 +1,4 @@
-"""Orthogonalisation of whole matrices, where each device takes its share of them."""
+"""Orthogonalisation of whole matrices, of which each device takes its share."""
 
 import dataclasses
 import functools
@@ -16,15 +16,15 @@ from lorapre_jax._trees.matrix_view import MatrixView
 from lorapre_jax._trees.paths import named_leaves
 from lorapre_jax._trees.sharding import entries_of, mesh_axes
 
-Polar = Callable[[jax.Array], jax.Array]  # Of one matrix.
+Polar = Callable[[jax.Array], jax.Array]  # On one matrix.
 
 
 class _Group(NamedTuple):
-    """Leaves whose matrices can stand in one stack: of one size, divided alike."""
+    """Leaves whose matrices can form one stack: of one size, sharded alike."""
 
     mesh: Any
-    batch: frozenset[str]  # Mesh axes that whole matrices are divided over already.
-    rows: tuple[str, ...]  # Mesh axes that the rows are divided over.
+    batch: frozenset[str]  # Mesh axes that the batch axes are sharded over.
+    rows: tuple[str, ...]  # Mesh axes that the rows are sharded over.
     columns: tuple[str, ...]
     p: int
     q: int
@@ -36,22 +36,22 @@ class _Group(NamedTuple):
 
 
 Shares = Mapping[_Group, Mapping[str, MatrixView]]
-"""Of each group its leaves, by path."""
+"""The leaves of each group, by path."""
 
 
 def plan_shares(param_shardings: Any, plan: Plan) -> Shares:
-    """Which matrices share a stack; nothing if none is sharded or that is not known."""
+    """Groups matrices into stacks; returns nothing if none is known to be sharded."""
     if param_shardings is None:
         return {}
     given = dict(named_leaves(param_shardings, is_leaf=lambda x: x is None))
     groups: dict[_Group, dict[str, MatrixView]] = {}
-    undivided = []
+    unsharded = []
     for leaf in plan.leaves:
         place = _checked(leaf, given.get(leaf.path))
         if leaf.view is None:
-            continue  # No elements.
+            continue  # It has no elements.
         if isinstance(place, SingleDeviceSharding):
-            undivided.append(leaf.path)
+            unsharded.append(leaf.path)
             continue
         batch, row, column = entries_of(place, leaf.path, leaf.view)
         group = _Group(
@@ -66,9 +66,9 @@ def plan_shares(param_shardings: Any, plan: Plan) -> Shares:
         groups.setdefault(group, {})[leaf.path] = leaf.view
     if not any(group.parts > 1 for group in groups):
         return {}
-    for path in undivided:
+    for path in unsharded:
         raise ValueError(
-            f"Leaf '{path}': in `param_shardings` it lies on one device and others lie "
+            f"Leaf '{path}': `param_shardings` places it on one device, and others "
             "on a mesh. Give it a NamedSharding of that mesh."
         )
     return groups
@@ -84,7 +84,7 @@ def _checked(leaf: Leaf, place: Any) -> Any:
             "as jax.tree.map(lambda x: x.sharding, params)."
         )
     if PartitionSpec.UNCONSTRAINED in place.spec:
-        raise ValueError(f"{what}. Say what each axis is divided over, or None.")
+        raise ValueError(f"{what}. Say what each axis is sharded over, or None.")
     what += f", of shape {leaf.shape}"
     if len(place.spec) > len(leaf.shape):
         raise ValueError(f"{what}: the spec has more axes.")
@@ -102,14 +102,14 @@ def orthogonalize_shares(
     places: Any,
     slices_at_once: int | None,
 ) -> Any:
-    """`polar(matrix)` of every matrix of the tree, each on one device.
+    """Applies `polar` to every matrix of the tree, each on one device.
 
-    The devices that hold blocks of a stack of matrices exchange them for whole ones:
-    an all-to-all over the mesh axes of the rows, one over those of the columns, and the
-    same back. Each moves at most what a device holds of the stack, which is filled up
-    with zeros to as many matrices for each device. Leaves of one matrix size that are
-    divided alike share a stack. A device works on `slices_at_once`
-    of its matrices at once.
+    The devices that hold shards of a stack of matrices exchange them for whole
+    matrices: by an all-to-all over the mesh axes of the rows, one over those of the
+    columns, and the same back. Each moves at most what a device holds of the stack,
+    which is padded with zeros to the same number of matrices for each device. Leaves of
+    one matrix size that are sharded alike share a stack. A device computes
+    `slices_at_once` of its matrices at once.
     """
     leaves, places = dict(named_leaves(tree)), dict(named_leaves(places))
     for group, views in shares.items():
@@ -131,12 +131,16 @@ def orthogonalize_shares(
 
 
 def without_underflow(g: jax.Array) -> jax.Array:
-    """A residual is a small part of the gradient, and float16 has no room below."""
+    """Casts float16 to float32.
+
+    A residual is a small part of the gradient, for which float16 has no small numbers
+    left.
+    """
     return g.astype(jnp.float32) if g.dtype == jnp.float16 else g
 
 
 def _moved(x: jax.Array, place: Any) -> jax.Array:
-    """To `place`, under explicit mesh axes; else the compiler sees to it."""
+    """Reshards to `place` under explicit mesh axes; else the compiler does it."""
     return jax.sharding.reshard(x, place) if place.mesh.explicit_axes else x
 
 
@@ -147,7 +151,7 @@ def _of_group(
     slices_at_once: int | None,
     *blocks: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """On one device: its blocks in, its blocks out."""
+    """Computes one group on one device, from its shards to its shards."""
     views = [
         dataclasses.replace(view, shape=block.shape)
         for view, block in zip(views, blocks, strict=True)
@@ -159,7 +163,7 @@ def _of_group(
         for view, block in zip(views, blocks, strict=True)
     ]
     counts = [len(stack) for stack in stacks]
-    idle = -sum(counts) % group.parts  # Of zeros, which stay zeros.
+    idle = -sum(counts) % group.parts  # Matrices of zeros, which stay zeros.
     stack = jnp.pad(jnp.concatenate(stacks), ((0, idle), (0, 0), (0, 0)))
     hops = [(group.rows, 1), (group.columns, 2)]
     for axes, side in hops:

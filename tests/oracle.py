@@ -1,7 +1,9 @@
 """The methods in float64 NumPy, one matrix at a time, written from the equations.
 
 Nothing here comes from the package. Equation numbers are those of the LoRA-Pre paper
-(arXiv 2602.24283) where it has them; the repairs are written as their definitions say.
+(arXiv 2602.24283) if it has them; the other rules are written as their definitions say.
+Symbols are those of docs/method.md: `b` and `a` are the factors B and A, `hat_b` is the
+decay rate of a bias-corrected average, `d`, `s` and `c` are averages of mean squares.
 `noise` is the standard normal (r, q) matrix of the random starts and sketches.
 """
 
@@ -14,25 +16,30 @@ def basis(x):
     return q * np.sign(np.diag(r))
 
 
-def times_pinv(t, a):
-    """T A^+ = T A^T (A A^T + d I)^-1, d = 1e-6 (Theorem 3.1, Appendix C.1)."""
-    return t @ a.T @ np.linalg.inv(a @ a.T + 1e-6 * np.eye(len(a)))
+def times_pinv(g, a):
+    """g A^T (A A^T + 1e-6 I)^-1 (Theorem 3.1, Appendix C.1), also for |g|."""
+    return g @ a.T @ np.linalg.inv(a @ a.T + 1e-6 * np.eye(len(a)))
 
 
 def unbiased_decay(b, t):
-    """d_t with d_t m_{t-1} + (1-d_t) g the bias-corrected average at step t."""
+    """hat b: hat b m_{t-1} + (1 - hat b) g is the bias-corrected average at step t."""
     return b * (1 - b ** (t - 1)) / (1 - b**t)
 
 
 class Regression:
     """B A as a moving average, by subspace steps."""
 
-    def __init__(self, p, q, r, noise, gain=1.0):
+    def __init__(self, p, q, r, noise, residual_gain=1.0):
         self.b, self.a = np.zeros((p, r)), np.zeros((r, q))
-        self.noise, self.gain = noise, gain
+        self.noise, self.residual_gain = noise, residual_gain
 
-    def follow(self, target, d):
-        x = d * self.b @ self.a + (1 - d) * target
+    @property
+    def product(self):
+        return self.b @ self.a
+
+    def follow(self, target, hat_b):
+        """Fits the factors to X, and returns X."""
+        x = hat_b * self.product + (1 - hat_b) * target
         rows = self.b.T @ x
         size = np.linalg.norm(rows) or 1.0
         noise = self.noise / np.linalg.norm(self.noise)
@@ -42,35 +49,33 @@ class Regression:
         return x
 
     def first(self, g, b1, t):
-        d = unbiased_decay(b1, t)
-        x = self.follow(g, d)
-        held = self.b @ self.a
-        return held + self.gain / (1 - d) * (x - held)
+        residual = self.residual(g, b1, t)
+        return self.product + self.residual_gain * residual
 
-    def split(self, g, b1, t):
-        """What the factors hold, the residual, and a basis of the left factor."""
-        x = self.follow(g, unbiased_decay(b1, t))
-        held = self.b @ self.a
-        return held, x - held, self.b
+    def residual(self, g, b1, t):
+        """R, after a step."""
+        hat_b = unbiased_decay(b1, t)
+        x = self.follow(g, hat_b)
+        return (x - self.product) / (1 - hat_b)
 
     def second(self, g, b2, t):
-        """sqrt(v): v = b2 (C D)^2 + (1-b2) g^2, |g| followed with decay sqrt(b2)."""
-        d = unbiased_decay(b2, t)
-        v = d * (self.b @ self.a) ** 2 + (1 - d) * g**2
+        """sqrt(v): v = hat b_2 (B A)^2 + (1 - hat b_2) g^2; B A follows |g|."""
+        hat_b2 = unbiased_decay(b2, t)
+        v = hat_b2 * self.product**2 + (1 - hat_b2) * g**2
         self.follow(np.abs(g), unbiased_decay(np.sqrt(b2), t))
         return np.sqrt(v)
 
 
 class Paper:
-    """B A by Algorithm 1."""
+    """B A, or C D, by Algorithm 1."""
 
     def __init__(self, p, q, r, noise):
         self.b, self.a = np.zeros((p, r)), 0.02 * noise
 
-    def follow(self, target, d):
-        b, a, y = self.b, self.a, 1 - np.sqrt(d)
-        self.b = (1 - y) * b + y * times_pinv(target, a)
-        self.a = (1 - y) * a + y * times_pinv(target.T, b.T).T
+    def follow(self, target, decay):
+        b, a, eta = self.b, self.a, 1 - np.sqrt(decay)
+        self.b = (1 - eta) * b + eta * times_pinv(target, a)
+        self.a = (1 - eta) * a + eta * times_pinv(target.T, b.T).T
 
     def first(self, g, b1, t):
         m = b1 * self.b @ self.a + (1 - b1) * g
@@ -87,33 +92,31 @@ class RankOne:
     """Adafactor's estimate (Shazeer and Stern, 2018, algorithm 2), bias-corrected."""
 
     def __init__(self):
-        self.row = self.column = 0.0
+        self.s = self.c = 0.0
 
     def second(self, g, b2, t):
-        self.row = b2 * self.row + (1 - b2) * np.mean(g**2, 1)
-        self.column = b2 * self.column + (1 - b2) * np.mean(g**2, 0)
-        v = np.outer(self.row, self.column) / np.mean(self.row)
+        self.s = b2 * self.s + (1 - b2) * np.mean(g**2, 1)
+        self.c = b2 * self.c + (1 - b2) * np.mean(g**2, 0)
+        v = np.outer(self.s, self.c) / np.mean(self.c)
         return np.sqrt(v / (1 - b2**t))
 
 
 class Rotated:
-    """Rank-one estimates along the columns of an orthonormal B, and of what is left."""
+    """Rank-one estimates of the second moments of B^T g and of the residual R."""
 
     def __init__(self):
-        self.row = self.column = self.direction = 0.0
+        self.d = self.s = self.c = 0.0
 
-    def roots(self, b, rest, g, b2, t):
-        """Of the second moments of B^T g and of `rest`."""
-        along, floor = b.T @ g, 0.05
-        row = np.mean(rest**2, 1) + floor**2 * np.mean(g**2, 1)
-        direction = np.mean(along**2, 1) + floor**2 * np.mean(g**2)
-        self.row = b2 * self.row + (1 - b2) * row
-        self.column = b2 * self.column + (1 - b2) * np.mean(g**2, 0)
-        self.direction = b2 * self.direction + (1 - b2) * direction
-        column = self.column / np.mean(self.column) / (1 - b2**t)
-        return np.sqrt(np.outer(self.direction, column)), np.sqrt(
-            np.outer(self.row, column)
-        )
+    def roots(self, b, residual, g, b2, t):
+        """sqrt(v) and sqrt(w)."""
+        components, floor = b.T @ g, 0.05
+        d = np.mean(components**2, 1) + floor**2 * np.mean(g**2)
+        s = np.mean(residual**2, 1) + floor**2 * np.mean(g**2, 1)
+        self.d = b2 * self.d + (1 - b2) * d
+        self.s = b2 * self.s + (1 - b2) * s
+        self.c = b2 * self.c + (1 - b2) * np.mean(g**2, 0)
+        relative = self.c / np.mean(self.c) / (1 - b2**t)
+        return np.sqrt(np.outer(self.d, relative)), np.sqrt(np.outer(self.s, relative))
 
 
 class Dense:
@@ -132,19 +135,20 @@ class Dense:
 def adam(grads, first, second, b1=0.9, b2=0.95, eps=1e-8):
     updates = []
     for t, g in enumerate(grads, 1):
-        # What v has from one gradient as large as the part of m that a step adds.
-        c1, c2 = (1 - unbiased_decay(b, t) for b in (b1, b2))
-        bound = 0.0 if isinstance(second, Paper) else np.sqrt(c2) * c1
+        # What sqrt(v) has of one gradient as large as the share of m that a step adds.
+        hat_b1, hat_b2 = unbiased_decay(b1, t), unbiased_decay(b2, t)
+        one = np.sqrt(1 - hat_b2)
+        bound = 0.0 if isinstance(second, Paper) else (1 - hat_b1) * one
 
         def divided(m, root, bound=bound):
             return m / (np.maximum(root, bound * np.abs(m)) + eps)
 
         if isinstance(second, Rotated):
-            _, rest, b = first.split(g, b1, t)
-            rest = rest / c1
-            along, across = second.roots(b, rest, g, b2, t)
-            held = b @ divided(first.a, along)
-            updates.append(held + first.gain * divided(rest, across, np.sqrt(c2)))
+            residual = first.residual(g, b1, t)
+            root_v, root_w = second.roots(first.b, residual, g, b2, t)
+            update = first.b @ divided(first.a, root_v)
+            gain = first.residual_gain
+            updates.append(update + gain * divided(residual, root_w, one))
         else:
             m = first.first(g, b1, t)
             updates.append(divided(m, second.second(g, b2, t)))
@@ -161,25 +165,25 @@ def ema(grads, first, decay=0.9, debias=True):
 def muon(grads, first, beta=0.95, nesterov=True, steps=5, eps=1e-8, rms=None):
     updates = []
     for t, g in enumerate(grads, 1):
-        seen, rest = g, 0.0
+        newest, of_residual = g, 0.0
         if isinstance(first, Regression):
-            m, residual, left = first.split(g, beta, t)
-            seen = left @ left.T @ g
-            residual = residual / (1 - unbiased_decay(beta, t))
-            s = np.sqrt((1 - beta) / (1 + beta) * (1 + beta**t) / (1 - beta**t))
-            whole = np.sqrt(np.linalg.norm(m) ** 2 + np.linalg.norm(s * residual) ** 2)
-            rest = newton_schulz(s * residual, whole + eps, steps)
-            rest = first.gain / s * rest
+            residual = first.residual(g, beta, t)
+            m, newest = first.product, first.b @ first.b.T @ g
+            sigma = np.sqrt((1 - beta) / (1 + beta) * (1 + beta**t) / (1 - beta**t))
+            small = sigma * residual
+            norm = np.sqrt(np.linalg.norm(m) ** 2 + np.linalg.norm(small) ** 2)
+            of_residual = newton_schulz(small, norm + eps, steps)
+            of_residual = first.residual_gain / sigma * of_residual
         else:
             m = first.first(g, beta, t)
         if nesterov:  # The average one step ahead, as optax.contrib.muon writes it.
             average = (1 - beta**t) * m
             m = beta * average / (1 - beta ** (t + 1))
-            m = m + (1 - beta) * seen / (1 - beta**t)
+            m = m + (1 - beta) * newest / (1 - beta**t)
         p, q = g.shape
         scale = np.sqrt(max(1, q / p)) if rms is None else np.sqrt(max(p, q)) * rms
-        held = newton_schulz(m, np.linalg.norm(m) + eps, steps)
-        updates.append(scale * (held + rest))
+        of_factors = newton_schulz(m, np.linalg.norm(m) + eps, steps)
+        updates.append(scale * (of_factors + of_residual))
     return updates
 
 

@@ -71,7 +71,7 @@ def regression(**kwargs: Any):
         (
             lambda: adam(second_moment=lp.LowRank(residual_gain=0.3)),
             ValueError,
-            "the gain is of first moments only",
+            "only first moments have a gain",
         ),
         (lambda: lp.lorapre_ema(1.5, 2), ValueError, "`decay` must be in [0, 1)"),
         (lambda: lp.lorapre_ema(0.9, 2, NO_FLAG), TypeError, "`debias` must be True"),
@@ -124,12 +124,12 @@ def regression(**kwargs: Any):
         (
             lambda: lp.select_matrices(axes=WRONG["axes"]),
             TypeError,
-            "select_matrices: axes: (0, 1) is no MatrixAxes",
+            "select_matrices: axes: (0, 1) is not a MatrixAxes",
         ),
         (
             lambda: lp.select_matrices(axes=WRONG["axes of w"]),
             TypeError,
-            "select_matrices: axes of 'w': None is no MatrixAxes",
+            "select_matrices: axes of 'w': None is not a MatrixAxes",
         ),
         (
             lambda: lp.select_matrices(include=WRONG["include"]),

@@ -169,7 +169,7 @@ def test_on_one_device_there_is_nothing_to_share():
     expected, _ = run(make("scale_by_muon", ns_steps=2), params, [params])
     assert_close(run(tx, params, [params])[0], expected)
     mixed: Any = LAYOUTS["both"].shardings(params, AUTO) | {"w": shardings["w"]}
-    with pytest.raises(ValueError, match="'w': in `param_shardings` it lies on one"):
+    with pytest.raises(ValueError, match="'w': `param_shardings` places it on one"):
         make("scale_by_muon", param_shardings=mixed).init(params)
 
 

@@ -70,7 +70,7 @@ def tolerance(dtype, method="other"):
 
 @pytest.mark.parametrize("gain", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_the_gain_of_the_complement(gain, dtype):
+def test_the_gain_of_the_residual(gain, dtype):
     shape, method = SHAPES["wide"], lp.LowRank(residual_gain=gain)
     with jax.enable_x64(dtype == "float64"):
         tx = lp.lorapre_ema(

@@ -1,1 +1,1 @@
-"""Which leaves are factored and how: selection, plan, and the walk over them."""
+"""Which leaves are factored, and how: selection, plan, and the walk over leaves."""

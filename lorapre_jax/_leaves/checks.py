@@ -1,4 +1,4 @@
-"""Checks of arguments, made where a transform is built, before any compute."""
+"""Checks of arguments, made when a transform is built, before any compute."""
 
 import numbers
 from collections import Counter
@@ -14,7 +14,7 @@ from lorapre_jax._leaves.choice import Choice
 
 
 def check_static(name: str, value: Any) -> None:
-    """Raises where `optax.inject_hyperparams` turned a static value into an array."""
+    """Raises an error if `optax.inject_hyperparams` made a static value an array."""
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
             f"`{name}` decides shapes or programs, so it cannot be an array. Under "
@@ -24,14 +24,14 @@ def check_static(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """A static bool."""
+    """Raises an error unless `value` is a static bool."""
     check_static(name, value)
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """A static int of at least `least`."""
+    """Raises an error unless `value` is a static int of at least `least`."""
     check_static(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
@@ -52,14 +52,14 @@ def check_rank(rank: Any) -> None:
 
 
 def check_storage(rank: Any, slices_at_once: Any, factor_dtype: Any, seed: Any) -> None:
-    """The arguments that every transform shares."""
+    """Checks the arguments that every transform has."""
     check_rank(rank)
     if slices_at_once is not None:
         check_count("slices_at_once", slices_at_once)
     check_static("factor_dtype", factor_dtype)
     try:
         name = None if factor_dtype is None else jnp.dtype(factor_dtype).name
-    except TypeError:  # No dtype at all.
+    except TypeError:  # It is not a dtype.
         name = None
     if name not in ("bfloat16", "float32", "float64"):
         raise ValueError(
@@ -83,7 +83,7 @@ def check_state(state: Any, kind: type) -> None:
 
 
 def check_distinct(paths: list[str]) -> None:
-    """State is kept by path."""
+    """Raises an error if two leaves share a path, since states are kept by path."""
     for path, times in Counter(paths).items():
         if times > 1:
             raise ValueError(
@@ -93,9 +93,9 @@ def check_distinct(paths: list[str]) -> None:
 
 
 def check_array(path: str, leaf: Any) -> None:
-    if isinstance(getattr(leaf, "dtype", None), str):  # An array's is no text.
+    if isinstance(getattr(leaf, "dtype", None), str):  # Keras: arrays have no str.
         raise TypeError(
-            f"Leaf '{path}' is a {type(leaf).__name__}, not an array. Of a Keras "
+            f"Leaf '{path}' is a {type(leaf).__name__}, not an array. For a Keras "
             "model, pass the arrays by path: {v.path: v.value for v in "
             "model.trainable_variables}."
         )
@@ -105,25 +105,25 @@ def check_array(path: str, leaf: Any) -> None:
     if isinstance(leaf, numbers.Number):
         raise TypeError(f"{what}; make it one with jnp.asarray.")
     raise TypeError(
-        f"{what}. What is no parameter, such as the activation function of a module, "
-        "has to be partitioned out: by eqx.filter(model, eqx.is_inexact_array) for an "
+        f"{what}. Partition out what is not a parameter, such as the activation "
+        "function of a module: by eqx.filter(model, eqx.is_inexact_array) for an "
         "Equinox model, or by optax.masked around the optimizer."
     )
 
 
 def check_floating(path: str, leaf: Any) -> None:
     check_array(path, leaf)
-    # JAX promotes no float of 8 bits or fewer.
+    # JAX does not promote floats of 8 bits or fewer.
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
         raise TypeError(
             f"Leaf '{path}' has dtype {leaf.dtype}; only real floating-point leaves "
-            "of 16 bits or more can be optimized. Cast it, or keep it from the "
-            "optimizer, for example by optax.masked."
+            "of 16 bits or more can be optimized. Cast it, or mask it out, for "
+            "example with optax.masked."
         )
 
 
 def check_decay(name: str, value: Any) -> None:
-    """In [0, 1) where the value is known; a tracer is taken as it is."""
+    """Raises an error unless `value` is in [0, 1); a tracer passes."""
     _check_number(name, value)
     if not isinstance(value, jax.core.Tracer) and not 0 <= np.float32(value) < 1:
         rounded = ", which is 1 in float32" if 0 <= float(value) < 1 else ""
@@ -137,7 +137,7 @@ def check_not_negative(name: str, value: Any) -> None:
 
 
 def check_methods(choice: Choice, *needed: str) -> None:
-    """Each method that a leaf may get can do one of what is needed."""
+    """Checks that each method that a leaf may get can do one of what is `needed`."""
     for method in (choice.block, choice.end, *(method for _, method in choice.rules)):
         if isinstance(method, type):
             raise TypeError(
@@ -150,18 +150,18 @@ def check_methods(choice: Choice, *needed: str) -> None:
 
 
 def check_moments(first: Any, second: Any, path: str = "") -> None:
-    """Adam's two methods, of one leaf, go together."""
+    """Checks that Adam's two methods, of one leaf or of all, go together."""
     where = f"Leaf '{path}': " if path else ""
     if hasattr(second, "rotated_moment") and not hasattr(first, "split_moment"):
         raise TypeError(
             f"{where}`second_moment`: {second!r}, the default, needs the factors of a "
             f"first moment LowRank(...), got {first!r}. Pass another second moment, "
-            "RankOne() say."
+            "for example RankOne()."
         )
     if getattr(second, "residual_gain", 1.0) != 1.0:
         raise ValueError(
-            f"{where}`second_moment`: {second!r}: the gain is of first moments only; "
-            "leave it at 1."
+            f"{where}`second_moment`: {second!r}: only first moments have a "
+            "gain; leave it at 1."
         )
 
 
@@ -195,7 +195,7 @@ def check_ns_coeffs(coefficients: Any, steps: int) -> None:
     try:
         values = np.asarray(coefficients, float)
         shape = values.shape if np.isfinite(values).all() else None
-    except (TypeError, ValueError):  # Ragged, or no numbers.
+    except (TypeError, ValueError):  # Ragged, or not numbers.
         shape = None
     if shape != (3,) and not (
         shape and len(shape) == 2 and shape[1] == 3 and shape[0] >= steps

@@ -1,4 +1,4 @@
-"""Which method keeps a moment of which leaf: what `first_moment=` and the like say."""
+"""Which method keeps a moment of which leaf: what `first_moment=` and so on say."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,10 +8,14 @@ from lorapre_jax._trees.paths import compiled
 
 
 class Choice(NamedTuple):
-    """Attributes:
-    argument: Its name, for errors.
-    rules: Patterns on leaf paths, compiled once, and their methods.
-    block, end: The method of all other leaves; `end` is of embeddings and heads.
+    """Which method keeps one moment.
+
+    Attributes:
+      argument: Name of the argument, for errors.
+      rules: Patterns on leaf paths, compiled once, and their methods.
+      block: The method of all leaves that no pattern matches, except embeddings and
+        heads.
+      end: The method of embeddings and heads that no pattern matches.
     """
 
     argument: str
@@ -30,7 +34,7 @@ class Choice(NamedTuple):
         return found.pop() if found else self.end if is_end else self.block
 
     def check_patterns(self, paths: Iterable[str]) -> None:
-        """Every pattern is of some leaf, masked ones included."""
+        """Raises an error if a pattern matches no leaf; masked leaves count."""
         paths = list(paths)
         for pattern, _ in self.rules:
             if not any(map(pattern.search, paths)):
@@ -42,7 +46,7 @@ class Choice(NamedTuple):
 
 
 def choice(argument: str, given: Any, block: Any, end: Any = None) -> Choice:
-    """Of one method for all, of a mapping from patterns to methods, or of None."""
+    """Returns the choice given by one method, a mapping from patterns, or None."""
     end = block if end is None else end
     if given is None:
         return Choice(argument, (), block, end)

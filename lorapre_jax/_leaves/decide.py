@@ -1,4 +1,4 @@
-"""The decision for every leaf: is it seen as matrices, and how is each moment kept."""
+"""Decides for every leaf: is it seen as matrices, and how is each moment kept."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from lorapre_jax._trees.matrix_view import MatrixView, matrix_view
 from lorapre_jax._trees.paths import is_masked, named_leaves
 from lorapre_jax._trees.sharding import batch_shards
 
-_MIN_DIM_SIZE = 128  # Of a side, where nothing but the default selects a leaf.
+_MIN_DIM_SIZE = 128  # Of a side of a leaf that only the default selects.
 
 
 def make_plan(
@@ -37,8 +37,8 @@ def make_plan(
 ) -> Plan | jax.Array:
     """Decides for every leaf of `params`, which may be abstract.
 
-    Returns a leaf for optax's placeholder for parameters: `optax.tree_map_params` then
-    takes the plan for one of the state's leaves that are no parameters'.
+    For optax's placeholder for parameters it returns an array:
+    `optax.tree_map_params` then treats the plan as a leaf that belongs to no parameter.
     """
     if _is_placeholder(params):
         return jnp.zeros([])
@@ -84,7 +84,7 @@ def _decide(
     rank: int | Fraction,
     least: int,
 ) -> DenseLeaf | FactoredLeaf:
-    """For one leaf; `least` is the smallest side that the default factors."""
+    """Decides for one leaf; `least` is the smallest side that the default factors."""
     shape = tuple(leaf.shape)
     common: Any = {"path": path, "shape": shape, "dtype": jnp.dtype(leaf.dtype).name}
     dense = tuple(Dense() for _ in methods)
@@ -123,7 +123,7 @@ def _name_axes(path: str) -> str:
 
 
 def _is_placeholder(params: Any) -> bool:
-    """Whether it is one node that can hold nothing, and no empty container."""
+    """Whether it is one node that can hold nothing, and not an empty container."""
     empty = not jax.tree.leaves(params, is_leaf=is_masked)
     containers = (Mapping, list, tuple, type(None))
     is_one_node = jax.tree.structure(params).num_nodes == 1

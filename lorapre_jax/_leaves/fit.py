@@ -1,4 +1,4 @@
-"""Whether a state holds what its plan says: asked wherever one is read."""
+"""Whether a state holds what its plan says; checked wherever a state is read."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,21 +15,22 @@ Shape = tuple[int, ...]
 
 
 def check_fits(state: Any, stacked: bool = False) -> None:
-    """Raises unless the arrays of one of our states have the shapes of its plan.
+    """Raises an error unless the arrays of one of our states fit its plan.
 
-    A plan is no array: what restores arrays into a state of another rank (Flax's
+    A plan is not an array: what restores arrays into a state of another rank (Flax's
     `from_bytes`, `jax.tree.unflatten`) leaves that state's plan with them. Only shapes
-    are read, so that under jit it costs nothing but at the trace. What has no shape
-    passes, such as shardings in the arrays' places.
+    are read, so under jit the check costs nothing after the trace. What has no shape
+    passes, such as shardings in place of the arrays.
 
     Args:
       stacked: Whether it may be several states, stacked as `jax.vmap(tx.init)` returns
         them; the leading axes are then those of the count.
 
     Raises:
-      ValueError: The message names the first leaf that differs, and both shapes.
+      ValueError: An array has another shape. The message names the first leaf that
+        differs, and both shapes.
     """
-    if not isinstance(state.plan, Plan):  # Made for optax's placeholder.
+    if not isinstance(state.plan, Plan):  # It was made for optax's placeholder.
         return
     stack = getattr(unboxed(state.count), "shape", ()) if stacked else ()
     for moment in stored_moments(state):
@@ -41,7 +42,7 @@ def check_fits(state: Any, stacked: bool = False) -> None:
 
 
 def check_all_fit(state: Any) -> None:
-    """The same of each of our states in any optimizer state, or in a stack of them."""
+    """Checks each of our states in any optimizer state, or in a stack of them."""
     for node in filter(has_plan, jax.tree.leaves(state, is_leaf=has_plan)):
         check_fits(node, stacked=True)
 
@@ -49,7 +50,7 @@ def check_all_fit(state: Any) -> None:
 def _arrays(
     leaf: LeafPlan, moment: StoredMoment, dense: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Shape]]:
-    """By place in the state: an array of a moment, and the shape it should have."""
+    """Yields the arrays of one moment by place, with their shapes by the plan."""
     if not isinstance(leaf, FactoredLeaf) or leaf.factors_type(moment.index) is None:
         yield f"{moment.name}/{leaf.path}", dense.get(leaf.path), leaf.shape
         return

@@ -10,8 +10,12 @@ from lorapre_jax._trees.paths import path_str
 
 
 class Leaf(NamedTuple):
-    """Attributes:
-    names: Of its axes; None where there is none.
+    """A leaf, as far as the default selection looks at it.
+
+    Attributes:
+      path: Keys joined by slashes.
+      shape: Its shape.
+      names: The names of its axes; None for an axis without a name.
     """
 
     path: str
@@ -24,7 +28,10 @@ class Leaf(NamedTuple):
 
 
 def sides_in_layers(params: Any) -> dict[str, Any]:
-    """By the path of a weight: a function from its leaf to what is known of it."""
+    """Returns functions from a leaf to what its layer knows, by path of the weight.
+
+    That is its row axes, its column axes, and whether it is an embedding.
+    """
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: _sides(x) is not None
     )
@@ -33,7 +40,7 @@ def sides_in_layers(params: Any) -> dict[str, Any]:
 
 
 def _sides(node: Any) -> Any:
-    """A function of the weight's leaf: its rows, its columns, is it an embedding."""
+    """Returns such a function for a layer; None for other nodes."""
     if is_box(node) or isinstance(node, (jax.Array, Mapping, str)):
         return None
     fields = getattr(node, "__dict__", {})
@@ -53,7 +60,7 @@ def _sides(node: Any) -> Any:
 
 
 def _named_sides(leaf: Leaf, rows: Any, columns: Any, is_embedding: bool) -> Any:
-    """None where the weight is in no box, or one side has no axes."""
+    """Returns None if the weight is in no box, or if one side has no axes."""
 
     def axes(side: Any) -> list[int]:
         named = side if isinstance(side, (tuple, list)) else (side,)

@@ -1,4 +1,4 @@
-"""An optimizer's function over the leaves of a tree, matrix by matrix, as planned."""
+"""Maps an optimizer's function over the matrices of all leaves, as planned."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -25,17 +25,18 @@ def map_leaves(
     slices_at_once: int | None,
     *others: Any,
 ) -> tuple[Any, ...]:
-    """`rule(leaf, g, *others, *states) -> (update, *states)` on every matrix.
+    """Maps `rule(leaf, g, *others, *states) -> (update, *states)` over all matrices.
 
     A dense leaf that is not seen as matrices is passed whole. Computation is in float32
-    at least; updates come back in the dtype optax would return, states in their own.
+    at least. Updates are returned in the dtype that optax would return, and states in
+    their own dtypes.
 
     Args:
       rule: The optimizer's rule for one matrix, a pytree that holds its numbers.
-      plan: The decisions.
-      updates: Gradients, of the tree that the plan was made for.
+      plan: The decision for each leaf.
+      updates: Gradients, a tree like the one that the plan was made for.
       moments: One `(dense tree, factors)` pair per moment.
-      slices_at_once: Along the first batch axis; None: all.
+      slices_at_once: How many slices of the first batch axis at a time; None: all.
       others: Trees like the updates, whose arrays the rule gets too.
 
     Returns:
@@ -73,18 +74,18 @@ def map_leaves(
 
 
 def _run_leaf(rule, leaf: Leaf, slices_at_once, g, inputs, states):
-    """The rule on one leaf: as matrices, in its compute dtype, and back again."""
+    """Applies the rule to one leaf: seen as matrices, in the compute dtype."""
     compute = at_least_float32(
         g.dtype, leaf.dtype, *(x.dtype for x in jax.tree.leaves(states))
     )
     with jax.numpy_dtype_promotion("standard"):
-        # Nothing is lost by it, and the update can take the gradient's buffer.
+        # The cast loses nothing, and the update can reuse the gradient's buffer.
         g = g.astype(jnp.promote_types(g.dtype, leaf.dtype))
 
     def on_matrix(rule, *arrays):
         cast = jax.tree.map(lambda x: x.astype(compute), arrays)
         update, *new = rule(leaf, *cast)
-        # What is no state comes back as it was: a loop over slices carries all arrays.
+        # Other inputs are returned unchanged: a loop over slices carries all arrays.
         done = update, *arrays[1 : 1 + len(inputs)], *new
         return jax.tree.map(lambda new, old: new.astype(old.dtype), done, arrays)
 
@@ -120,10 +121,10 @@ def over_batch(fn, ndim: int, slices_at_once: int | None, shards: int):
 
 
 def _sliced(fn, most: int, shards: int):
-    """Runs `fn` on at most `most` entries of the leading axis at a time.
+    """Applies `fn` to at most `most` entries of the leading axis at a time.
 
-    A slice takes as many entries from each shard of the axis, one at least, so that a
-    sharded axis is walked where it lies and no device ever fetches another's entries.
+    A slice takes the same number of entries from each shard of the axis, at least one.
+    So a sharded axis stays sharded, and no device ever fetches another's entries.
     """
 
     def run(*args):
@@ -143,8 +144,8 @@ def _sliced(fn, most: int, shards: int):
             entries = jax.tree.map(
                 lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), carried
             )
-            # A branch is not inlined: a slice is read before any of it is written.
-            # Otherwise XLA may copy the whole stacks at every iteration.
+            # XLA does not inline a branch, so a slice is read before any of it is
+            # written. Otherwise it may copy the whole stacks at every iteration.
             done = jax.lax.cond(i < count, fn, lambda *same: same, *entries)
             return jax.tree.map(
                 lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1),

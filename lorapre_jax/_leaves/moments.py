@@ -1,4 +1,4 @@
-"""The moments that a state holds: their allocation, and where in it they are."""
+"""The moments that a state holds: how they are allocated, and in which fields."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ class StoredMoment(NamedTuple):
     """One of the moments that a state of ours holds.
 
     Attributes:
-      name: The state's field for leaves that keep it densely, a tree like the
-        parameters. The field for factors is called `{name}_factors`.
+      name: The state's field for dense moments, a tree like the parameters. The field
+        for factored moments is called `{name}_factors`.
       order: "first" or "second".
-      index: Its place among the methods of a leaf.
-      dense: The tree.
-      factors: By leaf path.
+      index: Its index among the methods of a leaf.
+      dense: The tree of dense moments.
+      factors: The factored moments, by leaf path.
     """
 
     name: str
@@ -34,7 +34,7 @@ class StoredMoment(NamedTuple):
 
 
 def stored_moments(state: Any) -> list[StoredMoment]:
-    """As the state's class declares them: `moments = (("mu", "first"), ...)`."""
+    """Returns the moments that a state's class declares, `(("mu", "first"), ...)`."""
     return [
         StoredMoment(
             name, order, i, getattr(state, name), getattr(state, f"{name}_factors")
@@ -46,19 +46,19 @@ def stored_moments(state: Any) -> list[StoredMoment]:
 def replace_moment(
     state: Any, name: str, dense: Any, factors: Mapping[str, Any]
 ) -> Any:
-    """The state with another tree and other factors, if it has any, for one moment."""
+    """Returns the state with another tree and, if it has any, other factors."""
     state = state._replace(**{name: dense})
     return state._replace(**{f"{name}_factors": factors}) if factors else state
 
 
 def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]:
-    """Zero state of moment number `index`: its dense tree, its factors by leaf path.
+    """Returns the zero state of moment `index`: a dense tree, and factors by path.
 
     The tree is shaped like `params`, with `optax.MaskedNode` in place of the array, or
-    of the box that it is in, if the moment is not kept densely. Dense moments are
-    float32 at least. With optax's placeholder for parameters, the tree is that, and the
-    factors are a leaf that is none: `tree_map_params` then leaves them to its
-    `transform_non_params`.
+    of the box that it is in, if the moment is factored. Dense moments are float32 at
+    least. With optax's placeholder for parameters, the tree is the placeholder, and the
+    factors are an array that belongs to no parameter: `tree_map_params` then leaves
+    them to its `transform_non_params`.
     """
     if not isinstance(plan, Plan):
         return params, jnp.zeros([])
@@ -79,7 +79,7 @@ def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]
 
 
 def _init_factors(leaf: FactoredLeaf, index: int, node: Any, dtype, seed) -> Any:
-    """Placed as the parameter is, each array in a box like the parameter's."""
+    """Returns factors sharded like the parameter, each in a box like it."""
     view, method = leaf.view, leaf.methods[index]
 
     def init() -> Any:
@@ -97,6 +97,6 @@ def _init_factors(leaf: FactoredLeaf, index: int, node: Any, dtype, seed) -> Any
 
 
 def _structure(params: Any) -> Any:
-    """With a leaf for each node of `named_nodes`."""
+    """Returns the structure with one leaf for each node of `named_nodes`."""
     stop = lambda x: x is None or is_masked(x) or is_box(x)  # noqa: E731
     return jax.tree.structure(params, is_leaf=stop)

@@ -14,9 +14,9 @@ _KNOWN = re.compile(r"head|mlp|ffn|lora|^kv$|^qkv$")
 # Keys of paths, each between slashes or underscores.
 _VECTOR = re.compile(r"(.*_)?(bias|biases|scale|gamma|beta|sinks?|A_log)")
 _NORM = re.compile(r"(.*[_a-z])?norm(alization)?(_?\d+)?|ln\d*(_\w+)?", re.IGNORECASE)
-# Outputs first: of PyTorch and those who follow it; Haiku's transposed convolutions,
-# `(*window, outputs, inputs)`; and, where shapes say so, GPT-2's `FlaxConv1D` and
-# Gemma's gates.
+# Kernels with their outputs first: PyTorch's and those of libraries that follow it;
+# Haiku's transposed convolutions, `(*window, outputs, inputs)`; and, if shapes say so,
+# GPT-2's `FlaxConv1D` and Gemma's gates.
 OUT_FIRST = re.compile(r"weight(_[ih]h(_l\d+)?)?")
 TRANSPOSED_CONV = re.compile(r"conv[^/]*transpose[^/]*/w$", re.IGNORECASE)
 FROM_WIDTH = re.compile(r"(^|/)c_(attn|fc)/kernel$")
@@ -44,13 +44,16 @@ def is_in_attention(leaf: Leaf) -> bool:
 
 
 def is_convolution(leaf: Leaf, inner: list[int]) -> bool:
-    """By its name; or four axes, the first two as long as the sides of a window."""
+    """Whether the leaf is a convolution, by its name or by the shape of a window.
+
+    A window is the first two of four axes, as long as windows are.
+    """
     if CONV.search(leaf.path):
         return True
     if len(inner) != 4:
         return False
     height, width, p, q = (leaf.shape[axis] for axis in inner)
-    # The windows of patches are larger, and their inputs few.
+    # The windows of patches are larger and have few inputs.
     is_window = height in (1, 3, 5, 7, 9, 11) or (height <= 32 and p <= 4 < q)
     return height == width and is_window
 
@@ -69,6 +72,6 @@ def named(leaf: Leaf, pattern: re.Pattern[str]) -> list[int]:
 def is_vector(leaf: Leaf) -> bool:
     if "norm" in leaf.names or _VECTOR.fullmatch(leaf.last_key):
         return True
-    # The layer that holds it, not one around that: `norm1/linear/kernel` is a matrix.
+    # Only the layer that holds it counts: `norm1/linear/kernel` is a matrix.
     own = leaf.path.split("/")[-2:]
     return "kernel" not in leaf.last_key and any(map(_NORM.fullmatch, own))

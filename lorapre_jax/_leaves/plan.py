@@ -1,4 +1,4 @@
-"""What was decided for each leaf: at `init`, once; the state carries it."""
+"""What was decided for each leaf: once, at `init`. The state carries it."""
 
 import contextlib
 import dataclasses
@@ -17,11 +17,13 @@ class LeafPlan:
 
     Attributes:
       path: Keys joined by slashes.
-      shape, dtype: The parameter's.
-      methods: How each of the transform's moments is kept; none for an empty leaf.
+      shape, dtype: Shape and dtype of the parameter.
+      methods: How each of the transform's moments is kept; empty for a leaf without
+        elements.
       view: Its matrices; None if it is not seen as any.
       batch_shards: Over how many devices the first batch axis is known to be sharded.
-        No part of the decision: plans compare equal however their leaves are placed.
+        It is not part of the decision: plans compare equal however their leaves are
+        sharded.
     """
 
     path: str
@@ -38,7 +40,7 @@ class DenseLeaf(LeafPlan):
 
     Attributes:
       why: Why it is dense.
-      mend: What to write to have it factored; empty if nothing suggests itself.
+      mend: What to write so that it is factored; empty without advice.
     """
 
     why: str
@@ -47,17 +49,17 @@ class DenseLeaf(LeafPlan):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FactoredLeaf(LeafPlan):
-    """At least one moment is kept as factors.
+    """At least one moment is factored.
 
     Attributes:
-      rank: That of the factors.
+      rank: Rank of the factors.
     """
 
     view: MatrixView
     rank: int
 
     def factors_type(self, index: int) -> Any:
-        """The class of the factors of moment `index`; None if that moment is dense."""
+        """Returns the class of a moment's state; None if that moment is dense."""
         return self.methods[index].factors_type
 
 
@@ -72,16 +74,16 @@ class Plan:
     leaves: tuple[Leaf, ...]
 
     def __hash__(self):
-        # jit hashes the node at every call; types and paths tell most plans apart.
+        # jit hashes the node at every call, and types and paths tell most plans apart.
         return hash(tuple((type(leaf), leaf.path) for leaf in self.leaves))
 
     def __repr__(self):
-        # It stands in the repr of every state, and in JAX's errors about these.
+        # It is part of the repr of every state, and of JAX's errors about states.
         factored = sum(isinstance(leaf, FactoredLeaf) for leaf in self.leaves)
         return f"Plan({len(self.leaves)} leaves, {factored} factored)"
 
     def by_path(self, leaves: list[tuple[str, Any]]) -> dict[str, Leaf]:
-        """The decisions, after a check that `leaves` are those decided on."""
+        """Returns the decisions, and checks that `leaves` are those decided on."""
         plans = {leaf.path: leaf for leaf in self.leaves}
         for path, leaf in leaves:
             checks.check_floating(path, leaf)
@@ -101,19 +103,19 @@ class Plan:
 
 
 def let_flax_serialize() -> None:
-    """Tells Flax, where it is in use, that a plan has nothing to serialize.
+    """Tells Flax, if it is loaded, that a plan has nothing to serialize.
 
-    Flax's `to_bytes` and `from_bytes` know only the types that were registered; a state
-    that is read back has the plan of the one that it is read into.
+    Flax's `to_bytes` and `from_bytes` know only the types that were registered. A state
+    that is read back has the plan of the state that it is read into.
     """
     serialization = sys.modules.get("flax.serialization")
     if serialization is not None:
-        with contextlib.suppress(ValueError):  # It has been told.
+        with contextlib.suppress(ValueError):  # It is registered already.
             serialization.register_serialization_state(
                 Plan, lambda plan: {}, lambda plan, nothing: plan
             )
 
 
 def has_plan(node: Any) -> bool:
-    """Whether it is the state of one of our transforms."""
+    """Whether `node` is the state of one of our transforms."""
     return isinstance(getattr(node, "plan", None), Plan)

@@ -1,9 +1,10 @@
 """What a leaf is in a network, as far as names tell: the selection of `matrices=None`.
 
-Three things speak of a leaf: the names of its axes, where it is in a box that has them
-("embed", "heads", "layers"); the layer that it is a field of, where that says which of
-its axes are inputs (Haliax's and Equinox's `Linear`); and its path ("attn/q_proj/w").
-Where none of them does, a leaf with more than two axes is left dense, with a warning.
+Three things tell it: the names of the leaf's axes, if it is in a box that has them
+("embed", "heads", "layers"); the layer that the leaf is a field of, if it says which
+axes are inputs (Haliax's and Equinox's `Linear`); and the leaf's path
+("attn/q_proj/w"). If none of them does, a leaf with more than two axes stays dense,
+with a warning.
 """
 
 import math
@@ -21,10 +22,12 @@ from lorapre_jax._trees.paths import is_masked, named_nodes
 
 
 class Role(NamedTuple):
-    """Attributes:
-    axes: Of its matrices; None where it is not seen as any.
-    why: Why not; empty where it is.
-    is_end: Whether it is an embedding or a head: one side is a vocabulary.
+    """What a leaf is in a network.
+
+    Attributes:
+      axes: The axes of its matrices; None if it is not seen as any.
+      why: Why it is not; empty if it is.
+      is_end: Whether it is an embedding or a head: one side is a vocabulary.
     """
 
     axes: MatrixAxes | None
@@ -32,11 +35,11 @@ class Role(NamedTuple):
     is_end: bool = False
 
 
-_TALL = 8  # Over this, one side to the other, a matrix is taken to have a vocabulary.
+_TALL = 8  # If the sides have a larger ratio, one is taken for a vocabulary.
 
 
 def roles(params: Any) -> dict[str, Role]:
-    """Of every leaf that is not masked, by path."""
+    """Returns the role of every leaf that is not masked, by path."""
     leaves = [
         Leaf(path, tuple(unboxed(node).shape), axis_names(node, unboxed(node).ndim))
         for path, node in named_nodes(params)
@@ -60,13 +63,13 @@ def roles(params: Any) -> dict[str, Role]:
 def warn_of_unknown(
     by_role: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], least: int
 ) -> None:
-    """Names the leaves of which nothing is known, with what to write.
+    """Warns of large leaves whose rows and columns are not known, with what to write.
 
-    Once: `describe` and its like call `init` on the same parameters again.
+    It warns once: `describe` and others call `init` on the same parameters again.
 
     Args:
-      shapes: Of the leaves that the default decides on.
-      least: Side of a square matrix; smaller leaves are not worth a word.
+      shapes: Shapes of the leaves that the default decides on.
+      least: Side of the smallest square matrix that is worth a warning.
     """
     unknown = [
         path
@@ -82,7 +85,7 @@ def warn_of_unknown(
     )
     more = f"\n        # and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     message = (
-        f"lorapre_jax keeps {len(unknown)} large leaves densely, for neither their "
+        f"lorapre_jax keeps {len(unknown)} large leaves dense, since neither their "
         "paths nor names of their axes say which axes are rows (inputs) and which are "
         "columns. Fill in, for example rows=-2, columns=-1 for a stack of matrices:\n"
         f"    matrices=lp.select_matrices(axes={{\n{rules}{more}\n    }}, "
@@ -136,7 +139,7 @@ def _axes(rows: Iterable[int], columns: Iterable[int]) -> MatrixAxes:
 
 
 def _split(leaf: Leaf, inner: list[int], width: int | None):
-    """Of three axes or more that are no batch axes: those of rows, those of columns.
+    """Splits three or more axes, none of them a batch axis, into rows and columns.
 
     Kernels have their inputs first, and the model's width is one axis of either side.
     """
@@ -150,7 +153,7 @@ def _split(leaf: Leaf, inner: list[int], width: int | None):
     if not embed and in_attention:
         axis = _width_in_attention(leaf, inner, width)
     elif not embed and not any(map(names.is_known, filter(None, leaf.names))):
-        # Matrices of experts, one behind the other.
+        # Matrices of experts, one after the other.
         return ([inner[-2]], [last]) if names.EXPERTS.search(leaf.path) else None
     else:
         axis = embed[0] if embed else first
@@ -164,7 +167,7 @@ def _split(leaf: Leaf, inner: list[int], width: int | None):
 
 
 def _width_in_attention(leaf: Leaf, inner: list[int], width: int | None) -> int | None:
-    """The axis that is the model's width; None where that is not clear."""
+    """Returns the axis that is the model's width; None if that is not clear."""
     sides = [
         (match.start(), axis)
         for axis, pattern in (
@@ -217,8 +220,8 @@ def _is_end(leaf: Leaf, batch: set[int], is_alone: bool) -> bool:
 
 
 def _outputs_first(leaves: list[Leaf], width: int | None) -> set[str]:
-    """Which matrices of two axes have the columns of `x @ W` as their first."""
-    # What begins with as many inputs as the model is wide ends with them in FlaxGPT2.
+    """Returns the matrices of two axes whose first axis is the columns of `x @ W`."""
+    # In FlaxGPT2, kernels that take the model's width as input have it as last axis.
     is_conv_1d = any(
         leaf.shape[-1] == width != leaf.shape[-2]
         for leaf in leaves
@@ -233,16 +236,17 @@ def _outputs_first(leaves: list[Leaf], width: int | None) -> set[str]:
 
 
 def _place(leaf: Leaf) -> Any:
-    """The same for leaves of different layers that are alike."""
+    """Returns a key that alike leaves of different layers share."""
     return names.DIGITS.sub("", leaf.path), leaf.shape
 
 
 def _stacked(leaves: list[Leaf], width: int | None) -> set[str]:
-    """Leaves whose first axis goes over the layers.
+    """Returns the leaves whose first axis is the layers.
 
-    It is as long for all that are below a key, biases and scales too, and shorter than
-    the sides of their matrices; without biases and scales, the key has to be called so
-    (`layers`). Or it is as long for all leaves with more than two axes.
+    That axis is equally long for all leaves below a key, biases and scales too, and
+    shorter than the sides of their matrices. Without biases and scales, the key has to
+    be a name for a stack (`layers`). Or the axis is equally long for all leaves with
+    more than two axes.
     """
     below: defaultdict[str, list[Leaf]] = defaultdict(list)
     for leaf in leaves:
@@ -281,7 +285,7 @@ def _may_be_stacked(group: list[Leaf], matrices: list[Leaf]) -> bool:
 
 
 def _width(leaves: list[Leaf]) -> int | None:
-    """The model's: the size that most matrices have an axis of."""
+    """Returns the model's width: the size that most matrices have an axis of."""
     counts = Counter(
         size
         for leaf in leaves

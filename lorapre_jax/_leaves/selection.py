@@ -1,4 +1,4 @@
-"""Which leaves are matrices, and along which axes: the rules of `matrices=`."""
+"""Which leaves are matrices, and along which axes: the values of `matrices=`."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ Pattern = re.Pattern[str]
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSelection:
-    """What `select_matrices` returns; see there."""
+    """A selection of leaves, made by `select_matrices`."""
 
     include: tuple[Pattern, ...] | None
     exclude: tuple[Pattern, ...]
@@ -42,32 +42,48 @@ def select_matrices(
 ) -> MatrixSelection:
     """Selects the leaves to factor by regular expressions on their paths.
 
-    A path is a leaf's keys joined by slashes, `layers/0/attention/q/kernel`, whatever
-    the tree is made of (nnx state, linen or haiku parameters, plain containers). A
-    pattern matches anywhere in the path (`re.search`): anchor it with `^` and `$`
-    where that is too much.
+    A path is a leaf's keys joined by slashes, such as `layers/0/attention/q/kernel`,
+    for any kind of tree (nnx state, Linen or Haiku parameters, plain containers). A
+    pattern may match anywhere in the path (`re.search`); anchor it with `^` and `$` if
+    that is too much.
 
     Args:
-      include: Patterns of leaves to select. None selects every leaf that has `axes`,
-        where they are one for all; else every leaf with two axes and every leaf that a
-        pattern of `axes` matches.
-      exclude: Patterns of leaves to leave out, whatever else matches them.
+      include: Patterns of the leaves to select. None: if `axes` is one `MatrixAxes`,
+        every leaf that has these axes; otherwise every leaf with two axes and every
+        leaf that a pattern of `axes` matches.
+      exclude: Patterns of leaves that are not selected, whatever else matches them.
       axes: The matrix axes of the selected leaves, or a mapping from patterns to axes.
         A selected leaf that no pattern matches must have exactly two axes. None: the
         last two axes of every leaf that `include` selects, `MatrixAxes()`.
       extend_default: Whether leaves that no pattern of `axes` matches are selected as
-        by `matrices=None`, to which the patterns then add what it does not understand,
-        and from which `exclude` takes. Not with `include`.
+        by `matrices=None`. Patterns of `axes` then add to the default, and `exclude`
+        takes from it. Not with `include`.
 
     Returns:
-      A frozen, hashable, non-callable value for the `matrices=` of a transform.
+      A frozen, hashable value, not a callable, for the `matrices=` of a transform.
 
     Raises:
       TypeError: A pattern is not a string, or axes are not `MatrixAxes`.
       ValueError: A pattern is not a regular expression, or `extend_default` is given
-        with what leaves no default. At `init`: a pattern matches no
-        leaf, two patterns of `axes` give one leaf different axes, or a selected leaf
-        does not have the axes. The message names the pattern and the leaf.
+        with `include` or with one `MatrixAxes`. At `init`: a pattern matches no leaf,
+        two patterns of `axes` give one leaf different axes, or a selected leaf does not
+        have the axes. The message names the pattern and the leaf.
+
+    Examples:
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> shapes = {"q": (256, 8, 32), "up": (256, 1024), "down": (1024, 256)}
+      >>> params = {k: jax.ShapeDtypeStruct(s, "float32") for k, s in shapes.items()}
+      >>> heads = {"^q$": lp.MatrixAxes(rows=0, columns=(1, 2))}
+      >>> matrices = lp.select_matrices(axes=heads, exclude="down", extend_default=True)
+      >>> tx = lp.lorapre_adamw(2e-3, rank=32, matrices=matrices)
+      >>> leaves = lp.describe(tx, params).leaves
+      >>> print([leaf.path for leaf in leaves if leaf.is_factored])
+      ['q', 'up']
+
+    See also:
+      `MatrixAxes`, `describe`, `optax.masked`; :doc:`choosing leaves and rank
+      </choosing>`.
     """
     rules: Any = axes
     if isinstance(axes, Mapping):
@@ -94,10 +110,12 @@ def select_matrices(
 
 
 class Resolved(NamedTuple):
-    """Attributes:
-    axes: The leaf's; None where it is not seen as a matrix.
-    why: Why not; empty where it is.
-    by_default: Whether nothing but its role says so.
+    """The matrix axes of one leaf.
+
+    Attributes:
+      axes: The axes; None if the leaf is not seen as a matrix.
+      why: Why it is not; empty if it is.
+      by_default: Whether only its role says so.
     """
 
     axes: MatrixAxes | None
@@ -116,9 +134,9 @@ class Decided:
 def resolve_axes(
     matrices: Matrices, params: optax.Params, by_role: Mapping[str, Role]
 ) -> dict[str, Resolved]:
-    """By leaf path."""
+    """Returns the matrix axes of each leaf, by path."""
     leaves = named_leaves(params, masked=True)
-    # Masked leaves have no shape, but a rule that is about them is not a mistake.
+    # Masked leaves have no shape, but a pattern that matches one is not a mistake.
     paths = [path for path, _ in leaves]
     shapes = {path: leaf.shape for path, leaf in leaves if not is_masked(leaf)}
     if not shapes:
@@ -191,7 +209,7 @@ def _resolve_leaf(
         return _of_role(role)
     if include is None and not matching and len(shape) != 2:
         return Resolved(None, "not two axes")
-    # Compared as they are meant: on two axes, (0, 1) is (-2, -1).
+    # Views are compared, since on two axes (0, 1) means the same as (-2, -1).
     found = {matrix_view(shape, axes, path): axes for axes in matching}
     if len(found) > 1:
         raise ValueError(
@@ -207,7 +225,7 @@ def _resolve_leaf(
 
 
 def _nones(tree: Any) -> set[str]:
-    """Where a tree has None for a leaf."""
+    """Returns the paths where a tree has None for a leaf."""
     leaves = named_leaves(tree, is_leaf=lambda x: x is None)
     return {path for path, leaf in leaves if leaf is None}
 
@@ -217,7 +235,7 @@ def _resolve_tree(tree: Any, shapes, paths, nones) -> dict[str, Resolved]:
     resolved: dict[str, Resolved] = {}
     used: set[str] = set()
     for path in paths:
-        # A spec at a subtree speaks for every leaf below it.
+        # A spec at a subtree holds for every leaf below it.
         keys = path.split("/")
         prefixes = ["/".join(keys[:n]) for n in range(len(keys), -1, -1)]
         prefix = next((prefix for prefix in prefixes if prefix in specs), None)

@@ -1,1 +1,1 @@
-"""How a moment is kept: methods, and what their states hold."""
+"""How a moment is kept: the methods, and what their states hold."""

@@ -1,8 +1,9 @@
-"""What a state holds of one moment of one factored leaf.
+"""What a state holds of one factored moment of one leaf.
 
-Of matrices `(*batch, p, q)`. Arrays are stored on the leaf's own axes, `(*batch, *rows,
-r)` for `(*batch, p, r)`, each in a box like the parameter's (`MatrixView.unfuse`).
-`sides` says which sides of the matrix an array has, after the batch axes.
+The shapes below are those of matrices `(*batch, p, q)`. A state stores the arrays with
+the leaf's own axes, `(*batch, *rows, r)` for `(*batch, p, r)`, each in a box like the
+parameter's (`MatrixView.unfuse`). `sides` names the axes of each array after the batch
+axes.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax
 
 
 class FactorPair(NamedTuple):
-    """The factors of `left @ right.T`."""
+    """The factors of a moment, `left @ right.T`."""
 
     sides = (("row", "rank"), ("column", "rank"))
     left: jax.Array  # (*batch, p, r)
@@ -19,12 +20,12 @@ class FactorPair(NamedTuple):
 
     @property
     def product(self) -> jax.Array:
-        """Of one matrix."""
+        """The moment of one matrix, `(p, q)`."""
         return self.left @ self.right.T
 
 
 class RowColumn(NamedTuple):
-    """Root mean squares of the rows and of the columns."""
+    """Root mean squares of the rows and of the columns of a gradient."""
 
     sides = (("row",), ("column",))
     row: jax.Array  # (*batch, p)
@@ -32,7 +33,7 @@ class RowColumn(NamedTuple):
 
 
 class RotatedRowColumn(NamedTuple):
-    """Root mean squares of rows and columns, and of each direction of a left factor."""
+    """Root mean squares of rows, columns and directions; see `RotatedRankOne`."""
 
     sides = (("row",), ("column",), ("rank",))
     row: jax.Array  # (*batch, p)
@@ -41,10 +42,10 @@ class RotatedRowColumn(NamedTuple):
 
 
 def is_factors(node: Any) -> bool:
-    """Whether it is the factored state of one moment of one leaf."""
+    """Whether `node` is the state of one factored moment of one leaf."""
     return isinstance(node, (FactorPair, RowColumn, RotatedRowColumn))
 
 
 def open_boxes(state: Any) -> Any:
-    """The arrays of a factored state without their boxes; any other state, itself."""
+    """Returns a factored state without its boxes, and any other state as it is."""
     return type(state)(*jax.tree.leaves(state)) if is_factors(state) else state

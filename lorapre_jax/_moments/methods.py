@@ -1,10 +1,10 @@
 """How a moment is kept: frozen values that a transform takes as arguments.
 
-A method turns a gradient into a bias-corrected moment. Each function below sees one
-matrix (`Dense`, whose state is an array like it, also any other leaf); batch axes are
-mapped outside.
+A method turns gradients into a bias-corrected moment. Each function below sees one
+matrix; batch axes are mapped outside. `Dense` also sees leaves of any other shape, and
+its state is an array of the leaf's shape.
 
-    init(batch, p, q, rank, dtype, seed)         -> state, of matrices (*batch, p, q)
+    init(batch, p, q, rank, dtype, seed)         -> state of matrices (*batch, p, q)
     first_moment(state, g, decay, count, seed)   -> estimate of E[g], new state
     second_moment(state, g, decay, count, seed)  -> estimate of sqrt(E[g^2]), new state
 
@@ -12,11 +12,11 @@ mapped outside.
         divides the state by: the total weight in it of the gradients so far, or, for
         a second moment, what that makes of its root
 
-`factors_type` is the class of the state; `Dense` has none. `RotatedRankOne` sees the
-gradient in the two parts of `split_moment` instead.
+`factors_type` is the class of the state; `Dense` has none. `RotatedRankOne` has
+`rotated_moment` instead, which sees the gradient as `LowRank.split_moment` splits it.
 
-Second moments come back as their root: it has the gradient's scale, and factored ones
-never form its square, which would under- or overflow sooner.
+Second moments are returned as their roots, which have the gradient's scale. Factored
+second moments never form the square, which would under- or overflow sooner.
 """
 
 import dataclasses
@@ -44,7 +44,27 @@ from lorapre_jax._numerics.online_regression import jacobi, subspace
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """The full moment, one number per parameter, as `optax.scale_by_adam` keeps it."""
+    """Keeps the full moment, one number per parameter, as `optax.scale_by_adam` does.
+
+    It is a first or a second moment, in float32 at least.
+
+    Examples:
+      A dense second moment for the output projections only:
+
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> params = {"mlp": {"down": jax.ShapeDtypeStruct((2048, 512), "float32")}}
+      >>> tx = lp.scale_by_lorapre_adam(rank=64, second_moment={"down$": lp.Dense()})
+      >>> print(lp.describe(tx, params).leaves[0].methods)
+      (LowRank(residual_gain=1.0), Dense())
+
+    References:
+      Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, algorithm 1:
+      `arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`_
+
+    See also:
+      `LowRank`, `RankOne`; :doc:`methods by pattern </choosing>`.
+    """
 
     factors_type = None
     first_weight = staticmethod(mass)
@@ -65,12 +85,32 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class RankOne:
-    """Second moment from row and column statistics, `p + q` numbers per matrix.
+    r"""Keeps a second moment as row and column statistics, `p + q` numbers per matrix.
 
-    Adafactor's estimate (Shazeer and Stern, 2018, algorithm 2): with `R_i` and `C_j`
-    the moving averages of the mean of `g^2` over row i and over column j,
-    `v_ij = R_i C_j / mean(R)`. It is exact where `g^2` has rank one. The state holds
-    `sqrt(R)` and `sqrt(C)` in float32 at least, whatever `factor_dtype` says.
+    This is the estimate of Adafactor. With s and c the bias-corrected moving averages
+    of the mean of `g^2` over each row and over each column,
+
+    .. math::
+      v_{ij} = \frac{s_i c_j}{\mathrm{mean}(c)}
+
+    It is exact if `g^2` has rank one. The state holds the roots of s and c, `row` and
+    `column`, in float32 at least, whatever `factor_dtype` says. It is the default of
+    embeddings and heads.
+
+    Examples:
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> params = {"mlp": jax.ShapeDtypeStruct((512, 2048), "float32")}
+      >>> tx = lp.scale_by_lorapre_adam(rank=64, second_moment=lp.RankOne())
+      >>> print(jax.eval_shape(tx.init, params).nu_factors["mlp"].row.shape)
+      (512,)
+
+    References:
+      Shazeer and Stern, *Adafactor: Adaptive Learning Rates with Sublinear Memory
+      Cost*, 2018, algorithm 2: `arXiv 1804.04235 <https://arxiv.org/abs/1804.04235>`_
+
+    See also:
+      `RotatedRankOne`, `optax.scale_by_factored_rms`; :doc:`the method </method>`.
     """
 
     factors_type = RowColumn
@@ -84,6 +124,7 @@ class RankOne:
     def second_moment(self, state, g, decay, count, seed):
         del seed
         decay = unbiased_decay(decay, count, g.dtype)
+        # Averages of squares, kept as their roots: no square under- or overflows.
         row, column = (
             blend(decay, old, root_mean_square(g, axis))
             for old, axis in ((state.row, 1), (state.column, 0))
@@ -91,35 +132,58 @@ class RankOne:
         return row[:, None] * relative(column)[None], RowColumn(row, column)
 
 
-# What a direction, or the residual, is taken to have at least of the gradient's root
-# mean square. Of gradients of low rank, rounding is left there: no step to take.
+# The least root mean square of a direction, and of a row of the residual, relative to
+# the gradient's. Gradients of low rank leave only rounding there, and no step to take.
 FLOOR = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class RotatedRankOne:
-    """Second moments in the basis of the first one's left factor, `p + q + r` numbers.
+    r"""Keeps second moments in the basis of a first moment's left factor.
 
-    The orthonormal left factor `B: (p, r)` of a first moment `LowRank()` comes
-    to hold the leading directions of the gradients' columns, the strongest first. Each
-    gradient is seen as its components along them, `B^T g: (r, q)`, and the residual of
-    their fit, `R: (p, q)`, and these are divided by rank-one estimates of their own,
+    The orthonormal left factor `B: (p, r)` of a first moment `LowRank()` comes to hold
+    the leading directions of the gradients' columns, the strongest first. The
+    components of a gradient along them, `B^T g: (r, q)`, and the residual of the
+    factors' fit, `R: (p, q)`, have second moments of their own,
 
-        v_kj = D_k C_j / mean(C) for B^T g,  w_ij = S_i C_j / mean(C) for R
+    .. math::
+      v_{kj} = \frac{d_k c_j}{\mathrm{mean}(c)} \text{ of } B^T g, \qquad
+      w_{ij} = \frac{s_i c_j}{\mathrm{mean}(c)} \text{ of } R
 
-    with `D_k`, `S_i` and `C_j` the moving averages of the mean of `(B^T g)^2` over row
-    k, of `R^2` over row i, and of `g^2` over column j. Entries divided one by one leave
-    a few directions with large gradients to govern the step; here each has its own
-    scale. It is the idea of SOAP (Vyas et al., 2024, arXiv 2409.11321), one-sided and
-    with Adafactor's estimate, for the directions that are held. Which side of a matrix
-    they are of is the choice of `MatrixAxes`: its rows. Embeddings and heads lose
-    by it, with either side as rows (`benchmarks/quality`): give them `RankOne()`.
+    with d, s and c the bias-corrected moving averages of the mean of `(B^T g)^2` over
+    each row, of `R^2` over each row, and of `g^2` over each column: `p + q + r` numbers
+    per matrix. If entries are divided one by one, a few directions with large gradients
+    govern the step; here each direction has its own scale. Which side of a matrix the
+    directions belong to is the choice of `MatrixAxes`: its rows. Embeddings and heads
+    lose by it, with either side as rows, so their default is `RankOne()`.
 
-    `D_k` and `S_i` also count 5 % of the root mean square of the gradient (for `S_i`,
-    of its row i), so that what is next to nothing, such as the rounding of gradients of
-    low rank, is not blown up (but for bfloat16 factors, whose own is more than that).
-    `D_k` is of column k of B, wherever that turns.
-    The state holds root mean squares in float32 at least, whatever `factor_dtype` says.
+    `d_k` and `s_i` also count 5 % of the root mean square of the gradient (for `s_i`,
+    of its row i). So what is next to nothing, such as the rounding of gradients of low
+    rank, is not blown up. (The rounding of bfloat16 factors is larger than that.)
+
+    The state holds the roots of d, s and c, `direction`, `row` and `column`, in float32
+    at least, whatever `factor_dtype` says.
+
+    Examples:
+      The default of all matrices except embeddings and heads, written out:
+
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> params = {"mlp": jax.ShapeDtypeStruct((512, 2048), "float32")}
+      >>> tx = lp.scale_by_lorapre_adam(
+      ...     rank=64, first_moment=lp.LowRank(), second_moment=lp.RotatedRankOne()
+      ... )
+      >>> print(jax.eval_shape(tx.init, params).nu_factors["mlp"].direction.shape)
+      (64,)
+
+    References:
+      Vyas et al., *SOAP: Improving and Stabilizing Shampoo using Adam*, 2024: `arXiv
+      2409.11321 <https://arxiv.org/abs/2409.11321>`_. This is its idea, on one side,
+      with Adafactor's estimate, for the directions of the left factor.
+
+    See also:
+      `RankOne`; :doc:`the method </method>`; :doc:`which change brings what
+      </results/why>`.
     """
 
     factors_type = RotatedRowColumn
@@ -130,13 +194,18 @@ class RotatedRankOne:
         dtype = at_least_float32(dtype)
         return RotatedRowColumn(*(jnp.zeros((*batch, n), dtype) for n in (p, q, rank)))
 
-    def rotated_moment(self, state, g, along, rest, decay, count):
-        """-> estimates of the roots for `along`, `g^T B`, and `rest`, R; new state."""
+    def rotated_moment(self, state, g, components, residual, decay, count):
+        """Returns the roots of v, `(q, r)`, and of w, `(p, q)`; and the new state.
+
+        Args:
+          components: `g^T B`, `(q, r)`.
+          residual: R, `(p, q)`.
+        """
         rms = root_mean_square
         now = RotatedRowColumn(
-            row=hypot(rms(rest, 1), FLOOR * rms(g, 1)),
+            row=hypot(rms(residual, 1), FLOOR * rms(g, 1)),
             column=rms(g, 0),
-            direction=hypot(rms(along, 0), FLOOR * rms(g)),
+            direction=hypot(rms(components, 0), FLOOR * rms(g)),
         )
         decay = unbiased_decay(decay, count, g.dtype)
         state = jax.tree.map(functools.partial(blend, decay), state, now)
@@ -147,23 +216,60 @@ class RotatedRankOne:
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A moment kept as a pair of thin factors, `m = B A`, `r (p + q)` numbers.
+    r"""Keeps a moment as a pair of factors, `m = B A`, `r (p + q)` numbers per matrix.
 
-    At every step the factors take one subspace iteration towards `b m + (1-b) T`, in
-    closed form (after LoRA-Pre, arXiv 2602.24283). With the decay
-    `b (1 - b^(t-1)) / (1 - b^t)` at step t they hold the bias-corrected average itself,
-    so a constant target of rank at most r gives that constant at every step. For a
-    first moment the target T is `g`. A second moment follows `|g|` with decay
-    `sqrt(b2)` and is read squared, so it cannot go negative (Appendix B.1), from the
-    factors before the step plus `(1 - b2) g^2`.
+    At each step the factors, `B: (p, r)` and `A: (r, q)`, take one orthonormal step of
+    subspace iteration towards
+
+    .. math::
+      X = \hat b\, B A + (1 - \hat b)\, g, \qquad
+      \hat b = b\, \frac{1 - b^{t-1}}{1 - b^t}
+
+    with b the decay rate of the moment. They thus hold the bias-corrected average
+    itself: gradients that are one constant of rank at most r give that constant at
+    every step. What the factors miss is the residual of the fit, with the factors after
+    the step,
+
+    .. math::
+      R = \frac{X - B A}{1 - \hat b}
+
+    A first moment returns :math:`B A + \gamma R`. With :math:`\gamma = 1` and t large,
+    the residual has at once the weight that a full average would give it over all later
+    steps.
+
+    A second moment follows `|g|` with decay rate `sqrt(b_2)` and is read squared, so
+    that it cannot be negative: :math:`v = \hat{b_2} (B A)^2 + (1 - \hat{b_2}) g^2`,
+    with the factors before the step. It is exact if `|g|` is constant and of rank at
+    most r.
+
+    The state holds B and the transpose of A, `left` and `right`, in `factor_dtype`.
 
     Attributes:
-      residual_gain: Total weight, over time, of the part of a gradient that the
-        factors do not take up. One (default) is what they take up has, and what every
-        direction has in the full average. First moments only.
+      residual_gain: The gain :math:`\gamma` of the residual. With 1, what the factors
+        miss has the same total weight over time as what they hold, as in a full
+        average. First moments only.
 
     Raises:
-      ValueError: The gain is negative, infinite, or no number.
+      ValueError: The gain is negative, infinite, or not a number.
+
+    Examples:
+      A momentum without the residual:
+
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> params = {"mlp": jax.ShapeDtypeStruct((512, 2048), "float32")}
+      >>> tx = lp.lorapre_ema(0.9, rank=64, moment=lp.LowRank(residual_gain=0.0))
+      >>> print(jax.eval_shape(tx.init, params).ema_factors["mlp"].right.shape)
+      (2048, 64)
+
+    References:
+      After Wang et al., *Taming Momentum: Rethinking Optimizer States Through Low-Rank
+      Approximation* (LoRA-Pre), 2026, section 3 and appendix B.1: `arXiv 2602.24283
+      <https://arxiv.org/abs/2602.24283>`_
+
+    See also:
+      `AlgorithmOne`, `Dense`; :doc:`the method </method>`; :doc:`which rank
+      </choosing>`.
     """
 
     residual_gain: float = 1.0
@@ -176,7 +282,8 @@ class LowRank:
             raise ValueError(
                 f"residual_gain must be a finite number of at least 0, got {gain!r}."
             )
-        object.__setattr__(self, "residual_gain", float(gain))  # One way to write it.
+        # LowRank(1) and LowRank(1.0) are the same in a report and in a record.
+        object.__setattr__(self, "residual_gain", float(gain))
 
     def init(self, batch, p, q, rank, dtype, seed) -> FactorPair:
         del seed
@@ -190,48 +297,72 @@ class LowRank:
         return _with_residual(1, gain, state, new, g, decay), new
 
     def split_moment(self, state, g, decay, count, seed):
-        """The new factors B and A; `g^T B`; and the residual of their fit,
+        """Returns the new factors; `g^T B`, `(q, r)`; and the residual R, `(p, q)`.
 
-            R = (X - B A) / (1 - b),  X = b m + (1 - b) g
-
-        with m the old product and b the decay of the corrected average: what they leave
-        of g, and what they drop of m, with the weight that either would have over all
-        later steps, once t is large.
+        R has what the factors miss of g and what they drop of the old product.
         """
         decay = unbiased_decay(decay, count, g.dtype)
-        new, along = self._step(state, g, decay, seed)
-        rest = _with_residual(0, 1 / (1 - decay), state, new, g, decay)
-        return new, along, rest
+        new, components = self._step(state, g, decay, seed)
+        residual = _with_residual(0, 1 / (1 - decay), state, new, g, decay)
+        return new, components, residual
 
     def second_moment(self, state, g, decay, count, seed):
         target, decay = jnp.abs(g), jnp.asarray(decay, g.dtype)
         root_decay = unbiased_decay(jnp.sqrt(decay), count, g.dtype)
         decay = unbiased_decay(decay, count, g.dtype)
+        # Read from the factors before the step: after it, g^2 would count twice.
         before = blend(decay, state.product, g)
         return before, self._step(state, target, root_decay, seed)[0]
 
     def _step(self, state, target, decay, seed) -> tuple[FactorPair, jax.Array]:
         left, right = state
         noise = random_columns(seed, *right.shape).astype(target.dtype)
-        new, along = subspace(left, right, target, decay, noise)
-        return FactorPair(*new), along
+        new, components = subspace(left, right, target, decay, noise)
+        return FactorPair(*new), components
 
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmOne:
-    """LoRA-Pre as published (arXiv 2602.24283, Algorithm 1); see `LowRank`.
+    r"""Keeps a moment as LoRA-Pre's Algorithm 1 does, `r (p + q)` numbers per matrix.
 
-    Factors take the damped Newton step of Theorem 3.1, from a zero left and a random
-    right one. Moments are read as `b m + (1-b) T` from the factors before the step and
-    divided by `1 - b^t`. What rounding may take from a Gram matrix (8 machine epsilons
-    of its trace) is added to the paper's damping.
+    Each factor takes the damped Newton step of Theorem 3.1, B from zero and A from a
+    random start:
 
-    The step is quadratic in the target, and nothing bounds it: after a gradient far
-    larger than those before it the factors overshoot. Without clipping, one gradient
-    times 3 / 10 / 30 / 100 is followed by updates whose root mean square is up to 0.54
-    / 3.2 / 62 / 762, where it is 0.35 without it, at most 0.40 for Adam, and never
-    above 0.99 for the default (`benchmarks/spike.py`: 256 x 256, rank 16, gradients of
-    rank 12 and a tenth of noise). Clip the gradients, `optax.clip_by_global_norm`.
+    .. math::
+      B \leftarrow (1 - \eta) B + \eta\, g A^T (A A^T)^{-1}, \qquad
+      A \leftarrow (1 - \eta) A + \eta\, (B^T B)^{-1} B^T g, \qquad
+      1 - \eta = \sqrt{b}
+
+    A first moment is read as :math:`b_1 B A + (1 - b_1) g` with the factors before the
+    step, over `1 - b_1^t`. The factors C and D of a second moment follow `|g|` with
+    decay rate `sqrt(b_2)`, and it is read as :math:`b_2 (C D)^2 + (1 - b_2) g^2`, over
+    `1 - b_2^t`. What rounding may take from a Gram matrix (8 machine epsilons of its
+    trace) is added to the 1e-6 by which the paper damps it (Appendix C.1).
+
+    The step is quadratic in the gradient and unbounded: after a gradient far larger
+    than those before it, the factors overshoot. Clip the gradients,
+    `optax.clip_by_global_norm`; :doc:`what is hard </results/hard>` has figures.
+
+    Examples:
+      The paper's algorithm for Adam, with its published recipe:
+
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> params = {"mlp": jax.ShapeDtypeStruct((512, 2048), "float32")}
+      >>> paper = lp.AlgorithmOne()
+      >>> tx = lp.lorapre_adamw(
+      ...     1e-3, rank=64, first_moment=paper, second_moment=paper, update_scale=0.25
+      ... )
+      >>> print(lp.describe(tx, params).leaves[0].methods)
+      (AlgorithmOne(), AlgorithmOne())
+
+    References:
+      Wang et al., *Taming Momentum: Rethinking Optimizer States Through Low-Rank
+      Approximation* (LoRA-Pre), 2026, algorithm 1 and theorem 3.1: `arXiv 2602.24283
+      <https://arxiv.org/abs/2602.24283>`_
+
+    See also:
+      `LowRank`; :doc:`the method </method>`.
     """
 
     factors_type = FactorPair
@@ -265,19 +396,22 @@ class AlgorithmOne:
 FirstMoment = LowRank | AlgorithmOne | Dense
 SecondMoment = LowRank | AlgorithmOne | RotatedRankOne | RankOne | Dense
 Methods = FirstMoment | SecondMoment | Mapping[str, FirstMoment | SecondMoment]
-"""One for all leaves, or by pattern."""
+"""One method for all leaves, or a mapping from patterns on leaf paths to methods."""
 
 
 def have_rank(methods) -> bool:
-    """Whether any of a leaf's moments has factors of its rank; `RankOne()` has none."""
+    """Whether any of a leaf's moments is a `FactorPair`, which has a rank."""
     return any(method.factors_type is FactorPair for method in methods)
 
 
 def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):
-    """`weight * held + gain * (X - held)`, `held` the new product, `X` what it fits.
+    """Returns `weight * B A + gain * (X - B A)`, with `B A` the new product.
 
-    One product, so that one (p, q) buffer serves both parts; in full precision, for
-    they may be `gain` times larger than their difference.
+        X = hat b * (old product) + (1 - hat b) g
+
+    This is one product of `(p, 2r)` and `(2r, q)`, so that one (p, q) buffer serves
+    both terms. It is in full precision, since the terms may be `gain` times larger than
+    their difference.
     """
     left = jnp.concatenate([(weight - gain) * new.left, gain * decay * old.left], 1)
     right = jnp.concatenate([new.right, old.right], axis=1)

@@ -1,7 +1,8 @@
-"""Representations of ONE matrix, turned into one another: dense, factors, row x column.
+"""Ways to hold ONE matrix, and conversions between them.
 
-A pair of factors means `left @ right.T`; a `RowColumn` of r and c, the outer product of
-r and `c / rms(r)`. What only needs factors never forms a (p, q) array.
+A matrix is dense, or a pair of factors, which means `left @ right.T`, or a `RowColumn`
+of r and c, which means the outer product of r and `c / rms(c)`. Functions that need
+factors only never form a (p, q) array.
 """
 
 from typing import Any
@@ -28,9 +29,10 @@ def as_dense(x: Matrix) -> jax.Array:
 
 
 def as_factors(x: Matrix, rank: int) -> FactorPair:
-    """The best pair of that rank, its left factor orthonormal; of a dense `x` nearly.
+    """Returns the best pair of that rank, with an orthonormal left factor.
 
-    Randomised SVD (Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1).
+    For a dense `x` it is nearly the best: a randomised SVD (Halko, Martinsson and
+    Tropp, 2011, algorithms 4.4 and 5.1).
     """
     if isinstance(x, RowColumn):
         x = _outer(x)
@@ -38,7 +40,7 @@ def as_factors(x: Matrix, rank: int) -> FactorPair:
 
 
 def as_row_column(x: Matrix) -> RowColumn:
-    """Root mean squares of the rows and columns of `x`."""
+    """Returns the root mean squares of the rows and columns of `x`."""
     if isinstance(x, RowColumn):
         return x
     if isinstance(x, FactorPair):
@@ -53,7 +55,10 @@ def as_row_column(x: Matrix) -> RowColumn:
 
 
 def unrotated(x: RotatedRowColumn, left: jax.Array) -> RowColumn:
-    """Root mean squares of whole rows; directions are taken as uncorrelated."""
+    """Returns root mean squares of the rows of whole gradients.
+
+    Directions are taken as uncorrelated.
+    """
     return RowColumn(
         jnp.hypot(x.row, jnp.linalg.norm(left * x.direction[None], axis=1)), x.column
     )
@@ -62,14 +67,17 @@ def unrotated(x: RotatedRowColumn, left: jax.Array) -> RowColumn:
 def rotated(
     whole: RowColumn, pair: FactorPair, known: Any, m: jax.Array | None
 ) -> RotatedRowColumn:
-    """Along the left factor of `pair`, a first moment, from whole rows.
+    """Returns statistics along the left factor of `pair`, from those of whole rows.
 
     Entries, or the directions of `known`, are taken as uncorrelated. But no direction
-    has less than the average that `pair` holds of it, nor less of the energy than of
-    that of a dense first moment `m: (p, q)`; one not found yet has the mean.
+    has less than the average that `pair` holds of it, nor a smaller share of the energy
+    than in a dense first moment. A direction that has not been found yet has the mean.
 
     Args:
-      known: A `RotatedRowColumn` and the left factor that it is along; or None.
+      whole: Root mean squares of the rows and columns of whole gradients.
+      pair: The first moment.
+      known: A `RotatedRowColumn` and the left factor that it belongs to; or None.
+      m: A dense first moment, `(p, q)`; or None.
     """
     rms = root_mean_square
     if known is None:
@@ -92,16 +100,18 @@ def rotated(
     direction = jnp.where(
         is_found, jnp.maximum(direction, least), energy / jnp.sqrt(len(whole.row))
     )
-    along = jnp.linalg.norm(pair.left * direction[None], axis=1)
-    rest = jnp.sqrt(jnp.maximum((whole.row - along) * (whole.row + along), 0))
-    return RotatedRowColumn(jnp.hypot(rest, FLOOR * whole.row), whole.column, direction)
+    # Rows of the residual have the energy of whole rows that no direction has.
+    in_directions = jnp.linalg.norm(pair.left * direction[None], axis=1)
+    difference = (whole.row - in_directions) * (whole.row + in_directions)
+    residual = jnp.hypot(jnp.sqrt(jnp.maximum(difference, 0)), FLOOR * whole.row)
+    return RotatedRowColumn(residual, whole.column, direction)
 
 
 def one_by_one(fn: Any, ndim: int) -> Any:
-    """`fn` on every matrix of `ndim` leading axes, one after the other.
+    """Maps `fn` over matrices with `ndim` leading axes, one after the other.
 
-    One matrix in memory at a time; and batched LAPACK calls may hang on CPUs, see
-    `inverse_cholesky`.
+    Only one matrix is in memory at a time, and batched LAPACK calls may hang on CPUs,
+    see `inverse_cholesky`.
     """
     for _ in range(ndim):
         fn = _mapped(fn)
@@ -127,7 +137,7 @@ def _sketched(x: jax.Array, rank: int) -> FactorPair:
 
 
 def _truncated(pair: FactorPair, rank: int) -> FactorPair:
-    """Rank r' <= r: the largest singular triples; else padded with zeros."""
+    """Returns the pair of the largest singular triples, padded with zeros."""
     u = orthonormal_columns(pair.left)
     v = orthonormal_columns(pair.right)
     core = dot(dot(u.T, pair.left), dot(pair.right.T, v))

@@ -1,1 +1,1 @@
-"""What one asks of a state: bytes, sharding, records, diagnostics, conversion."""
+"""What one asks of a state: bytes, shardings, records, diagnostics, conversion."""

@@ -13,7 +13,7 @@ from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._state.memory import describe
 from lorapre_jax._state.report import LeafReport, Report
 
-_RANK_ONE = Fraction(1, 10**18)  # Of any matrix.
+_RANK_ONE = Fraction(1, 10**18)  # Rank one for any matrix.
 
 
 def rank_for_budget(
@@ -24,29 +24,25 @@ def rank_for_budget(
     transform: Callable[..., optax.GradientTransformation] = scale_by_lorapre_adam,
     **options: Any,
 ) -> Fraction:
-    """The largest `rank` whose optimizer state takes at most `nbytes`.
+    """Returns the largest `rank` whose optimizer state takes at most `nbytes`.
 
-    Every matrix gets the same share of its smaller side, rank one at least, as always
-    where `rank` is a `Fraction`. The state is counted as `describe` counts it: all of
-    it, dense moments too, one copy, over all devices. Ask with the arguments that the
-    optimizer is made with::
-
-        options = {"matrices": matrices, "second_moment": lp.Dense()}
-        rank = lp.rank_for_budget(2 * 2**30, params, **options)
-        tx = lp.lorapre_adamw(2e-3, rank, **options)
+    The rank is a share of the smaller side of each matrix, the same for all of them, as
+    always if `rank` is a `Fraction`; no matrix has less than rank one. The state is
+    counted as `describe` counts it: the whole state, dense moments too, one copy, over
+    all devices. Call it with the arguments that the optimizer is made with.
 
     More bytes never give a smaller rank. A share at which a matrix would become dense,
-    since its rank no longer pays (`r (p+q) >= p q`, at half of the smaller side or
-    above), is never taken: a budget beyond that, dense Adam's for instance, gives the
-    largest share at which every matrix stays factored.
+    because its rank no longer pays (`r (p + q) >= p q`, from half of the smaller side
+    on), is never returned. With a larger budget, such as that of dense Adam, the result
+    is the largest share at which every matrix stays factored.
 
     Args:
-      nbytes: The budget, in bytes. What the optimizer keeps besides `transform` (the
-        count of a learning rate's schedule: 4 bytes) has to be taken off.
-      params: Parameters: arrays or `jax.ShapeDtypeStruct`s; nothing is allocated.
+      nbytes: The budget in bytes. Subtract what the optimizer keeps besides `transform`
+        (4 bytes for the count of a learning-rate schedule).
+      params: Parameters: arrays or `jax.ShapeDtypeStruct`s. Nothing is allocated.
       matrices: Which leaves are matrices; see `scale_by_lorapre_adam`.
-      transform: What keeps the state; called with `rank=`, `matrices=` and `options`.
-        `functools.partial(lp.lorapre_muon, learning_rate)`, for example.
+      transform: What keeps the state. It is called with `rank=`, `matrices=` and
+        `options`; for example `functools.partial(lp.lorapre_muon, learning_rate)`.
       options: Other arguments of `transform`, such as `factor_dtype="bfloat16"`.
 
     Returns:
@@ -54,9 +50,22 @@ def rank_for_budget(
 
     Raises:
       TypeError: `nbytes` is not an int.
-      ValueError: Rank one needs more bytes (the message says how many, and what takes
-        them), or no leaf is factored at all.
+      ValueError: Rank one needs more bytes (the message says how many, and which leaves
+        take them), or no leaf is factored.
       Whatever else `transform` and its `init` raise.
+
+    Examples:
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> params = {"up": jax.ShapeDtypeStruct((256, 1024), "float32")}
+      >>> rank = lp.rank_for_budget(500_000, params, factor_dtype="bfloat16")
+      >>> tx = lp.lorapre_adamw(2e-3, rank, factor_dtype="bfloat16")
+      >>> print(rank, lp.describe(tx, params).total_bytes <= 500_000)
+      193/256 True
+
+    See also:
+      `describe`; :doc:`which rank </choosing>`; :doc:`what a rank costs
+      </results/rank>`.
     """
     checks.check_count("nbytes", nbytes, 0)
 
@@ -78,7 +87,7 @@ def rank_for_budget(
         count = sum(leaf.is_factored for leaf in at.leaves)
         return at.total_bytes > nbytes or count < len(factored)
 
-    # The ranks change at multiples of 1/min(p, q) only; at the first they are all one.
+    # Ranks change at multiples of 1/min(p, q) only. At the least, all ranks are one.
     sides = {min(leaf.p, leaf.q) for leaf in factored if leaf.p and leaf.q}
     shares = sorted({Fraction(k, side) for side in sides for k in range(1, side + 1)})
     return shares[bisect.bisect_left(shares, True, key=too_much) - 1]

@@ -1,4 +1,4 @@
-"""A running optimizer's moments, carried over into the state of another."""
+"""Carries the moments of a running optimizer over into the state of another."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -32,62 +32,83 @@ def convert_state(
     b1: float | None = None,
     b2: float | None = None,
 ) -> Any:
-    """The state with which `new_tx` goes on where another transform stopped.
+    """Returns the state with which `new_tx` continues where another transform stopped.
 
-    Moments are matched by leaf path, wherever in a chain they are kept: those of this
-    library's transforms, and those of `optax.ema`, of the state that `optax.adam`,
-    `adamw` and `nadam` share (`adamax` too, but its `nu` is no square), of `amsgrad`,
-    and of `optax.contrib.muon`. What is carried over is the bias-corrected average; of
-    a second moment, its root:
+    Moments are matched by leaf path, wherever they are in a chain. Known are those of
+    this library's transforms; of `optax.ema`; of the state that `optax.adam`, `adamw`
+    and `nadam` share (`adamax` too, but its `nu` is not a square); of `amsgrad`; and of
+    `optax.contrib.muon`. What is carried over is the bias-corrected average, or its
+    root for a second moment:
 
-    - Factors become factors of another rank by the best truncation of their product,
-      or by padding, through matrices of the size of the ranks: nothing is (p, q).
+    - Factors become factors of another rank by the best truncation of their product, or
+      by padding, through matrices of the size of the ranks. Nothing is (p, q).
     - A dense moment becomes factors by a randomised SVD with 8 directions more than the
       rank and 3 power iterations, one matrix at a time; a stack that is sharded over
-      its batch axis is gathered for it. Its error is the least one and, measured at
-      rank 32 of (256, 688), 1 % more for noise, 0.1 % where singular values fall as
-      1/k.
-    - A dense second moment becomes exactly what `RankOne()` would hold. What
-      `RotatedRankOne()` holds of directions no other second moment tells: it is taken
-      from the first moment, and it takes about `1 / (1 - b2)` steps to come right.
-      A second moment that stays dense is copied: where it is next to nothing,
-      `optax.adam` divides by as little what factors left of the first moment there.
+      its batch axis is gathered for it. Measured at rank 32 of (256, 688), its error
+      was 1 % above the least one for noise, and 0.1 % if singular values fall as 1/k.
+    - A dense second moment becomes exactly what `RankOne()` would hold. No other second
+      moment tells what `RotatedRankOne()` holds of directions, so that is taken from
+      the first moment, and is right after about `1 / (1 - b2)` steps. A second moment
+      that stays dense is copied; where it is next to nothing, `optax.adam` divides by
+      it what factors left of the first moment there.
     - A moment that is kept as before, with factors of the same rank, is copied.
-    - A leaf of which the old state keeps nothing, as of one that was frozen before,
-      starts from zero moments. A warning names all such leaves. They share the count
-      of the others, which corrects no bias any more: for `1 / (1 - b2)` steps their
+    - A leaf of which the old state keeps nothing, such as one that was frozen, starts
+      from zero moments. A warning names all such leaves. They share the count of the
+      others, so there is no bias correction any more: for `1 / (1 - b2)` steps their
       updates are up to `1 / sqrt(1 - b2)` times as large as at the start of a run.
-    - Counts are kept. Other numbers come from the same place in the old state;
-      hyperparameters are always those of `new_tx`. A wrapper around `new_tx` that the
-      old one had not (`optax.MultiSteps`, `apply_if_finite`) has numbers of its own:
-      convert what is inside, and put it in its place in the wrapper's `init(params)`.
+    - Counts are kept. Other numbers come from the same place in the old state, and
+      hyperparameters from `new_tx`. A wrapper around `new_tx` that the old one did not
+      have (`optax.MultiSteps`, `apply_if_finite`) has numbers of its own: convert what
+      is inside, and put it in its place in the wrapper's `init(params)`.
 
     Args:
-      state: Of any transform, for the same parameters, on the same devices.
-      new_tx: The transform that goes on. Its decay rates should be the old one's: dense
-        moments that stay dense are copied.
-      params: The parameters; the new state lies where `new_tx.init(params)` puts it,
-        counters on all of the parameters' devices.
-      b1, b2: The decay rates, which no state holds. Needed where a moment that starts
-        from zero (`optax.adam`, `Dense()`, the paper's) is exchanged for one that holds
-        the average itself (all of `LowRank()`, `RankOne()` and
-        `RotatedRankOne()` do), and for second moments also between `Dense()` and the
-        paper's.
+      state: The state of any transform, for the same parameters, on the same devices.
+      new_tx: The transform that continues. Its decay rates should be the old one's,
+        since dense moments that stay dense are copied.
+      params: The parameters. The new state is sharded as by `new_tx.init(params)`, with
+        counters replicated on all of the parameters' devices.
+      b1, b2: The decay rates, which no state holds. They are needed if a moment that
+        starts from zero (`optax.adam`, `Dense()`, `AlgorithmOne()`) is exchanged for
+        one that holds the bias-corrected average itself (`LowRank()`, `RankOne()`,
+        `RotatedRankOne()`), and for second moments also between `Dense()` and
+        `AlgorithmOne()`.
 
     Returns:
-      A state like `new_tx.init(params)`; it shares no buffer with the old one.
+      A state like `new_tx.init(params)`, which shares no buffer with the old one.
 
     Raises:
-      TypeError: It is called under jit.
-      ValueError: The old state knows no leaf, lacks one of a leaf's moments or a number
-        that the new one keeps, keeps a moment twice or in another shape (also than its
-        own plan says), or lies on other devices; a decay rate is needed; factors are of
-        differently chosen matrices. The message names the leaf.
+      TypeError: It is called under jit or vmap.
+      ValueError: The old state knows no leaf; lacks one of a leaf's moments, or a
+        number that the new one keeps; keeps a moment twice, or in another shape (also
+        than its own plan says); or is on other devices. Or a decay rate is needed, or
+        factors belong to matrices along other axes. The message names the leaf.
+
+    Examples:
+      From AdamW to low-rank moments:
+
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import lorapre_jax as lp
+      >>> params = {"up": jnp.ones((256, 128))}
+      >>> adamw = optax.adamw(2e-3, b1=0.9, b2=0.95)
+      >>> _, state = adamw.update(params, adamw.init(params), params)
+      >>> tx = lp.lorapre_adamw(2e-3, rank=8, second_moment=lp.RankOne())
+      >>> state = lp.convert_state(state, tx, params, b1=0.9, b2=0.95)
+      >>> print(state[0].count, state[0].mu_factors["up"].left.shape)
+      1 (256, 8)
+
+    References:
+      Halko, Martinsson and Tropp, *Finding structure with randomness*, 2011, algorithms
+      4.4 and 5.1: `arXiv 0909.4061 <https://arxiv.org/abs/0909.4061>`_
+
+    See also:
+      `check_state_record`; :doc:`checkpoints </checkpoints>`; :doc:`may a run change
+      its optimizer? </results/switch>`
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, params))):
         raise TypeError("convert_state cannot be traced: call it outside jit and vmap.")
     check_all_fit(state)
-    # NumPy's arrays, as Flax's `from_bytes` returns them, lie on no device.
+    # NumPy's arrays, as Flax's `from_bytes` returns them, are on no device.
     state = jax.tree.map(
         lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, state
     )
@@ -145,7 +166,7 @@ def _keeps_moments(node: Any) -> bool:
 
 
 def _stored(node: Any) -> list[StoredMoment]:
-    """The moments of one transform's state."""
+    """Returns the moments of one transform's state."""
     if has_plan(node):
         return stored_moments(node)
     return [
@@ -155,7 +176,7 @@ def _stored(node: Any) -> list[StoredMoment]:
 
 
 def _moments(node: Any) -> dict[tuple[str, str], Moment]:
-    """All that one transform's state keeps, by field and leaf path."""
+    """Returns every moment that one transform's state keeps, by field and leaf path."""
     plans = {leaf.path: leaf for leaf in node.plan.leaves} if has_plan(node) else {}
     found: dict[tuple[str, str], Moment] = {}
     firsts: dict[str, Any] = {}
@@ -173,20 +194,20 @@ def _moments(node: Any) -> dict[tuple[str, str], Moment]:
 
 
 class _Old(NamedTuple):
-    """What is known of the state that is left."""
+    """What is known of the old state."""
 
     moments: dict[tuple[str, str], Moment]
-    others: dict[str, Any]  # All nodes by their place.
+    others: dict[str, Any]  # All nodes of the old state, by path.
     decays: dict[str, float | None]
 
     def same(self, name: str, fresh: Any) -> Any:
-        """The array in the same place."""
+        """Returns the array in the same place of the old state."""
         keys = name.split("/")
         if "hyperparams" in keys:
             return fresh
         found = self.others.get(name)
         if found is None and keys[-1] == "count" and self.moments:
-            found = self.count  # A schedule's, elsewhere in the chain.
+            found = self.count  # The count of a schedule, elsewhere in the chain.
         if found is None or jnp.shape(found) != jnp.shape(fresh):
             raise ValueError(
                 f"The new state has '{name}' of shape {jnp.shape(fresh)}, and the old "
@@ -197,12 +218,12 @@ class _Old(NamedTuple):
 
     @property
     def paths(self) -> set[str]:
-        """Of the leaves that it keeps moments of."""
+        """Paths of the leaves that it keeps moments of."""
         return {path for path, _ in self.moments}
 
     @property
     def maxima(self) -> dict[str, Any]:
-        """Of AMSGrad, by leaf path."""
+        """The maxima of AMSGrad, by leaf path."""
         nodes = self.others.values()
         states = [x for x in nodes if isinstance(x, optax.ScaleByAmsgradState)]
         return {path: x for node in states for path, x in named_leaves(node.nu_max)}
@@ -213,7 +234,7 @@ class _Old(NamedTuple):
 
 
 def _report_new(fresh: Any, old: _Old) -> None:
-    """Says which leaves the old state does not know, as those that were frozen."""
+    """Warns of leaves that the old state does not know, such as frozen ones."""
     nodes = filter(_keeps_moments, jax.tree.leaves(fresh, is_leaf=_keeps_moments))
     moments = [moment for node in nodes for moment in _moments(node).values()]
     wanted = dict.fromkeys(moment.path for moment in moments if not moment.is_empty)
@@ -241,7 +262,7 @@ def _listed(paths: list[str]) -> str:
 
 
 def _filled(node: Any, old: _Old) -> Any:
-    """A fresh state with the moments and the count of the old one."""
+    """Returns a fresh state with the moments and the count of the old one."""
     values: dict[tuple[str, str], Any] = {}
     firsts: dict[str, Any] = {}
     for (name, path), moment in _moments(node).items():
@@ -268,7 +289,7 @@ def _filled(node: Any, old: _Old) -> Any:
 
 
 def _carried(moment: Moment, old: _Old) -> Any:
-    """The value for a moment of the new state; a new leaf's stays what it is."""
+    """Returns the value of a moment in the new state; a new leaf keeps its zeros."""
     source = old.moments.get((moment.path, moment.order))
     if moment.is_empty:
         return moment.value

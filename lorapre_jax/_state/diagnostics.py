@@ -1,4 +1,4 @@
-"""How well the factors fit what they follow: numbers to log, of any optimizer state."""
+"""How well factors fit the gradients that they follow: numbers to log."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,58 +18,87 @@ from lorapre_jax._trees.sharding import replicated_result
 
 
 class FactorDiagnostics(NamedTuple):
-    """Of each matrix of one leaf, in one moment; see `diagnostics`."""
+    """Measurements of each matrix of one leaf, in one moment; see `diagnostics`.
 
-    captured: jax.Array  # (*batch,) float32, 0 to 1
-    effective_rank: jax.Array  # (*batch,) float32, 0 to r
-    condition: jax.Array  # (*batch,) float32, 1 to infinity
+    Attributes:
+      captured: Share of the gradient that the factors can take up, `(*batch,)`,
+        float32, 0 to 1.
+      effective_rank: Number of directions that hold the moment, `(*batch,)`, float32, 0
+        to r.
+      condition: Ratio of the largest to the r-th singular value, `(*batch,)`, float32,
+        1 to infinity.
+    """
+
+    captured: jax.Array
+    effective_rank: jax.Array
+    condition: jax.Array
 
 
 def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics]]:
     r"""Measures the factors in an optimizer state, and gradients against them.
 
-    With factors `B: (p, r)` and `A: (r, q)` of a moment, and a target G, which is the
-    gradient for a first moment and its absolute value for a second:
+    With the factors `B: (p, r)` and `A: (r, q)` of a moment, and a target G, which is
+    the gradient for a first moment and its absolute value for a second:
 
-    `captured` is the share of the target's energy that the factors can take up, with P
-    and Q the projectors on the columns of B and on the rows of A:
+    `captured` is the share of the target's energy that the factors can take up. With P
+    and Q the projectors on the columns of B and on the rows of A, it is
 
     .. math::
       1 - \|(I - P)\, G\, (I - Q)\|_F^2 \,/\, \|G\|_F^2
 
-    Small changes of B and A change `B A` by `dB A + B dA`, and what none of these can
-    reach in G is `(I - P) G (I - Q)`: to first order in `1 - b`, what no rule puts
-    into the factors. So give the state *before* the step with this gradient. A target
-    unrelated to the factors has about `1 - (1 - r/p)(1 - r/q)`: compare with that. The
-    gradient's scale, as clipping changes it, does not matter. 0 where the gradient is
-    zero, or both factors are, as before the first step.
+    Small changes of B and A change `B A` by `dB A + B dA`, which cannot reach `(I - P)
+    G (I
+    - Q)`: to first order in `1 - b`, no rule puts that into the factors. So pass the
+      state from *before* the step with this gradient. A target unrelated to the factors
+      has about `1 - (1 - r/p)(1 - r/q)`, to compare with. The scale of the gradient,
+      which clipping changes, does not matter. 0 if the gradient is zero, or if both
+      factors are, as before the first step.
 
-    `effective_rank` is `exp(-sum_k s_k log s_k)`, with `s_k` the k-th squared singular
-    value of `B A` over the sum of all: between 1 and r, how many directions hold the
-    moment's energy. (Roy and Vetterli, 2007, take the singular values unsquared.) 0
-    where `B A` is zero.
+    `effective_rank` is `exp(-sum_k x_k log x_k)`, with `x_k` the k-th squared singular
+    value of `B A` over the sum of all: how many directions hold the moment's energy,
+    between 1 and r. (Roy and Vetterli do not square the singular values.) 0 if `B A` is
+    zero.
 
-    `condition` is the largest singular value of `B A` over the r-th; infinite where
-    the r-th drowns in rounding (r machine epsilons of the largest) or `B A` is zero.
+    `condition` is the largest singular value of `B A` over the r-th. It is infinite if
+    the r-th is lost in rounding (below r machine epsilons of the largest) or if `B A`
+    is zero.
 
-    Nothing of size `(p, q)` is formed (but `|G|`). The cost, `4 p q r + 16 r^2 (p+q)`
-    multiplications and additions per moment and matrix, is less than an update's.
-    Works under jit, vmap and `jax.eval_shape`, and on sharded states.
+    Nothing of size `(p, q)` is formed, except `|G|`. The cost is `4 p q r + 16 r^2 (p +
+    q)` multiplications and additions per moment and matrix, less than that of an
+    update. It works under jit, vmap and `jax.eval_shape`, and on sharded states.
 
     Args:
-      state: The state of any optax transform with one of this library's in it, however
-        deep (chain, masked, partition, MultiSteps, inject_hyperparams, ...).
+      state: The state of any optax transform that contains one of this library's,
+        however deep (chain, masked, partition, MultiSteps, inject_hyperparams, ...).
       grads: Gradients, a tree like the parameters.
 
     Returns:
       `{leaf path: {moment: FactorDiagnostics}}` for every moment of every leaf that is
       kept as a pair of factors. Moments are named as in the state: `"mu"`, `"nu"`,
-      `"momentum"`, `"ema"`. The arrays are float32, of the leaf's batch shape.
+      `"momentum"`, `"ema"`. See `FactorDiagnostics`.
 
     Raises:
       ValueError: No moment in the state is a pair of factors; a leaf of the state is
         not in `grads`, or has another shape there; an array is not what the state's
-        plan says; two states keep the same moment of one leaf. The message names it.
+        plan says; or two states keep the same moment of one leaf. The message names it.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import lorapre_jax as lp
+      >>> params = {"up": jnp.ones((256, 128))}
+      >>> tx = lp.lorapre_ema(0.9, rank=8)
+      >>> _, state = jax.jit(tx.update)(params, tx.init(params))
+      >>> found = jax.jit(lp.diagnostics)(state, params)["up"]["ema"]
+      >>> print(f"{found.captured:.2f} {found.effective_rank:.2f}")  # rank one fits
+      1.00 1.00
+
+    References:
+      Roy and Vetterli, *The effective rank: a measure of effective dimensionality*,
+      2007
+
+    See also:
+      `rank_for_budget`; :doc:`which rank </choosing>`.
     """
     by_path = dict(named_leaves(grads))
     found: dict[str, dict[str, FactorDiagnostics]] = {}
@@ -97,7 +126,7 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
 def _factor_pairs(
     state: Any,
 ) -> Iterator[tuple[FactoredLeaf, StoredMoment, FactorPair]]:
-    """All moments that one of our states keeps as such, leaf by leaf."""
+    """Yields every moment that one of our states keeps as a pair of factors."""
     for leaf in state.plan.leaves:
         if isinstance(leaf, FactoredLeaf):
             for moment in stored_moments(state):
@@ -146,8 +175,8 @@ def _of_matrix(left, right, g) -> FactorDiagnostics:
     u = orthonormal_columns(left)
     v = orthonormal_columns(right)
 
-    # The energy of P G + (I - P) G Q, whose parts are orthogonal: no difference of
-    # large numbers, and no square that could under- or overflow.
+    # The energy of P G + (I - P) G Q, whose two terms are orthogonal. This needs no
+    # difference of large numbers, and no square that could under- or overflow.
     in_columns, in_rows = dot(u.T, g), dot(g, v)
     only_in_rows = in_rows - dot(u, dot(in_columns, v))
     size = rms(g)
@@ -175,6 +204,9 @@ def _of_matrix(left, right, g) -> FactorDiagnostics:
 
 @jax.custom_batching.sequential_vmap
 def _singular_values(core: jax.Array) -> jax.Array:
-    """Descending, `(r,)`. One at a time under vmap: batched LAPACK calls of jaxlib on
-    CPUs wait for the threads that they run on, and several may hang."""
+    """Returns the singular values, `(r,)`, in descending order.
+
+    Under vmap they are computed one matrix at a time: batched LAPACK calls of jaxlib on
+    CPUs wait for the threads that they run on, and several may hang.
+    """
     return jnp.linalg.svd(core, compute_uv=False)

@@ -24,29 +24,46 @@ def describe(
 ) -> Report:
     """Reports the optimizer state that `tx` keeps for `params`, before any compute.
 
-    Finds the decisions of this library's transforms wherever they stand in `tx` (chain,
-    masked, partition, MultiSteps, ...), and every byte of the state of any transform.
+    It finds the decisions of this library's transforms wherever they are in `tx`
+    (chain, masked, partition, MultiSteps, ...), and every byte of the state of any
+    transform.
 
     Args:
       tx: Any optax transform.
-      params: Parameters: arrays or `jax.ShapeDtypeStruct`s, in boxes or not; nothing is
+      params: Parameters: arrays or `jax.ShapeDtypeStruct`s, in boxes or not. Nothing is
         allocated.
-      state: A state of `tx` as it lies on its devices, or a tree like it of shardings,
-        such as a trainer's `out_shardings`. Paths are compared, so that a
-        `flax.nnx.State` of it, or of the optimizer around it, does as well. With it the
-        report has the bytes on each device; and, where `params` carry shardings, the
-        factors that are replicated though their parameter is not.
+      state: A state of `tx` on its devices, or a tree like it of shardings, such as a
+        trainer's `out_shardings`. Paths are compared, so a `flax.nnx.State` of it, or
+        of the optimizer around it, is accepted too. With a state, the report has the
+        bytes on each device; and, if `params` carry shardings, the factors that are
+        replicated although their parameter is not.
 
     Returns:
-      A `Report`: `.leaves` with a row per parameter, `.total_bytes`, `.adamw_bytes` and
-      `.ratio`; `str()` gives a table, whose last line says what share of the parameters
-      is factored, what else is large, why, and what to write.
+      A `Report`, whose `leaves` are `LeafReport`s.
 
     Raises:
-      TypeError: A parameter is no array; the message names the leaf.
-      ValueError: `state` lacks an array that the state of `tx` has, or has it in
-        another shape, or in another than its own plan says; the message names it.
+      TypeError: A parameter is not an array; the message names the leaf.
+      ValueError: `state` lacks an array that the state of `tx` has, or an array of it
+        has another shape than in the state of `tx` or in its own plan; the message
+        names it.
       What `tx.init` raises.
+
+    Examples:
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> shapes = {"norm": (256,), "up": (256, 1024)}
+      >>> params = {k: jax.ShapeDtypeStruct(s, "float32") for k, s in shapes.items()}
+      >>> report = lp.describe(lp.lorapre_adamw(2e-3, rank=32), params)
+      >>> for leaf in report.leaves:
+      ...     print(f"{leaf.path}: {leaf.nbytes:,} bytes, rank {leaf.rank}")
+      norm: 2,048 bytes, rank None
+      up: 169,088 bytes, rank 32
+      >>> print(str(report).splitlines()[-1])
+      99.9% of the parameters are factored; no large leaf is dense.
+
+    See also:
+      `rank_for_budget`, `check_state_sharding`; :doc:`choosing leaves and rank
+      </choosing>`.
     """
     leaves = named_leaves(params)
     for path, leaf in leaves:
@@ -82,20 +99,39 @@ def describe(
 def check_state_sharding(
     tx: optax.GradientTransformation, params: Any, state: Any
 ) -> None:
-    """Raises where a factor is replicated though its parameter is sharded.
+    """Raises an error if a factor is replicated although its parameter is sharded.
 
-    For the start of a training program whose state was sharded by a framework: what it
-    could not tell the axes of, it replicates, and the state may then take more of each
-    device than AdamW's.
+    Call it at the start of a training program whose state was sharded by a framework. A
+    framework replicates an array whose axes it does not know, and the state may then
+    take more of each device than AdamW's.
 
     Args:
       tx: Any optax transform.
-      params: The parameters, arrays or `jax.ShapeDtypeStruct`s that carry shardings.
-      state: The state as it lies, or its shardings; see `describe`.
+      params: The parameters: arrays or `jax.ShapeDtypeStruct`s that carry shardings.
+      state: The state on its devices, or its shardings; see `describe`.
 
     Raises:
-      ValueError: The message names every such factor. Or no parameter is on a mesh.
+      ValueError: A factor is replicated (the message names every such factor), or no
+        parameter is on a mesh.
       What `describe` raises.
+
+    Examples:
+      >>> import jax
+      >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+      >>> import lorapre_jax as lp
+      >>> mesh = AbstractMesh((8,), ("fsdp",))  # no devices are needed
+      >>> rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+      >>> params = {"up": jax.ShapeDtypeStruct((256, 512), "float32", sharding=rows)}
+      >>> tx = lp.lorapre_adamw(2e-3, rank=32)
+      >>> lp.check_state_sharding(tx, params, lp.state_sharding(tx, params))
+      >>> everywhere = NamedSharding(mesh, PartitionSpec())
+      >>> wrong = jax.tree.map(lambda x: everywhere, jax.eval_shape(tx.init, params))
+      >>> lp.check_state_sharding(tx, params, wrong)
+      Traceback (most recent call last):
+      ValueError: These factors take more of each device than the sharding of their ...
+
+    See also:
+      `state_sharding`, `describe`; :doc:`meshes and hosts </meshes>`.
     """
     known = (known_sharding(leaf) for _, leaf in named_leaves(params))
     if not any(isinstance(sharding, NamedSharding) for sharding in known):
@@ -136,7 +172,7 @@ def _leaf_report(
 
 
 def _why_dense(plan: LeafPlan | None) -> tuple[str, str]:
-    """Why it is dense, and what to write to change that."""
+    """Returns why a leaf is dense, and what to write to change that."""
     if plan is None:
         return "another transform", ""
     return (plan.why, plan.mend) if isinstance(plan, DenseLeaf) else ("", "")
@@ -145,7 +181,7 @@ def _why_dense(plan: LeafPlan | None) -> tuple[str, str]:
 def _bytes_by_owner(
     found: list[Part], placed: Mapping[str, Sharding] | None = None
 ) -> Counter[str | None]:
-    """Of all devices together; on one device, where it is known how all is placed."""
+    """Counts bytes by parameter: of all devices together, or of one if `placed`."""
     nbytes: Counter[str | None] = Counter()
     for part in found:
         for name, array in part.arrays():
@@ -157,9 +193,9 @@ def _bytes_by_owner(
 
 
 def _placed(found: list[Part], state: Any) -> dict[str, Sharding]:
-    """By path in the state of the transform: where each array is."""
+    """Returns the sharding of each array by its path in the state of the transform."""
     given = dict(named_leaves(state))
-    # What something is around, such as `nnx.state(optimizer)`, has longer paths.
+    # Trees around the state, such as `nnx.state(optimizer)`, have longer paths.
     by_end: dict[str, str] = {}
     for path in sorted(given, key=len):
         keys = path.split("/")
@@ -195,7 +231,7 @@ def _sharding_of(leaf: Any) -> Sharding | None:
 def _replicated(
     found: list[Part], placed: Mapping[str, Sharding], params: Mapping[str, Any]
 ):
-    """Names of factors of which a device has more than of the parameter's axes."""
+    """Yields the names of factors that are sharded less than their parameter's axes."""
     for part in found:
         owner = known_sharding(params.get(part.owner or ""))
         if owner is None or part.view is None:

@@ -12,11 +12,14 @@ from lorapre_jax._trees.paths import named_leaves
 
 
 class Part(NamedTuple):
-    """Attributes:
-    owner: Path of the parameter; None where it belongs to none, as a counter.
-    view: Of factors, how that parameter is seen as matrices; None of any other array.
-    name: Path in the state.
-    node: An array, or the factors of one moment.
+    """An array of the state, or the factors of one moment.
+
+    Attributes:
+      owner: Path of the parameter that it belongs to; None for a counter and the like.
+      view: How that parameter is seen as matrices, for factors; None for any other
+        array.
+      name: Path in the state.
+      node: The array, or the factors.
     """
 
     owner: str | None
@@ -25,7 +28,7 @@ class Part(NamedTuple):
     node: Any
 
     def arrays(self) -> Iterator[tuple[str, Any]]:
-        """By path in the state."""
+        """Yields the arrays with their paths in the state."""
         if not is_factors(self.node):
             yield self.name, self.node
             return
@@ -35,14 +38,14 @@ class Part(NamedTuple):
 
 
 def parts(state: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
-    """In tree order.
+    """Returns the parts of a state, in tree order.
 
-    An array belongs to a parameter where its path ends with the parameter's (a tree
-    shaped like the parameters); factors, where it is their key. Where several
-    parameters' paths fit, the longest of the array's shape has it.
+    An array belongs to a parameter if its path ends with the parameter's (as in a tree
+    shaped like the parameters), and factors do if the path is their key. If the paths
+    of several parameters fit, the longest one of the array's shape is taken.
 
     Args:
-      shapes: The parameters', by path.
+      shapes: Shapes of the parameters, by path.
     """
 
     def owner(name: str, node: Any) -> str | None:
@@ -68,7 +71,10 @@ def parts(state: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
 
 
 def plans_by_path(state: Any) -> dict[str, LeafPlan]:
-    """The decisions of our transforms; of several for a leaf, one that factors it."""
+    """Returns the decisions of our transforms by leaf path.
+
+    If several transforms decided on a leaf, one that factors it is taken.
+    """
     is_plan = lambda node: isinstance(node, Plan)  # noqa: E731
     plans = filter(is_plan, jax.tree.leaves(state, is_leaf=is_plan))
     leaves = (leaf for plan in plans for leaf in plan.leaves)

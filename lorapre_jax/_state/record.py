@@ -12,21 +12,34 @@ Record = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def state_record(state: Any) -> dict[str, dict[str, dict[str, Any]]]:
-    """The decisions that a state was made by, to be saved beside its arrays.
+    """Returns the decisions that a state was made by, to be saved beside its arrays.
 
-    A checkpoint holds arrays alone, and those of two states may have the same shapes
-    and mean different things: other methods, other axes of a square matrix.
+    A checkpoint holds arrays only. Those of two states may have the same shapes and
+    different meanings: other methods, or other axes of a square matrix.
 
     Args:
-      state: Of any transform; abstract values do.
+      state: The state of any transform; it may be abstract.
 
     Returns:
-      JSON-able: by place of each of this library's transforms in the state, and by leaf
-      path, `shape`, `matrices`, `rank` and `moments`. Empty where there are none.
+      A dictionary that JSON can hold. By place of each of this library's transforms in
+      the state, and by leaf path, it has `shape`, `matrices`, `rank` and `moments`. It
+      is empty if there is no such transform.
 
     Raises:
-      ValueError: An array of the state has not the shape that was decided, as after a
-        restore into a state of another rank; the message names the leaf.
+      ValueError: An array of the state does not have the shape that was decided, as
+        after a restore into a state of another rank; the message names the leaf.
+
+    Examples:
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> params = {"up": jax.ShapeDtypeStruct((256, 512), "float32")}
+      >>> state = jax.eval_shape(lp.scale_by_lorapre_adam(rank=32).init, params)
+      >>> record = lp.state_record(state)
+      >>> print(record[""]["up"]["rank"], record[""]["up"]["moments"])
+      32 ['LowRank', 'RotatedRankOne']
+
+    See also:
+      `check_state_record`; :doc:`checkpoints </checkpoints>`.
     """
     check_all_fit(state)
     return {
@@ -37,16 +50,34 @@ def state_record(state: Any) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def check_state_record(record: Record | None, state: Any) -> None:
-    """Raises unless a state saved with `record` can be restored as `state`.
+    """Raises an error unless a state saved with `record` can be restored as `state`.
 
     Args:
-      record: What `state_record` returned then.
-      state: What is to be restored; `jax.eval_shape(tx.init, params)` does.
+      record: What `state_record` returned when the state was saved.
+      state: The state to restore into, for example `jax.eval_shape(tx.init, params)`.
 
     Raises:
-      ValueError: One or more leaves differ; all are listed, with what to call. Or
-        `record` is none, for example None where nothing was recorded. What
-        `state_record` raises.
+      ValueError: One or more leaves differ; the message lists all of them and what to
+        call. Or `record` is not a record, for example None because nothing was
+        recorded.
+      What `state_record` raises.
+
+    Examples:
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> params = {"up": jax.ShapeDtypeStruct((256, 512), "float32")}
+      >>> saved = jax.eval_shape(lp.lorapre_adamw(2e-3, rank=32).init, params)
+      >>> now = jax.eval_shape(lp.lorapre_adamw(2e-3, rank=16).init, params)
+      >>> record = lp.state_record(saved)
+      >>> lp.check_state_record(record, saved)
+      >>> lp.check_state_record(record, now)
+      Traceback (most recent call last):
+      ValueError: The saved state is of another optimizer or model:
+        up: rank 32 there, 16 here
+      ...
+
+    See also:
+      `state_record`, `convert_state`; :doc:`checkpoints </checkpoints>`.
     """
     if not _is_record(record):
         raise ValueError(
@@ -100,12 +131,12 @@ def _is_record(record: Any) -> bool:
 
 
 def _difference(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
-    """In words; empty where there is none."""
+    """Returns in words how two entries of a record differ; empty if they do not."""
     if there is None or here is None:
         return "only here" if there is None else "only there"
     names = [name for name in here if there.get(name) != here[name]]
     if "matrices" in names and None in (there.get("matrices"), here["matrices"]):
-        # That it is dense says all but the shape, where a rank says it.
+        # One side is dense. The rank says so, and apart from the shape all follows.
         names = [name for name in names if name in ("shape", "rank")] or names
     return "; ".join(
         f"{name} {there.get(name)} there, {here[name]} here" for name in names

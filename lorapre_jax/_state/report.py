@@ -1,4 +1,4 @@
-"""The report of `describe`, and its table."""
+"""The report that `describe` returns, and its table."""
 
 import dataclasses
 import math
@@ -6,23 +6,28 @@ from typing import Any
 
 from lorapre_jax._moments.methods import Dense, have_rank
 
-_LARGE = 0.01  # Of all parameters: the dense leaves that the last line names.
+_LARGE = 0.01  # The last line names dense leaves above this share of all parameters.
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafReport:
-    """One parameter's share of the optimizer state.
+    """One parameter's share of the optimizer state: a row of `Report.leaves`.
 
     Attributes:
-      path, shape, dtype: The parameter's.
-      batch_shape, p, q, rank: Its matrices and their factors' rank; None where it is
-        dense.
+      path: Keys of the parameter, joined by slashes.
+      shape: Shape of the parameter.
+      dtype: Dtype of the parameter.
+      batch_shape: Sizes of the batch axes; None if it is not seen as matrices.
+      p: Rows of one matrix; None likewise.
+      q: Columns of one matrix; None likewise.
+      rank: Rank of its factors; None if it is dense.
       why_dense: Why it is dense; empty if it is factored.
-      mend: What to write to have it factored; empty if nothing suggests itself.
-      methods: How each moment is kept.
+      mend: What to write so that it is factored; empty without advice.
+      methods: How each moment is kept, for example `(LowRank(), RankOne())`.
       nbytes: Bytes of state that belong to it, on all devices together.
-      adamw_nbytes: The same for `optax.adamw`.
-      device_nbytes: Bytes on one device; None where `describe` was given no state.
+      adamw_nbytes: Bytes of its state in `optax.adamw`.
+      device_nbytes: Bytes of its state on one device; None if `describe` was given no
+        state.
     """
 
     path: str
@@ -41,26 +46,31 @@ class LeafReport:
 
     @property
     def is_factored(self) -> bool:
+        """Whether a moment of it is kept as factors or as statistics."""
         return self.rank is not None
 
     @property
     def size(self) -> int:
+        """Number of elements of the parameter."""
         return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `describe` returns; `str()` of it is a table.
+    """What `describe` returns. `str(report)` is a table with a row per parameter.
+
+    The last line of the table says what share of the parameters is factored, which
+    large leaves are dense, why, and what to write.
 
     Attributes:
       leaves: One `LeafReport` per parameter, in tree order.
-      other_bytes: State that belongs to no parameter, such as counters.
-      total_bytes: The whole state, in bytes.
-      adamw_bytes: The state of `optax.adamw` for the same parameters, in bytes.
-      device_bytes: What one device holds of the state, in bytes; None where `describe`
-        was given no state.
-      replicated: Paths in the state of the factors that are replicated over mesh axes
-        that their parameter is sharded over.
+      other_bytes: Bytes of state that belong to no parameter, such as counters.
+      total_bytes: Bytes of the whole state.
+      adamw_bytes: Bytes of the state of `optax.adamw` for the same parameters.
+      device_bytes: Bytes of the state on one device; None if `describe` was given no
+        state.
+      replicated: Paths in the state of factors that are replicated over mesh axes that
+        their parameter is sharded over.
     """
 
     leaves: tuple[LeafReport, ...]
@@ -77,7 +87,7 @@ class Report:
 
     @property
     def factored_share(self) -> float:
-        """Of the parameters, by number."""
+        """Share of the parameters in factored leaves, by number of elements."""
         total = sum(leaf.size for leaf in self.leaves)
         return sum(leaf.size for leaf in self.leaves if leaf.is_factored) / max(
             total, 1
@@ -103,7 +113,7 @@ class Report:
         return "\n".join([*table, *self._words()])
 
     def _words(self) -> list[str]:
-        """What to think of it, and what to do."""
+        """Returns the lines below the table: what is unexpected, and what to write."""
         words = []
         if self.replicated:
             words.append(

@@ -1,4 +1,4 @@
-"""Where every array of an optimizer state belongs, before any of it exists."""
+"""Where every array of an optimizer state belongs, before the state exists."""
 
 from typing import Any
 
@@ -13,17 +13,18 @@ from lorapre_jax._trees.sharding import factor_shardings, known_sharding, replic
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
-    """The sharding of every array of `tx.init(params)`.
+    """Returns the sharding of every array of `tx.init(params)`.
 
-    For `jax.jit(tx.init, out_shardings=...)`, for the state among the `out_shardings`
-    of a training step, for `jax.device_put`, and for an Orbax restore. It is what an
-    eager `init` chooses by itself; a compiled one under Auto mesh axes does not see
-    where its arguments lie, and has to be told.
+    It is for `jax.jit(tx.init, out_shardings=...)`, for the state among the
+    `out_shardings` of a training step, for `jax.device_put`, and for an Orbax restore.
+    An eager `init` shards the state like this by itself. A compiled `init` under Auto
+    mesh axes does not see the shardings of its arguments and has to be told.
 
-    A left factor is sharded as the parameter's batch axes and rows, a right one as its
-    batch axes and columns; the rank axis is replicated. Any other array that stands in
-    a parameter's place with its shape (a dense moment, an accumulated gradient) is
-    sharded like it. All else, such as a counter, is replicated.
+    A left factor is sharded like the parameter's batch axes and rows, a right factor
+    like its batch axes and columns; the rank axis is replicated. Any other array that
+    is in a parameter's place and has its shape (a dense moment, an accumulated
+    gradient) is sharded like the parameter. All other arrays, such as a counter, are
+    replicated.
 
     Args:
       tx: Any optax transform.
@@ -35,8 +36,26 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
 
     Raises:
       ValueError: A parameter carries no sharding; the message names the leaf.
-      TypeError: A parameter is no array; the message names the leaf.
+      TypeError: A parameter is not an array; the message names the leaf.
       What `tx.init` raises.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> import lorapre_jax as lp
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
+      >>> rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+      >>> params = {"up": jax.device_put(jnp.zeros((256, 512)), rows)}
+      >>> tx = lp.lorapre_adamw(2e-3, rank=32)
+      >>> shardings = lp.state_sharding(tx, params)
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> print(tuple(state[0].mu_factors["up"].left.sharding.spec))
+      ('fsdp', None)
+
+    See also:
+      `check_state_sharding`; :doc:`meshes and hosts </meshes>`; :doc:`checkpoints
+      </checkpoints>`.
     """
     leaves = named_leaves(params)
     if not leaves:
@@ -65,7 +84,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
 def _known(path: str, leaf: Any, everywhere: Sharding | None) -> Sharding:
     if (known := known_sharding(leaf)) is not None:
         return known
-    if isinstance(leaf, jax.Array):  # Not placed by anyone: with the others.
+    if isinstance(leaf, jax.Array):  # It was never placed: it goes with the others.
         return everywhere or leaf.sharding
     if isinstance(getattr(leaf, "sharding", None), SingleDeviceSharding):
         return leaf.sharding

@@ -1,4 +1,4 @@
-"""One moment of one leaf, from one way of keeping it to another."""
+"""Converts one moment of one leaf from one way of keeping it to another."""
 
 import functools
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Moment(NamedTuple):
     order: str  # "first" or "second".
     method: Any
     value: Any  # Shaped like the leaf, or factors of its matrices.
-    view: MatrixView | None  # Of factors.
+    view: MatrixView | None  # The matrices of factors; None for a dense moment.
     count: jax.Array
     first: Any = None
     """With a second moment, the first one of the same leaf: factors, or dense."""
@@ -37,7 +37,7 @@ class Moment(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the leaf."""
+        """Shape of the leaf."""
         return self.value.shape if self.view is None else self.view.shape
 
     @property
@@ -46,12 +46,12 @@ class Moment(NamedTuple):
 
     @property
     def weight(self) -> Any:
-        """See `lorapre_jax._moments.methods`."""
+        """The weight function of the method; see `lorapre_jax._moments.methods`."""
         return getattr(self.method, f"{self.order}_weight")
 
 
 def translated(old: Moment, new: Moment, decay: float | None) -> Any:
-    """A value for `new` that means what that of `old` means."""
+    """Returns a value for `new` that means what the value of `old` means."""
     if old.shape != new.shape:
         raise ValueError(
             f"Leaf '{old.path}': the old moment is of shape {old.shape}, the new one "
@@ -90,7 +90,7 @@ def forget_programs() -> None:
 
 @functools.lru_cache(maxsize=1024)  # Layers that are alike are compiled once.
 def _program(methods, order: str, view: MatrixView, rank, dtypes, places) -> Any:
-    """`(value, ratio, old first moment, new one) -> value`, compiled."""
+    """Returns the compiled `(value, ratio, old first moment, new one) -> value`."""
     old, new = methods
     squared = order == "second"
 
@@ -139,7 +139,7 @@ def _program(methods, order: str, view: MatrixView, rank, dtypes, places) -> Any
 
 
 def _are_alike(old: Moment, new: Moment) -> bool:
-    """Whether one is kept as the other is, so that there is nothing to translate."""
+    """Whether both are kept in the same way, so that there is nothing to translate."""
     shapes = [jax.tree.map(jnp.shape, x.value) for x in (old, new)]
     is_same_method = type(old.method) is type(new.method)
     return is_same_method and old.view == new.view and shapes[0] == shapes[1]
@@ -153,7 +153,7 @@ def _kept_by(method: type, x: low_rank.Matrix, rank: int | None) -> low_rank.Mat
     assert rank is not None
     pair = low_rank.as_factors(x, rank)
     if method is AlgorithmOne:
-        # Its step cannot leave a pair of zeros.
+        # The paper's step never leaves a pair of zeros.
         noise = 0.02 * random_columns(0, *pair.right.shape).astype(pair.right.dtype)
         empty = jnp.all(pair.right == 0, axis=0)
         return FactorPair(
@@ -169,7 +169,7 @@ def _scaled(x: low_rank.Matrix, ratio: jax.Array) -> low_rank.Matrix:
 
 
 def _ratio(old: Moment, new: Moment, decay: float | None) -> Any:
-    """Of the new value to the old one; of second moments, of their roots."""
+    """Returns the ratio of new to old values; of second moments, of their roots."""
     if old.weight is new.weight:
         return 1.0
     if decay is None:

@@ -1,11 +1,11 @@
 """Boxes: the containers in which frameworks keep an array with the names of its axes.
 
-Flax's `nnx.Variable` and Linen's `Partitioned` are such, and Haliax's `NamedArray`.
+Flax's `nnx.Variable` and Linen's `Partitioned` are boxes, and Haliax's `NamedArray`.
 Trainers read the sharding of an optimizer state off them, so what `init` makes for a
-boxed parameter comes back in a box of the same kind. Afterwards a box is a pytree node
-like any other, so `update` needs none of this.
+boxed parameter is put into a box of the same kind. Afterwards a box is a pytree node
+like any other, and `update` needs none of this.
 
-No framework is imported: only what is already loaded is looked for.
+No framework is imported: only those that are already loaded are looked for.
 """
 
 import sys
@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = tuple[int | None, ...]
-"""Of a new array: which axis of the parameter each of its axes is; None: a new one."""
+"""Which axis of the parameter each axis of a new array is; None for a new axis."""
 
 _RANK = "lorapre_rank"  # Haliax names every axis; no mapping to mesh axes has this one.
 
@@ -38,29 +38,41 @@ def register_box(
 ) -> None:
     """Teaches the library another kind of box around a parameter.
 
-    Flax's and Haliax's boxes are known. A box is a pytree node with one child, the
-    array.
+    A box is a pytree node with one child, the array, that may name the array's axes.
+    Those of Flax and Haliax are known.
 
     Args:
-      kind: The box's class; its subclasses count too.
-      axis_names: `axis_names(box)` are the names of the array's axes, a string or None
-        for each, or None where it has no names. The default selection reads them.
-      like: `like(box, array, axes)` is a box of the same kind around another array.
-        `axes` has for each axis of `array` the number of the axis of the old array that
-        it is, or None for the rank. The array may be a tracer or abstract.
-
-    For example, for a class with the fields `value` and `names`::
-
-        lp.register_box(
-            Named,
-            lambda box: box.names,
-            lambda box, array, axes: Named(
-                array, tuple(None if i is None else box.names[i] for i in axes)
-            ),
-        )
+      kind: The box's class. Its subclasses are boxes too.
+      axis_names: `axis_names(box)` returns the names of the array's axes, a string or
+        None for each, or None if it has no names. The default selection reads them.
+      like: `like(box, array, axes)` returns a box of the same kind around another
+        array. `axes` has for each axis of `array` the number of the axis of the old
+        array that it is, or None for the rank. The array may be a tracer or abstract.
 
     Raises:
       TypeError: `kind` is not a class.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import lorapre_jax as lp
+      >>> @jax.tree_util.register_pytree_node_class
+      ... class Named:
+      ...     def __init__(self, value, names):
+      ...         self.value, self.names = value, names
+      ...     def tree_flatten(self):
+      ...         return (self.value,), self.names
+      ...     @classmethod
+      ...     def tree_unflatten(cls, names, children):
+      ...         return cls(*children, names)
+      >>> def like(box, array, axes):
+      ...     return Named(array, [None if i is None else box.names[i] for i in axes])
+      >>> lp.register_box(Named, lambda box: box.names, like)
+      >>> params = {"kernel": Named(jnp.zeros((256, 512)), ["embed", "mlp"])}
+      >>> print(lp.lorapre_ema(0.9, 32).init(params).ema_factors["kernel"].left.names)
+      ['embed', None]
+
+    See also:
+      :doc:`The recipe for Flax </recipes/flax>`; :doc:`meshes and hosts </meshes>`.
     """
     if not isinstance(kind, type):
         raise TypeError(f"register_box: `kind` must be a class, got {kind!r}.")
@@ -69,7 +81,7 @@ def register_box(
 
 
 def unboxed(node: Any) -> Any:
-    """The array in a box, an `optax.MaskedNode` or None; what is no box, itself."""
+    """Returns the array, MaskedNode or None in a box; any other node as it is."""
     return node if _kind_of(node) is None else _children(node)[0]
 
 
@@ -78,26 +90,26 @@ def is_box(node: Any) -> bool:
 
 
 def axis_names(node: Any, ndim: int) -> tuple[Any, ...]:
-    """One for each axis; None where it has no name."""
+    """Returns the name of each axis, or None for an axis without a name."""
     kind = _kind_of(node)
     names = None if kind is None else kind.axis_names(node)
     return _padded(names or (), ndim)
 
 
 def boxed_like(node: Any, array: Any, axes: Axes) -> Any:
-    """`array` in a box like `node`, named by the axes of `node` that it has."""
+    """Returns `array` in a box like `node`, named by the axes of `node` that it has."""
     kind = _kind_of(node)
     return array if kind is None else kind.like(node, array, axes)
 
 
 def refilled(node: Any, array: Any) -> Any:
-    """The same box around another array of the same axes."""
+    """Returns the same box around another array with the same axes."""
     return jax.tree.unflatten(jax.tree.structure(node), [array])
 
 
 def _kind_of(node: Any) -> _BoxKind | None:
     for known in (*_registered, *_loaded()):
-        # A variable may hold a tree of arrays, and is no box then.
+        # A variable may hold a tree of arrays. Then it is not a box.
         if isinstance(node, known.kind) and len(_children(node)) == 1:
             return known
     return None
@@ -109,7 +121,7 @@ def _children(box: Any) -> list[Any]:
 
 
 def _loaded() -> list[_BoxKind]:
-    """Of the frameworks that are in use."""
+    """Returns the boxes of the frameworks that are loaded."""
     found = []
     if (nnx := sys.modules.get("flax.nnx")) is not None:
         found.append(_BoxKind(nnx.Variable, _names_of_variable, _variable_like))
@@ -121,7 +133,7 @@ def _loaded() -> list[_BoxKind]:
     return found
 
 
-# Flax NNX. Names are metadata, under the first of these that is there.
+# Flax NNX. Names are metadata, under the first of these keys that is present.
 
 _NAMES = (tuple, list, PartitionSpec)
 _SHARDING = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
@@ -140,7 +152,7 @@ def _variable_like(variable: Any, array: Any, axes: Axes) -> Any:
     for key in _SHARDING:
         if metadata.get(key):
             metadata[key] = _selected(metadata[key], axes)
-    # Where MaxText has the layers of a scan; it adds their name there if it is missing.
+    # MaxText's axis of scanned layers; it adds their name there if that is missing.
     scanned = metadata.get("param_scan_axis")
     if scanned in axes:
         metadata["param_scan_axis"] = axes.index(scanned)
@@ -152,8 +164,8 @@ def _selected(entries: Any, axes: Axes) -> Any:
         return entries.update(spec=_selected(entries.spec, axes))
     if not isinstance(entries, _NAMES):
         raise TypeError(
-            f"its sharding metadata is a {type(entries).__name__}, from which those of "
-            "the axes of a factor cannot be told. Give a tuple of names, a "
+            f"its sharding metadata is a {type(entries).__name__}, which does not tell "
+            "the names of the axes of a factor. Give a tuple of names, a "
             "PartitionSpec or a NamedSharding."
         )
     old = tuple(entries)

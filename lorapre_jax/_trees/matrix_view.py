@@ -1,7 +1,7 @@
 """A leaf of any shape seen as a batch of matrices, `(*batch, p, q)`.
 
-A view is made from a shape alone, so it works on arrays, tracers and
-`jax.ShapeDtypeStruct`s, and it is hashable, so it can live in a static pytree node.
+A view is made from a shape alone, so it works for arrays, tracers and
+`jax.ShapeDtypeStruct`s. It is hashable, so it can be in a static pytree node.
 """
 
 import dataclasses
@@ -16,25 +16,40 @@ import optax.contrib
 
 @dataclasses.dataclass(frozen=True)
 class MatrixAxes:
-    """Which axes of a leaf form its matrix, for `x @ W` with input rows.
+    """Which axes of a leaf form its matrix, for `x @ W` with inputs as rows.
 
-    Axes that are named in neither field are batch axes (stacked layers, experts):
-    every slice along them is a matrix of its own and nothing mixes across slices.
-    `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)` means the same
-    and is accepted wherever a `MatrixAxes` is.
+    All other axes are batch axes (stacked layers, experts): every slice along them is a
+    matrix of its own, and nothing mixes across slices.
+    `optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)` means the same and
+    is accepted wherever a `MatrixAxes` is.
 
     Attributes:
-      rows: The reduction (input) axis or axes; several are fused in the given order.
-        Negative numbers count from the end. Of several, name the one first that is
-        sharded: behind another one, the gradient is gathered along it.
+      rows: The reduction (input) axis or axes. Several are fused in the given order.
+        Negative numbers count from the end. If one of several is sharded, name it
+        first: behind another one, the gradient is gathered along it.
       columns: The output axis or axes, likewise.
 
     Raises:
       TypeError: An axis is not an int.
-      ValueError: A side names no axis, or both name one.
+      ValueError: A side names no axis, or both name the same one.
 
-    For example, a stacked attention projection `(layers, embed, heads, head_dim)` is
-    `MatrixAxes(rows=1, columns=(2, 3))`.
+    Examples:
+      A stacked attention projection with an axis of heads, whose second axis is its
+      input:
+
+      >>> import jax
+      >>> import lorapre_jax as lp
+      >>> shape = (2, 256, 8, 32)  # (layers, embed, heads, head_dim)
+      >>> params = {"q": jax.ShapeDtypeStruct(shape, "float32")}
+      >>> axes = lp.MatrixAxes(rows=1, columns=(2, 3))
+      >>> tx = lp.lorapre_adamw(2e-3, rank=32, matrices=axes)
+      >>> leaf = lp.describe(tx, params).leaves[0]
+      >>> print(leaf.batch_shape, leaf.p, leaf.q)
+      (2,) 256 256
+
+    See also:
+      `select_matrices`, `optax.contrib.MuonDimensionNumbers`; :doc:`choosing leaves and
+      rank </choosing>`.
     """
 
     rows: int | tuple[int, ...] = -2
@@ -57,6 +72,7 @@ class MatrixAxes:
 
     @property
     def named(self) -> tuple[int, ...]:
+        """The axes of rows and columns."""
         return _as_tuple(self.rows) + _as_tuple(self.columns)
 
 
@@ -64,7 +80,7 @@ AxesLike = MatrixAxes | optax.contrib.MuonDimensionNumbers
 
 
 def as_matrix_axes(axes: AxesLike, where: str = "matrices") -> MatrixAxes:
-    """`axes` as our own type; `where` they were given, for the error."""
+    """Returns `axes` as a `MatrixAxes`. Errors name `where` they were given."""
     if isinstance(axes, optax.contrib.MuonDimensionNumbers):
         rows, columns = axes
         return MatrixAxes(
@@ -73,8 +89,8 @@ def as_matrix_axes(axes: AxesLike, where: str = "matrices") -> MatrixAxes:
         )
     if not isinstance(axes, MatrixAxes):
         raise TypeError(
-            f"{where}: {axes!r} is no MatrixAxes; write MatrixAxes(rows=0, columns=1), "
-            "say."
+            f"{where}: {axes!r} is not a MatrixAxes; write, for example, "
+            "MatrixAxes(rows=0, columns=1)."
         )
     return axes
 
@@ -106,31 +122,31 @@ class MatrixView:
         return math.prod(self._sizes(self.column_axes))
 
     def to_matrix(self, leaf: jax.Array) -> jax.Array:
-        """`shape` -> `(*batch, p, q)`."""
+        """Reshapes an array of `shape` to `(*batch, p, q)`."""
         return leaf.transpose(self._order).reshape(*self.batch_shape, self.p, self.q)
 
     def from_matrix(self, matrix: jax.Array) -> jax.Array:
-        """`(*batch, p, q)` -> `shape`."""
+        """Reshapes an array `(*batch, p, q)` to `shape`."""
         order = self._order
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return matrix.reshape(self._sizes(order)).transpose(inverse)
 
     def factor_axes(self, sides: tuple[str, ...]) -> tuple[int | None, ...]:
-        """Which of the leaf's axes an array of a factored state has; None: the rank.
+        """Returns the leaf's axis that each axis of a factor is, or None for the rank.
 
-        A factor is stored on the leaf's own axes, so that names and shardings of these
-        hold for it as they are: `(*batch, *rows, r)` for `("row", "rank")`.
+        A factor is stored with the leaf's own axes, so that their names and shardings
+        hold for it as they are: `(*batch, *rows, r)` for the sides `("row", "rank")`.
         """
         axes = {"row": self.row_axes, "column": self.column_axes, "rank": (None,)}
         return self.batch_axes + tuple(axis for side in sides for axis in axes[side])
 
     def factor_shape(self, sides: tuple[str, ...], rank: int) -> tuple[int, ...]:
-        """Of such an array as it is stored."""
+        """Returns the shape of a factor with these sides as it is stored."""
         axes = self.factor_axes(sides)
         return tuple(rank if axis is None else self.shape[axis] for axis in axes)
 
     def fuse(self, state: Any) -> Any:
-        """A factored state as it is stored -> of matrices, `(*batch, p, r)` say."""
+        """Reshapes a factored state from the leaf's axes to `(*batch, p, r)`, say."""
 
         def shape(x, sides) -> tuple[int, ...]:
             sizes = {"row": self.p, "column": self.q, "rank": x.shape[-1]}
@@ -141,7 +157,7 @@ class MatrixView:
         return kind(*(x.reshape(to) for x, to in zip(state, shapes, strict=True)))
 
     def unfuse(self, state: Any) -> Any:
-        """The inverse of `fuse`."""
+        """Reshapes a factored state back to the leaf's axes, the inverse of `fuse`."""
         kind = type(state)
         arrays = zip(state, kind.sides, strict=True)
         return kind(
@@ -157,7 +173,7 @@ class MatrixView:
 
 
 def matrix_view(shape: tuple[int, ...], axes: MatrixAxes, path: str) -> MatrixView:
-    """The view of a leaf of that shape, with errors that name the leaf's path."""
+    """Returns the view of a leaf of that shape. Errors name the leaf's path."""
     rows = _normalized(axes.rows, shape, path)
     columns = _normalized(axes.columns, shape, path)
     named = rows + columns

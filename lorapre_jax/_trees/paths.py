@@ -1,4 +1,4 @@
-"""Leaves of a tree by their paths: the names that rules, reports and states go by."""
+"""Leaves of a tree by their paths, the names that rules, reports and states use."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ import optax
 from lorapre_jax._trees.boxes import is_box, unboxed
 
 compiled = functools.cache(re.compile)
-"""A pattern on paths. `re.compile` itself forgets all but the last 512."""
+"""A compiled pattern on paths. `re.compile` itself keeps only the last 512."""
 
 
 def path_str(path: tuple[Any, ...]) -> str:
@@ -24,9 +24,10 @@ def path_str(path: tuple[Any, ...]) -> str:
 def named_leaves(
     tree: Any, masked: bool = False, is_leaf=None
 ) -> list[tuple[str, Any]]:
-    """Arrays by path, in tree order; `optax.MaskedNode`s among them where asked for.
+    """Returns arrays with their paths, in tree order.
 
-    A box and the array in it have one path.
+    With `masked`, each `optax.MaskedNode` is among them. A box and the array in it have
+    one path.
     """
     nodes = named_nodes(tree, is_leaf)
     leaves = [(path, x if is_leaf and is_leaf(x) else unboxed(x)) for path, x in nodes]
@@ -39,7 +40,7 @@ def named_leaves(
 
 
 def named_nodes(tree: Any, is_leaf=None) -> list[tuple[str, Any]]:
-    """The same in their boxes, with every None and `optax.MaskedNode`."""
+    """Returns the same in their boxes, with every None and `optax.MaskedNode`."""
     wanted = is_leaf or (lambda x: False)
     flat, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: x is None or is_masked(x) or wanted(x) or is_box(x)
@@ -47,7 +48,7 @@ def named_nodes(tree: Any, is_leaf=None) -> list[tuple[str, Any]]:
     children = Counter(path[:-1] for path, _ in flat)
 
     def name(path) -> str:
-        # Of a box that is not known as one, and has its array as the only child.
+        # An unknown box, which has its array as the only child, adds this key.
         boxed = path and getattr(path[-1], "name", None) == "value"
         return path_str(path[:-1] if boxed and children[path[:-1]] == 1 else path)
 

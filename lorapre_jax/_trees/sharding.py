@@ -1,7 +1,7 @@
-"""The state lies where its parameter lies.
+"""Shards the state like its parameters.
 
-A left factor is sharded as the parameter's row axes, a right factor as its column axes,
-both as its batch axes; the rank axis is replicated.
+A left factor is sharded like the parameter's row axes, a right factor like its column
+axes, and both like its batch axes; the rank axis is replicated.
 """
 
 import math
@@ -17,19 +17,19 @@ from lorapre_jax._trees.matrix_view import MatrixView
 
 
 def like_parameter(init: Callable[[], Any], param: Any, view: MatrixView) -> Any:
-    """`init()`, a factored state, placed as `param` is where that is known."""
+    """Returns `init()`, a factored state, sharded like `param` if that is known."""
     sharding = known_sharding(param)
     if sharding is None:
         return init()
     shardings = factor_shardings(sharding, view, type(jax.eval_shape(init)))
     if isinstance(param, jax.core.Tracer):
         return jax.tree.map(jax.sharding.reshard, init(), shardings)
-    # Compiled, no device ever holds more than its shard.
+    # It is compiled so that no device ever holds more than its shard.
     return jax.jit(init, out_shardings=shardings)()
 
 
 def factor_shardings(sharding: Sharding, view: MatrixView, kind: type[Any]) -> Any:
-    """A `kind` of shardings, from that of the parameter."""
+    """Returns a `kind` of shardings, from the sharding of the parameter."""
     if not isinstance(sharding, NamedSharding):
         return kind(*[sharding] * len(kind.sides))
     spec = _full_spec(sharding, view)
@@ -43,7 +43,7 @@ def factor_shardings(sharding: Sharding, view: MatrixView, kind: type[Any]) -> A
 
 
 def entries_of(sharding: NamedSharding, path: str, view: MatrixView):
-    """Of the spec: those of the batch axes, that of the rows, that of the columns."""
+    """Returns the entries of the spec: of the batch axes, the rows and the columns."""
     spec = _full_spec(sharding, view)
     row, column = (
         _fused(sharding.mesh, spec, axes, path, view)
@@ -57,7 +57,7 @@ def _full_spec(sharding: NamedSharding, view: MatrixView) -> tuple[Any, ...]:
 
 
 def _fused(mesh: Any, spec: Sequence[Any], axes, path: str, view: MatrixView):
-    """The entry of a fused side: that of its first axis with more than one element."""
+    """Returns the entry of a fused side: that of its first axis longer than one."""
     first, *rest = [axis for axis in axes if view.shape[axis] > 1] or axes[:1]
     for axis in rest:
         if _parts(mesh, spec[axis]) > 1:
@@ -72,13 +72,16 @@ def _fused(mesh: Any, spec: Sequence[Any], axes, path: str, view: MatrixView):
 
 
 def replicated_zero(params: Any) -> jax.Array:
-    """A counter, `()` int32, on all devices of the parameters' mesh, if known."""
+    """Returns a counter, `()` int32, on all devices of the parameters' mesh."""
     known = filter(None, map(known_sharding, jax.tree.leaves(params)))
     return jnp.zeros([], jnp.int32, device=replicated(known))
 
 
 def replicated(known: Iterable[Sharding]) -> Sharding | None:
-    """On all devices of the first mesh among them; else that of the first at all."""
+    """Returns the replicated sharding on the first mesh among `known`.
+
+    Without a mesh, it is the first sharding; None if there is none.
+    """
     shardings = list(known)
     meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
     if meshes:
@@ -87,7 +90,7 @@ def replicated(known: Iterable[Sharding]) -> Sharding | None:
 
 
 def batch_shards(param: Any, view: MatrixView) -> int:
-    """Over how many devices the first batch axis is sharded, as far as is known."""
+    """Returns over how many devices the first batch axis is known to be sharded."""
     sharding = known_sharding(param)
     if not isinstance(sharding, NamedSharding) or not view.batch_axes:
         return 1
@@ -95,34 +98,38 @@ def batch_shards(param: Any, view: MatrixView) -> int:
 
 
 def _parts(mesh: Any, entry: Any) -> int:
-    """Into how many an entry of a spec divides its axis."""
+    """Returns over how many devices an entry of a spec shards its axis."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that an entry of a spec names."""
+    """Returns the mesh axes that an entry of a spec names."""
     axes = entry if isinstance(entry, tuple) else (entry,)
     return tuple(axis for axis in axes if axis is not None)
 
 
 def known_sharding(param: Any) -> Sharding | None:
-    """Where an array, abstract value or tracer lies, if that was anyone's choice."""
+    """Returns the sharding, or None if it was never set explicitly.
+
+    Accepts arrays, abstract values and tracers.
+    """
     if isinstance(param, jax.core.Tracer):
         sharding = jax.typeof(param).sharding
         return sharding if sharding.mesh.explicit_axes else None
     sharding = getattr(param, "sharding", None)
     if isinstance(sharding, NamedSharding):
         return sharding
-    # JAX moves what was not committed to a device to where others are.
+    # JAX moves an array that is not committed to the devices of the others.
     chosen = isinstance(param, jax.Array) and param.committed
     return sharding if chosen and isinstance(sharding, SingleDeviceSharding) else None
 
 
 def with_auto_axes(fn: Callable[..., Any], *arrays: Any) -> Any:
-    """`fn(rule, *arrays)`, also under explicit mesh axes, with results like `arrays`.
+    """Returns `fn(rule, *arrays)` for explicit axes too, with results sharded like
+    `arrays`.
 
-    There JAX wants to be told the sharding of every contraction of sharded dimensions.
-    The compiler knows better; only the results are pinned, to where the arguments are.
+    Under explicit mesh axes JAX has to be told the sharding of every contraction of
+    sharded axes. The compiler knows better, so only the results are pinned.
     """
     places = jax.tree.map(lambda x: jax.typeof(x).sharding, arrays)
     if not jax.tree.leaves(places)[0].mesh.explicit_axes:
@@ -131,7 +138,7 @@ def with_auto_axes(fn: Callable[..., Any], *arrays: Any) -> Any:
 
 
 def replicated_result(fn: Callable[..., Any], g: jax.Array) -> Callable[..., Any]:
-    """`fn(g, ...)`, also under explicit mesh axes, with results on every device."""
+    """Returns `fn(g, ...)` for explicit axes too, with replicated results."""
     mesh = jax.typeof(g).sharding.mesh
     if not mesh.explicit_axes:
         return fn
