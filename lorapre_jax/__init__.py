@@ -1,6 +1,7 @@
 """LoRA-Pre: low-rank Adam and Muon momenta as optax gradient transformations."""
 
-from lorapre_jax._adam import lorapre_adamw, scale_by_lorapre_adam
+from lorapre_jax._adam import scale_by_lorapre_adam
+from lorapre_jax._adam_alias import lorapre_adamw
 from lorapre_jax._ema import lorapre_ema
 from lorapre_jax._leaves.selection import select_matrices
 from lorapre_jax._moments.methods import (

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from lorapre_jax._adam import decayed_weights, lorapre_adamw
+from lorapre_jax._adam_alias import decayed_weights, lorapre_adamw
 from lorapre_jax._leaves import checks
 from lorapre_jax._leaves.roles import roles
 from lorapre_jax._leaves.selection import Decided, Matrices, resolve_axes
