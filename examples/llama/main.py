@@ -10,6 +10,7 @@ import jax
 from rich.console import Console
 
 from examples.llama import commands, hosts
+from examples.llama.again import again, interrupted
 from examples.llama.commands import (
     Describe,
     Eval,
@@ -21,7 +22,7 @@ from examples.llama.commands import (
 from examples.llama.config import recipes
 from examples.llama.data.text import planned_vocabulary
 from examples.llama.divergence import Diverged
-from examples.llama.ending import Code, again, interrupted
+from examples.llama.ending import Code
 from examples.llama.generate import Sampling
 from examples.llama.lock import WorkdirInUse, require_free
 from examples.llama.options import told
@@ -145,7 +146,7 @@ def _plan_of(command: Train | Describe, every_leaf: bool) -> str:
     devices = jax.device_count()
     text = plan(command.config, vocab_size, command.recipe, devices, every_leaf)
     notes = [*notes, *recipes.notes(command.recipe, command.config.optimizer)]
-    return "\n".join([*(told(note, Train) for note in notes), text])
+    return "\n".join([*(told(note, type(command)) for note in notes), text])
 
 
 def _eval(command: Eval, console: Console) -> None:

@@ -17,7 +17,7 @@ from examples.llama.config import (
     flat,
     override,
 )
-from examples.llama.config.structure import typed
+from examples.llama.config.structure import of_file, typed
 from examples.llama.data.tokenizer_files import saved_file
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
@@ -131,7 +131,7 @@ def model_of(workdir: Path) -> ModelConfig:
             **{x.partition(".")[2]: value for x, value in values.items()}
         )
     except ValueError as error:
-        raise _damaged(workdir / _SETTINGS, str(error)) from error
+        raise _damaged(workdir / _SETTINGS, of_file(error)) from error
 
 
 def defaults_of(folder: Path) -> dict[str, Any]:
@@ -156,7 +156,8 @@ def config_of(workdir: Path) -> Config:
     try:
         return override(Config(), settings)
     except ValueError as error:
-        raise ValueError(f"{path}: not the settings of a run: {error}") from error
+        why = of_file(error)
+        raise ValueError(f"{path}: not the settings of a run: {why}") from error
 
 
 def data_of(workdir: Path) -> dict[str, Any]:

@@ -136,9 +136,12 @@ def test_what_is_written_is_read_back(config, tmp_path):
         # A number of base 60, and a date, to YAML.
         ("profile: 10:13", "profile must be text or null, got 613; put it in quotes"),
         ("workdir: 2026-01-02", "workdir must be a path, got .*; put it in quotes"),
+        ("workdir: null", "workdir must be a path, got None$"),
         ("data: c4", "data is a group of settings, such as data.path"),
         ("model.width: 3\nmodel: {width: 4}", "model.width is given twice"),
         ("steps: {a: 1}", "steps.a is no setting"),
+        ("steps: {}", "steps must be a whole number, got {}"),
+        ("data:", "data is a group of settings, such as data.path"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(content, message, tmp_path):
@@ -158,13 +161,15 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
         "model: {rope_base: 5E+5}\n"
         "data: {train_tokens: 1_000_000}\n"
         "workdir: '1e3'\n"
+        "init_from: 1e3-b\n"
     )
     config = config_of(["train", "--config", str(path)])
     assert (config.optimizer.learning_rate, config.model.rope_base) == (1e-3, 5e5)
     assert isinstance(config.optimizer.weight_decay, float)
     assert (config.optimizer.clip_norm, config.data.train_tokens) == (None, 10**6)
-    assert config.workdir == Path("1e3")
-    assert file.read(path)["workdir"] == Path("1e3")
+    assert (config.workdir, config.init_from) == (Path("1e3"), Path("1e3-b"))
+    path.write_text(file.dump(as_groups(config)))
+    assert config_of(["train", "--config", str(path)]) == config
 
 
 def test_what_a_file_lacks_an_option_may_give(tmp_path, capsys):

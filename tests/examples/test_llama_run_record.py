@@ -114,7 +114,7 @@ def test_every_command_names_damaged_settings(config, content, monkeypatch, caps
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("num_heads", 3, "`model.width` (128) must be a multiple"),
+        ("num_heads", 3, "model.width (128) must be a multiple of model.num_heads (3)"),
         ("width", 128.0, "model.width must be a whole number, got 128.0"),
         ("num_layers", True, "model.num_layers must be a whole number, got True"),
         ("num_kv_heads", "2", "model.num_kv_heads must be a whole number or null, got"),
@@ -146,7 +146,9 @@ def test_settings_that_no_run_can_have_are_named(config, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert told == f"error: {file}: steps must be a whole number, got 'abc'\n"
     file.write_text(file.read_text().replace("steps: abc", "steps: 0"))
-    with pytest.raises(ValueError, match=r"yaml: not the settings of a run: `steps`"):
+    with pytest.raises(
+        ValueError, match=r"yaml: not the settings of a run: steps must be"
+    ):
         config_of(config.workdir)
 
 

@@ -1,9 +1,9 @@
-"""One frozen tree of settings; only ``commands`` and ``main`` know the command line.
+"""One frozen tree of settings, without the command line, which is in ``commands``.
 
 The field docstrings are its help texts. Values are checked when an object is made, so a
 bad setting is reported before anything is read or compiled. Messages name a setting in
 backquotes with its group, as `data.path`, or with a value, as `data.batching: packed`;
-the command line shows the option for it instead.
+``options`` has what the command line shows instead.
 """
 
 import dataclasses
@@ -146,9 +146,9 @@ class Config:
         return self.extend_to or self.steps
 
 
-# What may change between the parts of one run: none of it alters an update, except
-# by rounding on another mesh. Where text and tokenizer are may, because
-# their fingerprint is compared.
+# What may change between the parts of one run: none of it alters an update, except by
+# rounding on another mesh. Where text and tokenizer are may, because their fingerprint
+# is compared.
 _FREE = (
     "workdir",
     "mesh",
@@ -187,4 +187,4 @@ def differences(
     """Fields that decide the result of a run and differ: name to both values."""
     names = sorted((there.keys() | here.keys()) - set(_FREE))
     pairs = {name: (there.get(name), here.get(name)) for name in names}
-    return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -39,7 +39,7 @@ class _Dumper(yaml.SafeDumper):
 for _kind in (_Loader, _Dumper):  # 1e-3, which is text to YAML 1.1 for want of a dot.
     _kind.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"),
+        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
         list("-+0123456789"),
     )
 

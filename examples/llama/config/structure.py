@@ -28,6 +28,11 @@ class BadSetting(ValueError):
     """No such setting, or no value for it; the message names it."""
 
 
+def of_file(error: ValueError) -> str:
+    """The message, about settings in a file: no option is to be shown for them."""
+    return str(error).replace("`", "")
+
+
 def as_groups(config: Any) -> Any:
     """Nested ``{"model": {"width": 128, ...}, ...}`` of JSON values."""
     if dataclasses.is_dataclass(config):
@@ -109,6 +114,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
             return Path(value)
     *words, last = (str(_WORDS.get(choice, choice)) for choice in choices)
     wanted = f"{', '.join(words)} or {last}" if words else last
+    # YAML takes 10:13 for a number of base 60, and yes for a truth value.
     is_text = str in choices or Path in choices
-    mend = "; put it in quotes" if is_text and not isinstance(value, list) else ""
+    is_plain = value is not None and not isinstance(value, (list, Mapping))
+    mend = "; put it in quotes" if is_text and is_plain else ""
     raise BadSetting(f"{name} must be {wanted}, got {reprlib.repr(value)}{mend}")
