@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -397,6 +398,15 @@ def test_describe_has_every_leaf(capsys):
     text = planned(capsys, "describe", "--rank", "4")
     assert "layers/attention/q/kernel" in text
     assert "4 x 128 x 128 at rank 4: LowRank, RotatedRankOne" in text
+
+
+def test_only_the_command_line_knows_its_options():
+    own = {"__main__", "main", "commands", "options", "again"}
+    found = re.compile(r"tyro|llama\.(main|commands|options|again)\b|(?<![-\w])--[a-z]")
+    folder = Path(__main__.__file__).parent
+    paths = {path for path in folder.rglob("*.py") if path.stem not in own}
+    assert len(paths) > 40
+    assert not [path for path in paths if found.search(path.read_text())]
 
 
 def test_settings_of_a_run_are_json_values():
