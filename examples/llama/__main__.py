@@ -5,7 +5,8 @@ import signal
 import sys
 from functools import partial
 
-from examples.llama.ending import Code, again_if_dropped, interrupted
+from examples.llama.again import interrupted
+from examples.llama.ending import Code, again_if_dropped
 
 
 def main() -> int:

@@ -1,11 +1,8 @@
 """The checkpoints of a run: written in the background, verified before use."""
 
 import contextlib
-import dataclasses
-import json
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +12,10 @@ import orbax.checkpoint as ocp
 
 import lorapre_jax as lp
 from examples.llama import files, hosts
+from examples.llama.digests import UNFINISHED, Digests
 
 _KEPT = 2
-_UNFINISHED = "its saving was interrupted"
-_SUFFIX = "-unfinished"  # Of such a one in `damaged`.
-_RUN = "run"  # A file beside the digests: whose they are.
+_SUFFIX = "-unfinished"  # In `damaged`, of one whose saving was interrupted.
 
 
 class SaveFailed(OSError):
@@ -36,10 +32,10 @@ def newest(workdir: Path) -> Path:
     Raises ``DamagedCheckpoint``, also where there is none.
     """
     steps = _steps(workdir.resolve() / "checkpoints")
-    run = _run_of(workdir.resolve() / "digests")
+    digests = Digests(workdir.resolve() / "digests")
     faults = []
     for path in reversed(steps):
-        fault = _fault(path, run, path == steps[-1])
+        fault = digests.fault(path, path == steps[-1])
         if not fault:
             return path
         faults.append(f"\n{path}: {fault}")
@@ -66,7 +62,7 @@ class Checkpoints:
     def __init__(self, workdir: Path):
         workdir = workdir.resolve()
         self._folder = workdir / "checkpoints"
-        self._digests, self._damaged = workdir / "digests", workdir / "damaged"
+        self._digests, self._damaged = Digests(workdir / "digests"), workdir / "damaged"
         self.set_aside = hosts.on_first(self._begin) or []
         options = ocp.CheckpointManagerOptions(
             max_to_keep=_KEPT,
@@ -111,10 +107,8 @@ class Checkpoints:
         On several hosts all of them ask.
         """
         hosts.on_first(self._finish_writing)
-        for file in reversed(_digest_files(self._digests)):
-            if self.path(int(file.stem)).exists():
-                return self.path(int(file.stem))
-        return None
+        sealed = map(self.path, reversed(self._digests.steps()))
+        return next((path for path in sealed if path.exists()), None)
 
     def _finish_writing(self) -> None:
         with contextlib.suppress(SaveFailed):  # Told when the manager is closed.
@@ -166,13 +160,9 @@ class Checkpoints:
     def _seal(self, step: int) -> None:
         """Write the digests, once Orbax has committed."""
         self._manager.wait_until_finished()
-        found = files.digests(self.path(step))
-        digest = Digest(_run_of(self._digests) or "", step, found)
-        text = json.dumps(dataclasses.asdict(digest), indent=2)
-        files.write(_digest_file(self.path(step)), text + "\n")
-        for file in _digest_files(self._digests):
-            if int(file.stem) not in self._manager.all_steps():
-                file.unlink()
+        self._digests.seal(self.path(step))
+        for old in set(self._digests.steps()) - set(self._manager.all_steps()):
+            self._digests.remove(old)
         for unfinished in self._damaged.glob(f"*{_SUFFIX}"):
             shutil.rmtree(unfinished)
 
@@ -187,13 +177,11 @@ class Checkpoints:
 
     def _begin(self) -> list[str]:
         """Tell good checkpoints from others, which are moved; see ``set_aside``."""
-        steps, run = _steps(self._folder), _run_of(self._digests)
+        steps = _steps(self._folder)
         self._require_history(steps)
-        lines = self._set_aside(steps, run)
-        self._digests.mkdir(parents=True, exist_ok=True)
-        for folder in (self._folder.parent, self._digests):
-            files.clear_unfinished(folder)
-        files.write(self._digests / _RUN, (run or uuid.uuid4().hex) + "\n")
+        lines = self._set_aside(steps)
+        self._digests.begin()
+        files.clear_unfinished(self._folder.parent)
         return lines
 
     def _require_history(self, steps: list[Path]) -> None:
@@ -201,32 +189,32 @@ class Checkpoints:
         log = self._folder.with_name("metrics.jsonl")
         has_log = log.exists() and log.stat().st_size > 0
         is_gone = not self._folder.exists() and has_log
-        if not steps and (is_gone or _digest_files(self._digests)):
+        if not steps and (is_gone or self._digests.steps()):
             raise DamagedCheckpoint(
                 f"{self._folder}: the checkpoints of this run are gone, though "
-                f"{self._digests} or {log} tell of them. Bring them back (is a disk "
-                "not mounted?), or give another --workdir to start anew."
+                f"{self._folder.with_name('digests')} or {log} tell of them. Bring "
+                "them back (is a disk not mounted?), or give another `workdir` to "
+                "start anew."
             )
 
-    def _set_aside(self, steps: list[Path], run: str | None) -> list[str]:
-        faults = {path: _fault(path, run, path == steps[-1]) for path in steps}
+    def _set_aside(self, steps: list[Path]) -> list[str]:
+        faults = {path: self._digests.fault(path, path == steps[-1]) for path in steps}
         faults = {path: fault for path, fault in faults.items() if fault}
         lines = [f"checkpoint {path} refused: {why}" for path, why in faults.items()]
         # The very first one may have been interrupted: then nothing is lost.
-        is_first = list(faults.values()) == [_UNFINISHED] and not _digest_files(
-            self._digests
-        )
+        is_alone = list(faults.values()) == [UNFINISHED]
+        is_first = is_alone and not self._digests.steps()
         if faults and len(faults) == len(steps) and not is_first:
-            end = "None is left. Give another --workdir to start anew."
+            end = "None is left. Give another `workdir` to start anew."
             raise DamagedCheckpoint("\n".join([*lines, end]))
         moved = []
         for path, line in zip(faults, lines, strict=True):
             # Or they would be taken for those of the checkpoint that replaces it.
-            _digest_file(path).unlink(missing_ok=True)
+            self._digests.remove(int(path.name))
             if path in steps[:-_KEPT]:  # Orbax was deleting it, as was due.
                 shutil.rmtree(path)
                 continue
-            suffix = _SUFFIX if faults[path] == _UNFINISHED else ""
+            suffix = _SUFFIX if faults[path] == UNFINISHED else ""
             target = self._damaged / f"{path.name}{suffix}"
             self._damaged.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
@@ -235,74 +223,8 @@ class Checkpoints:
         return moved
 
 
-@dataclasses.dataclass(frozen=True)
-class Digest:
-    """What a checkpoint was when it was saved."""
-
-    run: str
-    step: int
-    files: dict[str, str]  # SHA-256 by path.
-
-
 def _steps(folder: Path) -> list[Path]:
     """By the number of steps."""
     names = re.compile(r"0|[1-9][0-9]*")
     steps = [path for path in folder.glob("*") if names.fullmatch(path.name)]
     return sorted(steps, key=lambda path: int(path.name))
-
-
-def _digest_files(digests: Path) -> list[Path]:
-    """In the order of their steps; what else lies there is not ours."""
-    names = re.compile(r"(0|[1-9][0-9]*)\.json")
-    found = [path for path in digests.glob("*") if names.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.stem))
-
-
-def _digest_file(path: Path) -> Path:
-    return path.parents[1] / "digests" / f"{path.name}.json"
-
-
-def _read_digest(file: Path) -> Digest | None:
-    """None where it cannot be read."""
-    try:
-        digest = Digest(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-    is_good = isinstance(digest.files, dict) and isinstance(digest.run, str)
-    return digest if is_good else None
-
-
-def _run_of(digests: Path) -> str | None:
-    """Its name, from the file there or the newest digest; None: there was no run."""
-    file = digests / _RUN
-    try:
-        name = file.read_text().strip() if file.exists() else ""
-    except ValueError:
-        name = ""
-    if not re.fullmatch("[0-9a-f]{32}", name):  # It is damaged.
-        name = ""
-    read = filter(None, map(_read_digest, reversed(_digest_files(digests))))
-    return name or next((digest.run for digest in read), None)
-
-
-def _fault(path: Path, run: str | None, is_newest: bool) -> str:
-    """Why the checkpoint is not what was saved; empty where it is."""
-    file = _digest_file(path)
-    if not file.exists():
-        # Imported weights, at step 0, come with all that belongs to them.
-        is_unfinished = is_newest and run is not None and path.name != "0"
-        return _UNFINISHED if is_unfinished else f"{file} is missing"
-    digest = _read_digest(file)
-    if digest is None:
-        return f"{file} cannot be read"
-    if str(digest.step) != path.name:
-        return f"by {file} it is the checkpoint of step {digest.step}, renamed"
-    if digest.run != run:
-        return f"by {file} it is of another run than that of {file.with_name(_RUN)}"
-    now = files.digests(path)
-    changed = {
-        name
-        for name in now.keys() | digest.files.keys()
-        if now.get(name) != digest.files.get(name)
-    }
-    return f"{', '.join(sorted(changed))} changed since it was saved" if changed else ""

@@ -5,23 +5,23 @@ import dataclasses
 import functools
 import operator
 import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
 from examples.llama.config import (
     PRESETS,
     Config,
-    as_groups,
     expand_home,
     file,
     flat,
     override,
 )
 from examples.llama.config.recipes import RECIPES, Setting
-from examples.llama.data import tokenizers
-from examples.llama.run_record import data_of, model_of
+from examples.llama.options import told, unchecked
+from examples.llama.run_record import defaults_of
 
 PROGRAM = "python -m examples.llama"
 
@@ -71,6 +71,18 @@ class Eval:
 
     def __post_init__(self) -> None:
         expand_home(self, "workdir", "data")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that are not to be the run's own, by their dotted names."""
+        names = ("eval_tokens", "seq_len", "batch_size")
+        given = {f"data.{name}": getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.data is not None:
+            given |= {"data.path": self.data, "data.hub": None}
+        if self.skip_bad_lines:
+            given["data.skip_bad_lines"] = True
+        return given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,45 +144,83 @@ _ANY: Any = functools.reduce(
     operator.or_,
     (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in _KINDS.items()),
 )
+_CONFIG = tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
+
+
+def kind_of(arguments: list[str]) -> type[Command] | None:
+    """Which command is asked for; None where it is not told, or there is no such."""
+    return _KINDS.get(arguments[0]) if arguments else None
 
 
 def parse(arguments: list[str]) -> Command:
     """What is asked for; prints help or what is wrong, and exits, where it must.
 
-    Raises ``ValueError`` for settings that cannot be.
+    Raises ``ValueError`` where a file that is named is not what it should be.
     """
     # One command alone once it is known: errors then name its settings, no union's.
-    name = arguments[0] if arguments else ""
-    options = tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
-    if name not in _KINDS:
+    kind = kind_of(arguments)
+    if kind is None:
         about = "Llamas with low-rank momentum: pretrain, look at, use."
         return tyro.cli(
-            _ANY, args=arguments, prog=PROGRAM, config=options, description=about
+            _ANY, args=arguments, prog=PROGRAM, config=_CONFIG, description=about
         )
-    kind, rest, more = _KINDS[name], arguments[1:], {}
-    if kind in (Train, Describe):
-        config, recipe, rest = _configured(rest)
-        more["default"] = kind(config, recipe)
-        more["description"] = f"{kind.__doc__}\n\n{_DEFAULTS}"
-    return tyro.cli(kind, args=rest, prog=f"{PROGRAM} {name}", config=options, **more)
+    program, rest = f"{PROGRAM} {arguments[0]}", arguments[1:]
+    if kind is Train or kind is Describe:
+        return _of_a_run(kind, rest, program)
+    return tyro.cli(kind, args=rest, prog=program, config=_CONFIG)
 
 
-def _configured(arguments: list[str]) -> tuple[Config, dict[str, Setting], list[str]]:
-    """The defaults that some options ask for, their recipe, and the other options."""
+def _of_a_run(
+    kind: type[Train] | type[Describe], arguments: list[str], program: str
+) -> Train | Describe:
+    """With the settings of the defaults, the file and the options, checked at last."""
+    defaults = _defaults(arguments)
+    start = unchecked(kind)()
+    given = tyro.cli(
+        type(start),
+        args=defaults.rest,
+        prog=program,
+        config=_CONFIG,
+        description=f"{kind.__doc__}\n\n{_DEFAULTS}",
+        default=dataclasses.replace(
+            start, config=override(start.config, defaults.values)
+        ),
+    )
+    try:
+        config = override(Config(), flat(dataclasses.asdict(given.config)))
+    except ValueError as error:
+        origin = f" (with the settings in {defaults.file})" if defaults.file else ""
+        print(f"error: {told(str(error), kind)}{origin}", file=sys.stderr)
+        print(f"For all options: {program} --help", file=sys.stderr)
+        sys.exit(2)
+    if kind is Train:
+        return Train(config, defaults.recipe, given.dry_run)
+    return Describe(config, defaults.recipe)
+
+
+class _Defaults(NamedTuple):
+    """What some options and the file ask for, and the other options."""
+
+    values: dict[str, Any]  # By the settings' names.
+    recipe: dict[str, Setting]
+    file: Path | None
+    rest: list[str]
+
+
+def _defaults(arguments: list[str]) -> _Defaults:
     options, rest = _defaults_parser().parse_known_args(arguments)
-    content = file.load(options.config) if options.config else {}
-    config, recipe = Config(PRESETS[options.preset]), dict[str, Setting]()
+    of_file = file.read(options.config) if options.config else {}
+    values = flat({"model": dataclasses.asdict(PRESETS[options.preset])})
+    recipe = dict[str, Setting]()
     if options.recipe:
-        optimizer = options.optimizer or flat(content).get("optimizer.name")
+        optimizer = options.optimizer or of_file.get("optimizer.name")
         recipe = RECIPES[options.recipe](options.preset, optimizer)
-        config = override(config, {name: x.value for name, x in recipe.items()})
+        values |= {name: setting.value for name, setting in recipe.items()}
     if options.init_from not in (None, "None"):
-        config = override(config, _defaults_of(_path(options.init_from)))
-    # Before what was given beside it, which wins.
-    rest = file.options_of(content, options.config) + rest
+        values |= defaults_of(_path(options.init_from))
     rest += ["--optimizer", options.optimizer] if options.optimizer else []
     rest += ["--init-from", options.init_from] if options.init_from else []
-    return config, recipe, rest
+    return _Defaults(values | of_file, recipe, options.config, rest)
 
 
 def _defaults_parser() -> argparse.ArgumentParser:
@@ -186,31 +236,6 @@ def _defaults_parser() -> argparse.ArgumentParser:
 
 def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
-
-
-def _defaults_of(folder: Path) -> dict[str, Any]:
-    """Settings that parameters there ask for, by their dotted names."""
-    values = flat({"model": as_groups(model_of(folder))})
-    tokenizer = tokenizers.saved_file(folder)
-    if tokenizer is not None:
-        values["data.tokenizer"] = str(tokenizer)
-    vocab_size = data_of(folder)["vocab_size"]
-    return values | {"data.vocab_size": vocab_size, "init_from": folder}
-
-
-def config_of(run: Path) -> Config:
-    """The settings of a run, its tokenizer the one that it has kept.
-
-    Of imported weights, the default settings with their model and tokenizer.
-    """
-    own = _defaults_of(run)  # First, as it says best where there is no run.
-    path = run / "config.yaml"
-    try:
-        command = parse(["train", "--config", str(path)])
-    except SystemExit as error:  # It has told what cannot be, but not where.
-        raise ValueError(f"{path}: not the settings of a run") from error
-    assert isinstance(command, Train)
-    return override(command.config, own)
 
 
 _DEFAULTS = (

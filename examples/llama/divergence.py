@@ -34,8 +34,9 @@ class Diverged(Exception):
         )
         super().__init__(
             f"Diverged: {error}. {saved} The same command would come to the same point "
-            "again: start another run with a lower --learning-rate or a --clip-norm, "
-            "or go on with --skip-nonfinite N, which leaves such steps out."
+            "again: start another run with a lower `optimizer.learning_rate` or a "
+            "`optimizer.clip_norm`, or go on with `skip_nonfinite: N`, which leaves "
+            "out up to N such steps in a row."
         )
 
 

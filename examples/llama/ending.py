@@ -5,7 +5,7 @@ import enum
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 
@@ -26,17 +26,6 @@ class Code(enum.IntEnum):
     INTERRUPTED = 130
     OUTPUT_CLOSED = 141
     TERMINATED = 143
-
-
-def again(arguments: Sequence[str]) -> str:
-    """What is told after the command ``arguments`` has not come to its end."""
-    goes_on = arguments[:1] == ["train"] and "--dry-run" not in arguments
-    return " Run the same command again to go on." if goes_on else ""
-
-
-def interrupted(arguments: Sequence[str]) -> str:
-    """The words for Ctrl-C."""
-    return f"Interrupted.{again(arguments)}"
 
 
 def again_if_dropped(hook: Callable[[Any], object], dropped: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from examples.llama.config import ModelConfig
+from examples.llama.config import DataConfig, ModelConfig
 
 # Dense bfloat16 products in teraflops per second, by the makers' data sheets.
 _PEAK_TFLOPS = {
@@ -46,3 +46,14 @@ def peak(devices: Sequence[Any], tflops: float | None = None) -> float | None:
             return None
         tflops = _PEAK_TFLOPS[max(names, key=len)]
     return tflops * 1e12 * len(devices)
+
+
+def seconds_at_peak(
+    model: ModelConfig, params: Any, data: DataConfig, tflops: float | None
+) -> float | None:
+    """Of a training step on all devices; None where their peak is not known."""
+    at_peak = peak(jax.devices(), tflops)
+    if at_peak is None:
+        return None
+    tokens = data.batch_size * data.seq_len
+    return per_token(model, params, data.seq_len) * tokens / at_peak

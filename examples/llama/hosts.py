@@ -37,7 +37,7 @@ def parse_job(text: str) -> dict[str, Any]:
     port, count, own = map(int, match.groups()[1:]) if match else (0, 0, 0)
     if not match or own >= count or not 0 < port < 2**16:
         raise ValueError(
-            f"distributed: {text!r} is neither auto nor like host0:1234,2,0 "
+            f"`distributed`: {text!r} is neither auto nor like host0:1234,2,0 "
             "(coordinator, number of processes, own number from 0 on)"
         )
     return {

@@ -40,22 +40,23 @@ def parse_mesh(text: str) -> dict[str, int]:
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
         if not match or match[1] not in sizes or int(match[2]) < 1:
             raise ValueError(
-                f"mesh: {part!r} is not one of {', '.join(f'{a}=N' for a in MESH_AXES)}"
-                ", N at least 1; give them like fsdp=4,tensor=2"
+                f"`mesh`: {part!r} is not one of "
+                f"{', '.join(f'{a}=N' for a in MESH_AXES)}, N at least 1; "
+                "give them like fsdp=4,tensor=2"
             )
         if match[1] in given:
-            raise ValueError(f"mesh: {text!r} has {match[1]} twice")
+            raise ValueError(f"`mesh`: {text!r} has {match[1]} twice")
         given.add(match[1])
         sizes[match[1]] = int(match[2])
     return sizes
 
 
 def make_mesh(text: str | None, devices: Sequence[Any]) -> Mesh:
-    """A mesh of all `devices`, as `--mesh` says; None: all divide the batch."""
+    """A mesh of all `devices`, as `text` says; None: all divide the batch."""
     sizes = parse_mesh(text or f"data={len(devices)}")
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
-            f"mesh: {text} takes {math.prod(sizes.values())} devices, but there are "
+            f"`mesh`: {text} takes {math.prod(sizes.values())} devices, but there are "
             f"{len(devices)}"
         )
     types = (AxisType.Auto,) * len(sizes)
@@ -84,9 +85,9 @@ def by_row(
     """Of a batch whose first axis is its rows, so many of them computed at once."""
     parts, rows = row_parts(mesh), micro_batch_size or batch_size
     if rows % parts:
-        name = "micro_batch_size" if micro_batch_size else "batch_size"
+        name = "micro_batch_size" if micro_batch_size else "data.batch_size"
         raise ValueError(
-            f"{name} ({rows}) must be a multiple of the {parts} devices that "
+            f"`{name}` ({rows}) must be a multiple of the {parts} devices that "
             f"divide its rows (mesh axes {' and '.join(_RULES['batch'])})"
         )
     return NamedSharding(mesh, PartitionSpec(_RULES["batch"]))

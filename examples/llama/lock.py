@@ -135,7 +135,7 @@ class Lock:
             )
         raise WorkdirInUse(
             f"{self._workdir} is in use by process {there.pid} on {there.host}, since "
-            f"{there.since}.{more} Wait until it ends, or give another --workdir."
+            f"{there.since}.{more} Wait until it ends, or give another `workdir`."
         )
 
     def _give_signs(self) -> None:

@@ -10,6 +10,7 @@ import jax
 from rich.console import Console
 
 from examples.llama import commands, hosts
+from examples.llama.again import again, interrupted
 from examples.llama.commands import (
     Describe,
     Eval,
@@ -21,8 +22,10 @@ from examples.llama.commands import (
 from examples.llama.config import recipes
 from examples.llama.data.text import planned_vocabulary
 from examples.llama.divergence import Diverged
-from examples.llama.ending import Code, again, interrupted
+from examples.llama.ending import Code
+from examples.llama.generate import Sampling
 from examples.llama.lock import WorkdirInUse, require_free
+from examples.llama.options import told
 from examples.llama.plan import plan
 from examples.llama.stop import Stopped, Terminated, terminable
 from examples.llama.terminal import Terminal, say
@@ -48,7 +51,11 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = Code.OUTPUT_CLOSED
         with contextlib.suppress(BrokenPipeError):
-            _failed(f"what reads the output is gone.{again(arguments)}", code=code)
+            _failed(
+                arguments,
+                f"what reads the output is gone.{again(arguments)}",
+                code=code,
+            )
     except KeyboardInterrupt:
         print(interrupted(arguments))
         code = Code.INTERRUPTED
@@ -62,18 +69,18 @@ def _outcome(arguments: list[str], console: Console) -> int:
     try:
         command = commands.parse(arguments)
     except ValueError as error:
-        return _failed(error, code=Code.BAD_SETTINGS)
+        return _failed(arguments, error, code=Code.BAD_SETTINGS)
     try:
         _COMMANDS[type(command)](command, console)
     except hosts.FirstFailed as error:
         code = hosts.others.code_of_first() if hosts.others else Code.REFUSED
-        return _failed(error, code=code)
+        return _failed(arguments, error, code=code)
     except WorkdirInUse as error:
-        return _failed(error, code=Code.IN_USE)
+        return _failed(arguments, error, code=Code.IN_USE)
     except Diverged as error:
-        return _failed(error, code=Code.DIVERGED)
+        return _failed(arguments, error, code=Code.DIVERGED)
     except ValueError as error:  # bad data, or not this run's: the message is enough
-        return _failed(error, code=Code.REFUSED)
+        return _failed(arguments, error, code=Code.REFUSED)
     except (Stopped, Terminated) as stopped:
         console.quiet = not hosts.is_first()
         say(console, f"{stopped}{again(arguments)}")
@@ -92,22 +99,23 @@ def _failed_at_work(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, OSError):  # a full disk, above all
         more = again(arguments)
         more = f"What was saved is kept.{more}" if more else ""
-        return _failed(error, more, code=Code.IO_FAILED)
+        return _failed(arguments, error, more, code=Code.IO_FAILED)
     of_devices = isinstance(error, jax.errors.JaxRuntimeError)
     if isinstance(error, MemoryError) or (
         of_devices and "RESOURCE_EXHAUSTED" in str(error)
     ):
         what = str(error).partition("\n")[0] or "out of memory"
         mend = _LESS_MEMORY.get(arguments[0], "")
-        return _failed(what, mend, code=Code.OUT_OF_MEMORY)
+        return _failed(arguments, what, mend, code=Code.OUT_OF_MEMORY)
     traceback.print_exception(error)
     return Code.UNFORESEEN
 
 
-def _failed(error: Exception | str, *more: str, code: int) -> int:
-    # On a terminal of its own: the other may hold what could not be written.
+def _failed(arguments: list[str], error: Exception | str, *more: str, code: int) -> int:
     notes = getattr(error, "__notes__", ())  # What failed besides.
-    say(Terminal(stderr=True), f"error: {error}", *notes, *filter(None, more))
+    message = told(str(error), commands.kind_of(arguments))
+    # On a terminal of its own: the other may hold what could not be written.
+    say(Terminal(stderr=True), f"error: {message}", *notes, *filter(None, more))
     return code
 
 
@@ -116,7 +124,8 @@ def _train(command: Train, console: Console) -> None:
     if command.dry_run:
         say(console, _plan_of(command, every_leaf=False))
         return
-    say(console, *recipes.notes(command.recipe, config.optimizer))
+    notes = recipes.notes(command.recipe, config.optimizer)
+    say(console, *(told(note, Train) for note in notes))
     if config.distributed is not None:
         require_free(config.workdir)
         hosts.join(config.distributed)  # From here on JAX waits for SIGTERM.
@@ -137,21 +146,23 @@ def _plan_of(command: Train | Describe, every_leaf: bool) -> str:
     devices = jax.device_count()
     text = plan(command.config, vocab_size, command.recipe, devices, every_leaf)
     notes = [*notes, *recipes.notes(command.recipe, command.config.optimizer)]
-    return "\n".join([*notes, text])
+    return "\n".join([*(told(note, type(command)) for note in notes), text])
 
 
 def _eval(command: Eval, console: Console) -> None:
     if command.distributed is not None:
         hosts.join(command.distributed)
     console.quiet = not hosts.is_first()
-    found = evaluate(command, console)
+    found = evaluate(command.workdir, command.settings, command.mesh, console)
     say(console, f"held-out loss    {found.loss:.4f} nats per token")
     say(console, f"perplexity       {found.perplexity:.3f}")
     say(console, f"tokens           {found.tokens:,}")
 
 
 def _generate(command: Generate, console: Console) -> None:
-    for prompt, text in go_on(command):
+    sampling = Sampling(command.temperature, command.top_p)
+    asked = command.prompt, command.max_new_tokens, sampling, command.seed
+    for prompt, text in go_on(command.workdir, *asked):
         print(f"{prompt}{text}\n")  # Tabs and all.
 
 

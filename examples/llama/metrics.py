@@ -98,7 +98,8 @@ class TensorBoard:
     """Events of the steps after ``start_step``; any that are there already are hidden.
 
     They are written here and now. The thread in which tensorboardX likes to do it ends
-    when the disk is full, and the run would wait for it forever.
+    when the disk is full, and the run would wait for it forever. (clu.metric_writers
+    imports TensorFlow for it, and has no log that goes on where a checkpoint is.)
     """
 
     def __init__(self, folder: Path, start_step: int):

@@ -1,6 +1,7 @@
 """One page about a run, for people."""
 
 import base64
+import dataclasses
 import html
 import importlib.metadata
 import platform
@@ -9,9 +10,8 @@ from pathlib import Path
 
 import jax
 
-from examples.llama import files
-from examples.llama.config import Config, as_groups, file
-from examples.llama.metrics import Record, perplexity
+from examples.llama import files, hosts
+from examples.llama.metrics import Record, perplexity, plot_losses
 
 _PACKAGES = (
     "lorapre-jax",
@@ -29,52 +29,64 @@ _STYLE = (
 )
 
 
-def write_page(
-    config: Config,
-    results: Mapping[str, str],
-    records: Sequence[Record],
-    plot: Path,
-    memory: str,
-    page: Path,
-) -> None:
-    """The curve, results and evaluations, settings, state and versions in one file.
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """One page about the run in ``workdir``, for people, and the loss curve on it."""
 
-    Args:
-      config: The run's settings.
-      results: What it has to say, by name.
-      records: Its log.
-      plot: PNG of its losses, which becomes part of the page.
-      memory: How the optimizer keeps each parameter.
-      page: The file to write.
-    """
-    picture = base64.b64encode(plot.read_bytes()).decode()
-    columns = ("step", "held_out_loss", "held_out_perplexity")
-    evaluations = [
-        [f"{record['step']:,.0f}", f"{loss:.4f}", f"{perplexity(loss):.4f}"]
-        for record in records
-        if (loss := record.get("held_out_loss")) is not None
-    ]
-    versions = {name: _version(name) for name in _PACKAGES}
-    machine = {
-        "Python": platform.python_version(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
-    title = html.escape(config.workdir.resolve().name)
-    content = "\n".join(
-        [
-            "<!doctype html><meta charset=utf-8>",
-            f"<title>{title}</title><style>{_STYLE}</style>",
-            f"<h1>{title}</h1>",
-            _table(results.items()),
-            f'<img alt="losses" src="data:image/png;base64,{picture}">',
-            "<h2>Evaluations</h2>",
-            _table([[name.replace("_", " ") for name in columns], *evaluations]),
-            f"<h2>Settings</h2><pre>{html.escape(file.dump(as_groups(config)))}</pre>",
-            f"<h2>Optimizer state</h2><pre>{html.escape(memory)}</pre>",
-            f"<h2>Versions</h2>{_table((machine | versions).items())}\n",
+    workdir: Path
+    title: str  # Of the curve.
+    sections: Mapping[str, str]
+    """What does not change while the run goes on, by headings."""
+
+    @property
+    def path(self) -> Path:
+        return self.workdir / "report.html"
+
+    @property
+    def plot(self) -> Path:
+        return self.workdir / "loss.png"
+
+    def write(self, records: Sequence[Record], results: Mapping[str, str]) -> None:
+        """Both files, by the first process.
+
+        Args:
+          records: The run's log.
+          results: What the run has to say so far, by name.
+        """
+        if hosts.is_first():
+            plot_losses(records, self.title, self.plot)
+            files.write(self.path, self._content(records, results))
+
+    def _content(self, records: Sequence[Record], results: Mapping[str, str]) -> str:
+        picture = base64.b64encode(self.plot.read_bytes()).decode()
+        columns = ("step", "held_out_loss", "held_out_perplexity")
+        evaluations = [
+            [f"{record['step']:,.0f}", f"{loss:.4f}", f"{perplexity(loss):.4f}"]
+            for record in records
+            if (loss := record.get("held_out_loss")) is not None
         ]
-    )
-    files.write(page, content)
+        versions = {name: _version(name) for name in _PACKAGES}
+        machine = {
+            "Python": platform.python_version(),
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        }
+        title = html.escape(self.workdir.resolve().name)
+        return "\n".join(
+            [
+                "<!doctype html><meta charset=utf-8>",
+                f"<title>{title}</title><style>{_STYLE}</style>",
+                f"<h1>{title}</h1>",
+                _table(results.items()),
+                f'<img alt="losses" src="data:image/png;base64,{picture}">',
+                "<h2>Evaluations</h2>",
+                _table([[name.replace("_", " ") for name in columns], *evaluations]),
+                *(
+                    f"<h2>{html.escape(name)}</h2><pre>{html.escape(text)}</pre>"
+                    for name, text in self.sections.items()
+                ),
+                f"<h2>Versions</h2>{_table((machine | versions).items())}\n",
+            ]
+        )
 
 
 def _version(package: str) -> str:

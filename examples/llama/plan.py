@@ -1,4 +1,4 @@
-"""What a run will take, from abstract values alone: `train --dry-run`, `describe`."""
+"""What a run will take, from abstract values alone."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import lorapre_jax as lp
 from examples.llama import flops, layout
-from examples.llama.config import Config, as_groups, flat
+from examples.llama.config import Config, DataConfig, as_groups, flat
 from examples.llama.config.recipes import Setting
 from examples.llama.optimizers import DEFAULT_RATES
 from examples.llama.pure import PureLlama
@@ -37,7 +37,8 @@ def plan(
     mesh = layout.abstract_mesh(config.mesh, devices)
     # Refused as by the run itself.
     layout.by_row(mesh, config.data.batch_size, config.micro_batch_size)
-    model, tx, state = assemble(config, vocab_size, mesh)
+    model = PureLlama(config.model, vocab_size, mesh)
+    tx, state = assemble(model, config.optimizer, config.steps, mesh)
     memory = lp.describe(tx, state.params)
 
     tokens = config.data.batch_size * config.data.seq_len
@@ -58,19 +59,25 @@ def plan(
         "devices": f"{mesh.size}: "
         + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
     }
-    memory_rows = _per_device(config, model, state, mesh)
+    micro = config.micro_batch_size or config.data.batch_size
+    memory_rows = _per_device(model, state, mesh, config.data, micro)
     lines = [f"{name:<12}{text}" for name, text in rows.items()]
     lines += ["", "on each device, in bytes"]
     lines += [f"  {name:<38}{size:>18,}" for name, size in memory_rows.items()]
-    lines += [*layout.exceptions(mesh, state.params), *_recipe_lines(config, recipe)]
+    lines += [
+        *layout.exceptions(mesh, state.params),
+        *_recipe_lines(as_groups(config), recipe),
+    ]
     if every_leaf:
         lines += ["", str(memory)]
     return "\n".join(lines)
 
 
 def _per_device(
-    config: Config, model: PureLlama, state: TrainState, mesh: Any
+    model: PureLlama, state: TrainState, mesh: Any, data: DataConfig, micro: int
 ) -> dict[str, int]:
+    """Bytes, of batches in parts of ``micro`` rows."""
+
     def nbytes(tree: Any, dtype: Any = None) -> int:
         return sum(
             math.prod(x.sharding.shard_shape(x.shape))
@@ -78,16 +85,15 @@ def _per_device(
             for x in jax.tree.leaves(tree)
         )
 
-    micro = config.micro_batch_size or config.data.batch_size
     parts = layout.row_parts(mesh)
-    kept = _kept_of_a_row(model, state.params, config.data.seq_len, parts)
+    kept = _kept_of_a_row(model, state.params, data.seq_len, parts)
     rows = {
         "parameters": nbytes(state.params),
         "gradients": nbytes(state.params),
         "optimizer state": nbytes(state.opt_state),
         f"activations of {-(-micro // parts)} rows, about": -(-micro // parts) * kept,
     }
-    if micro < config.data.batch_size:
+    if micro < data.batch_size:
         rows["sums of gradients, float32"] = nbytes(state.params, jnp.float32)
     return rows | {"in all, but for the update's temporaries": sum(rows.values())}
 
@@ -109,11 +115,13 @@ def _kept_of_a_row(model: PureLlama, params: Any, seq_len: int, parts: int) -> i
     return (nbytes(2 * parts) - nbytes(parts)) // parts
 
 
-def _recipe_lines(config: Config, recipe: Mapping[str, Setting]) -> list[str]:
+def _recipe_lines(
+    settings: Mapping[str, Any], recipe: Mapping[str, Setting]
+) -> list[str]:
     if not recipe:
         return []
     lines = ["", "the recipe, and where it is from"]
-    fields = flat(as_groups(config))
+    fields = flat(settings)
     for name, (value, source) in recipe.items():
         here = fields[name]
         note = source if here == value else f"instead of {value} ({source})"

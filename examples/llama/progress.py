@@ -1,42 +1,53 @@
 """What the person at the terminal sees while a run goes on."""
 
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples.llama.config import Config, parse_steps
-from examples.llama.data.text import Text, TextData
+from examples.llama.config import OptimizerConfig, parse_steps
 from examples.llama.metrics import Record, perplexity
 from examples.llama.optimizers import schedules
 from examples.llama.terminal import say
 
 
-def opening_lines(config: Config, text: Text, data: TextData, start: int) -> list[str]:
+def opening(
+    what: str, vocab_size: int, workdir: Path, start: int, last_step: int
+) -> list[str]:
     """What begins, or goes on after ``start`` steps."""
-    if start >= config.last_step:
-        return [f"All {start} steps of {config.workdir} are done already."]
+    if start >= last_step:
+        return [f"All {start} steps of {workdir} are done already."]
     goes = f"going on after step {start} of" if start else "new run in"
-    lines = [
-        f"{config.optimizer.name} on {data.tokens:,} tokens "
-        f"({text.vocab_size} in the vocabulary), {jax.device_count()} device(s); "
-        f"{goes} {config.workdir}"
+    return [
+        f"{what} ({vocab_size} in the vocabulary), {jax.device_count()} device(s); "
+        f"{goes} {workdir}"
     ]
-    if config.extend_to is not None:
-        rate, _ = schedules(config.optimizer, config.steps)
-        lines.append(
-            f"extended from {config.steps} to {config.extend_to} steps: after step "
-            f"{config.steps} the learning rate stays at its last value, "
-            f"{np.asarray(rate(config.steps)).item():.3g}"
-        )
-    if config.profile is not None and parse_steps(config.profile)[0] <= start:
-        lines.append(
-            f"--profile {config.profile}: no trace of the steps up to {start}, which "
-            "are done already"
-        )
-    return lines
+
+
+def extension(
+    optimizer: OptimizerConfig, steps: int, extend_to: int | None
+) -> list[str]:
+    """How a run of ``steps`` goes on, where it does."""
+    if extend_to is None:
+        return []
+    rate, _ = schedules(optimizer, steps)
+    return [
+        f"extended from {steps} to {extend_to} steps: after step {steps} the learning "
+        f"rate stays at its last value, {np.asarray(rate(steps)).item():.3g}"
+    ]
+
+
+def untraced(profile: str | None, start: int) -> list[str]:
+    """Whether steps that were to be traced come before those that are left."""
+    if profile is None or parse_steps(profile)[0] > start:
+        return []
+    return [
+        f"profile {profile}: no trace of the steps up to {start}, which are done "
+        "already"
+    ]
 
 
 class ProgressDisplay:

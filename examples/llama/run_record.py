@@ -1,10 +1,11 @@
 """Which run lives in a folder: ``config.yaml``, its settings, and ``data.json``."""
 
+import dataclasses
 import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 from examples.llama import files
 from examples.llama.config import (
@@ -14,7 +15,9 @@ from examples.llama.config import (
     differences,
     file,
     flat,
+    override,
 )
+from examples.llama.config.structure import of_file, typed
 from examples.llama.data.tokenizer_files import saved_file
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
@@ -36,59 +39,63 @@ class DamagedRecord(ValueError):
     """A file about the run is not as it was written; the message names it."""
 
 
-def check_same_run(config: Config, data: Mapping[str, Any] | None = None) -> None:
-    """Raise ``RunMismatch`` unless ``config`` can go on with the run in its workdir.
+class RunRecord(NamedTuple):
+    """What one would record of a run in ``workdir``."""
 
-    Without ``data`` only the settings are compared, which needs no data.
-    """
-    there, here = flat(settings_of(config.workdir)), flat(as_groups(config))
-    different = differences(there, here)
-    _require(there, different.keys() & here.keys(), config.workdir / _SETTINGS)
-    if data is not None:
-        there = data_of(config.workdir)
-        _require(there, data, config.workdir / _DATA)
-        there = {name: there[name] for name in data}
-        different |= differences(flat({"data": there}), flat({"data": data}))
-    if different:
-        listed = "".join(
-            f"\n  {name}: {there!r} there, {now!r} now"
-            for name, (there, now) in different.items()
-        )
-        raise RunMismatch(
-            f"{config.workdir} holds a run with other settings:{listed}\n"
-            "Give the same settings to go on with it, or another --workdir."
-        )
+    workdir: Path
+    settings: Mapping[str, Any]  # All of them, in groups, as JSON has them.
 
+    def check_same(self, data: Mapping[str, Any] | None = None) -> None:
+        """Raise ``RunMismatch`` unless these settings go on with the run that is there.
 
-def require_own(workdir: Path) -> None:
-    """Raise ``RunMismatch`` where a new run would take away files of others.
+        Without ``data`` only the settings are compared, which needs no data.
+        """
+        there, here = flat(settings_of(self.workdir)), flat(self.settings)
+        different = differences(there, here)
+        _require(there, different.keys() & here.keys(), self.workdir / _SETTINGS)
+        if data is not None:
+            there = data_of(self.workdir)
+            _require(there, data, self.workdir / _DATA)
+            there = {name: there[name] for name in data}
+            different |= differences(flat({"data": there}), flat({"data": data}))
+        if different:
+            listed = "".join(
+                f"\n  {name}: {there!r} there, {now!r} now"
+                for name, (there, now) in different.items()
+            )
+            raise RunMismatch(
+                f"{self.workdir} holds a run with other settings:{listed}\n"
+                "Give the same settings to go on with it, or another `workdir`."
+            )
 
-    It removes the tokenizer of a run that never got anywhere. Where no run has been,
-    as in a Hugging Face folder, that is somebody else's.
-    """
-    tokenizer = saved_file(workdir)
-    if tokenizer is not None and not (workdir / _SETTINGS).exists():
-        raise RunMismatch(
-            f"{tokenizer} is of no run, and a new one would remove it: give another "
-            "--workdir"
-        )
+    def require_own(self) -> None:
+        """Raise ``RunMismatch`` where a new run would take away files of others.
 
+        It removes the tokenizer of a run that never got anywhere. Where no run has
+        been, as in a Hugging Face folder, that is somebody else's.
+        """
+        tokenizer = saved_file(self.workdir)
+        if tokenizer is not None and not (self.workdir / _SETTINGS).exists():
+            raise RunMismatch(
+                f"{tokenizer} is of no run, and a new one would remove it: give "
+                "another `workdir`"
+            )
 
-def record_run(config: Config, data: Mapping[str, Any]) -> None:
-    """Write what later runs are compared with; `--config` reads the settings.
+    def write(self, data: Mapping[str, Any]) -> None:
+        """Write what later runs are compared with.
 
-    Args:
-      data: What tells its data from others, JSON values by name.
-    """
-    path, text = config.workdir / _SETTINGS, file.dump(as_groups(config))
-    is_ours = not path.exists() or (config.workdir / _DATA).exists()
-    if not is_ours and files.read_text(path) != text:
-        raise RunMismatch(
-            f"{path} is there, but no {_DATA}, so it is not of a run and is not "
-            "overwritten: move it, or give another --workdir"
-        )
-    files.write(path, text)
-    files.write(config.workdir / _DATA, json.dumps(data, indent=2) + "\n")
+        Args:
+          data: What tells its data from others, JSON values by name.
+        """
+        path, text = self.workdir / _SETTINGS, file.dump(self.settings)
+        is_ours = not path.exists() or (self.workdir / _DATA).exists()
+        if not is_ours and files.read_text(path) != text:
+            raise RunMismatch(
+                f"{path} is there, but no {_DATA}, so it is not of a run and is not "
+                "overwritten: move it, or give another `workdir`"
+            )
+        files.write(path, text)
+        files.write(self.workdir / _DATA, json.dumps(data, indent=2) + "\n")
 
 
 def record_weights(workdir: Path, model: ModelConfig, data: Mapping[str, Any]) -> None:
@@ -117,26 +124,44 @@ def settings_of(workdir: Path) -> dict[str, Any]:
 
 def model_of(workdir: Path) -> ModelConfig:
     """Raises as ``settings_of`` does."""
-    settings = settings_of(workdir)["model"]
+    groups = settings_of(workdir)
     try:
-        _check_kinds(settings)
-        return ModelConfig(**settings)
-    except (TypeError, ValueError) as error:
-        raise _damaged(workdir / _SETTINGS, f"model: {error}") from error
+        values = typed(Config, {"model": groups["model"]})
+        return ModelConfig(
+            **{x.partition(".")[2]: value for x, value in values.items()}
+        )
+    except ValueError as error:
+        raise _damaged(workdir / _SETTINGS, of_file(error)) from error
 
 
-def _check_kinds(settings: Mapping[str, Any]) -> None:
-    """Raise ``TypeError`` for a value that the command line would not take."""
-    for name, hint in get_type_hints(ModelConfig).items():
-        value, allowed = settings[name], get_args(hint) or (hint,)
-        kinds = [kind for kind in allowed if isinstance(kind, type)]
-        is_good = type(value) in kinds if kinds else value in allowed
-        if not is_good and not (float in kinds and type(value) is int):
-            raise TypeError(f"{name} is {reprlib.repr(value)}")
+def defaults_of(folder: Path) -> dict[str, Any]:
+    """Settings that the parameters there ask for, by their dotted names."""
+    values = flat({"model": dataclasses.asdict(model_of(folder))})
+    tokenizer = saved_file(folder)
+    if tokenizer is not None:
+        values["data.tokenizer"] = str(tokenizer)
+    vocab_size = data_of(folder)["vocab_size"]
+    return values | {"data.vocab_size": vocab_size, "init_from": folder}
+
+
+def config_of(workdir: Path) -> Config:
+    """The settings of a run, its tokenizer the one that it has kept.
+
+    Of imported weights, the default settings with their model and tokenizer. Raises as
+    ``settings_of`` does, and ``ValueError`` for settings that no run can have.
+    """
+    own = defaults_of(workdir)  # First, as it says best where there is no run.
+    path = workdir / _SETTINGS
+    settings = file.read(path) | own
+    try:
+        return override(Config(), settings)
+    except ValueError as error:
+        why = of_file(error)
+        raise ValueError(f"{path}: not the settings of a run: {why}") from error
 
 
 def data_of(workdir: Path) -> dict[str, Any]:
-    """What ``record_run`` was given. Raises as ``settings_of`` does."""
+    """What ``RunRecord.write`` was given. Raises as ``settings_of`` does."""
     path = _existing(workdir, _DATA)
     try:
         data = files.read_json(path)

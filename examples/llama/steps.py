@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, Sharding
 
 import lorapre_jax as lp
 from examples.llama import layout
-from examples.llama.config import Config
+from examples.llama.config import OptimizerConfig
 from examples.llama.data.rows import Batch
 from examples.llama.divergence import all_finite
 from examples.llama.gradients import LossAndGrads
@@ -84,14 +84,16 @@ def abstract_state(
 
 
 def assemble(
-    config: Config, vocab_size: int, mesh: Mesh | AbstractMesh
-) -> tuple[PureLlama, optax.GradientTransformation, TrainState]:
-    """The model, its optimizer, and the abstract state of both on ``mesh``."""
-    model = PureLlama(config.model, vocab_size, mesh)
+    model: PureLlama,
+    optimizer: OptimizerConfig,
+    steps: int,
+    mesh: Mesh | AbstractMesh,
+) -> tuple[optax.GradientTransformation, TrainState]:
+    """The optimizer of a run of ``steps``, and its abstract state on ``mesh``."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = layout.param_shardings(mesh, shapes)
-    tx = make_optimizer(config.optimizer, config.steps, shardings)
-    return model, tx, abstract_state(model, tx, mesh)
+    tx = make_optimizer(optimizer, steps, shardings)
+    return tx, abstract_state(model, tx, mesh)
 
 
 def sum_and_count(
@@ -111,7 +113,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """``step(state, batch) -> (state, metrics)``.
 
-    The new state lies where ``abstract`` says. The given one is donated: its memory
+    The new state is sharded as ``abstract`` says. The given one is donated: its memory
     becomes that of the new one. Metrics also have the values of schedules to be
     ``logged``, by name.
 

@@ -1,4 +1,8 @@
-"""Reasons to save and stop before the end: SIGTERM, or the time that was given."""
+"""Reasons to save and stop before the end: SIGTERM, or the time that was given.
+
+Several processes hear of it by JAX's own preemption service. A single one has none: it
+needs `jax.distributed`.
+"""
 
 import contextlib
 import os

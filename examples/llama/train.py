@@ -2,52 +2,26 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, Sharding
 from rich.console import Console
 
-import lorapre_jax as lp
 from examples.llama import flops, hosts, layout
-from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
-from examples.llama.config import Config
-from examples.llama.data.batches import batches_on_devices, placed
-from examples.llama.data.rows import held_out_batches
-from examples.llama.data.text import Text, open_text
-from examples.llama.data.tokenizers import unused_ids
-from examples.llama.divergence import Diverged, NotFinite, make_finite_check
-from examples.llama.gradients import make_loss_and_grads
+from examples.llama.checkpoint import Checkpoints
+from examples.llama.config import Config, as_groups, file
+from examples.llama.divergence import Diverged, NotFinite
 from examples.llama.lock import Lock
-from examples.llama.metrics import MetricsLog, perplexity, plot_losses
-from examples.llama.optimizers import schedules
-from examples.llama.page import write_page
-from examples.llama.progress import ProgressDisplay, opening_lines, say
+from examples.llama.metrics import MetricsLog, perplexity
+from examples.llama.page import Page
+from examples.llama.prepare import Run, prepare
+from examples.llama.progress import ProgressDisplay
 from examples.llama.report import Reporter
-from examples.llama.run_record import (
-    RunMismatch,
-    check_same_run,
-    record_run,
-    require_own,
-)
-from examples.llama.steps import (
-    TrainState,
-    assemble,
-    init_state,
-    make_diagnosis,
-    make_evaluation,
-    make_train_step,
-    state_from,
-)
 from examples.llama.stop import Stopped, StopRequest
+from examples.llama.terminal import say
 from examples.llama.trace import Trace
-from examples.llama.weights.folder import load_for, special_ids
-
-_PLOT, _PAGE = "loss.png", "report.html"
 
 
 @dataclass(frozen=True)
@@ -85,6 +59,23 @@ def train(config: Config, console: Console | None = None) -> Result:
     by_row = layout.by_row(mesh, config.data.batch_size, config.micro_batch_size)
     with Lock(config.workdir), Checkpoints(config.workdir) as checkpoints:
         run = prepare(config, mesh, by_row, checkpoints, console)
+        page = Page(
+            config.workdir,
+            f"Llama by {config.optimizer.name}",
+            {
+                "Settings": file.dump(as_groups(config)),
+                "Optimizer state": str(run.memory),
+            },
+        )
+        work = flops.seconds_at_peak(
+            config.model, run.state.params, config.data, config.peak_tflops
+        )
+        due = Due(
+            (config.steps, config.last_step),
+            config.eval_every,
+            config.checkpoint_every,
+            config.diagnostics_every,
+        )
         with (
             contextlib.closing(run.batches),
             StopRequest(run.start, seconds_left(config.time_limit, started)) as stop,
@@ -95,18 +86,18 @@ def train(config: Config, console: Console | None = None) -> Result:
             Trace(config.profile, config.workdir / "profile") as trace,
         ):
             say(console, *filter(None, [log.note]))
-            report = make_reporter(config, run, log, display)
+            report = Reporter(log, display, work, config.skip_nonfinite)
             try:
-                run_steps(config, run, checkpoints, report, stop, trace)
+                run_steps(run, due, checkpoints, report, stop, trace)
             except NotFinite as error:
                 diverged = Diverged(error, checkpoints.last_good())
                 try:
-                    leave_page(config, run, log, {"so far": str(diverged)})
+                    page.write(log.records, {"so far": str(diverged)})
                 except OSError as failed:  # The same command would not help.
                     diverged.add_note(f"The report could not be written: {failed}")
                 raise diverged from error
             except Stopped as stopped:
-                leave_page(config, run, log, {"so far": str(stopped)})
+                page.write(log.records, {"so far": str(stopped)})
                 raise
         done = checkpoints.latest_step
         assert done is not None  # The last step is always saved.
@@ -118,23 +109,13 @@ def train(config: Config, console: Console | None = None) -> Result:
             held_out_perplexity=perplexity(held_out_loss),
             state_bytes=run.memory.total_bytes,
             state_ratio=run.memory.ratio,
-            plot=config.workdir / _PLOT,
-            page=config.workdir / _PAGE,
+            plot=page.plot,
+            page=page.path,
             checkpoint=checkpoints.path(done),
             already_finished=run.start >= config.last_step,
         )
-        leave_page(config, run, log, result.lines())
+        page.write(log.records, result.lines())
         return result
-
-
-def leave_page(
-    config: Config, run: "Run", log: MetricsLog, results: Mapping[str, str]
-) -> None:
-    """Write the loss curve and a page about the run so far, for people to read."""
-    if hosts.is_first():
-        plot, page = config.workdir / _PLOT, config.workdir / _PAGE
-        plot_losses(log.records, f"Llama by {config.optimizer.name}", plot)
-        write_page(config, results, log.records, plot, str(run.memory), page)
 
 
 def seconds_left(minutes: float | None, started: float) -> float | None:
@@ -144,107 +125,34 @@ def seconds_left(minutes: float | None, started: float) -> float | None:
     return 60 * minutes - (time.monotonic() - started)
 
 
-def make_reporter(
-    config: Config, run: "Run", log: MetricsLog, display: ProgressDisplay
-) -> Reporter:
-    tokens = config.data.batch_size * config.data.seq_len
-    work = flops.per_token(config.model, run.state.params, config.data.seq_len)
-    peak = flops.peak(jax.devices(), config.peak_tflops)
-    work = work * tokens / peak if peak else None
-    return Reporter(log, display, work, config.skip_nonfinite)
+class Due(NamedTuple):
+    """At which steps something is done besides training.
 
+    (clu.periodic_actions imports TensorFlow, by way of its metric writers.)
+    """
 
-class Run(NamedTuple):
-    """A run that is ready to go: where it stands, and its compiled functions."""
+    ends: tuple[int, int]  # Of the schedule, and of the run.
+    eval_every: int
+    checkpoint_every: int
+    diagnostics_every: int
 
-    start: int  # steps done
-    state: TrainState
-    memory: Any  # the state's, by `lp.describe`
-    batches: Any  # of the steps that are left; an iterator to be closed
-    steps_per_epoch: float
-    train_step: Callable[..., Any]
-    evaluate: Callable[[Any], float]
-    diagnose: Callable[..., dict[str, jax.Array]]
-    check_finite: Callable[[int, TrainState], None]
+    @property
+    def last(self) -> int:
+        return self.ends[1]
 
+    def evaluation(self, step: int) -> bool:
+        return step in self.ends or step % self.eval_every == 0
 
-def prepare(
-    config: Config,
-    mesh: Mesh,
-    by_row: Sharding,
-    checkpoints: Checkpoints,
-    console: Console,
-) -> Run:
-    """From its last checkpoint, or new."""
+    def checkpoint(self, step: int) -> bool:
+        return step in self.ends or step % self.checkpoint_every == 0
 
-    say(console, *checkpoints.set_aside)
-    if checkpoints.latest_step == 0:
-        raise RunMismatch(
-            f"{config.workdir} holds imported weights: give another --workdir, and "
-            f"--init-from {config.workdir} to begin with them"
-        )
-    start = checkpoints.latest_step or 0
-    text = text_of_run(config, start > 0, console)
-    data = text.load()
-    say(console, *data.notes, *unused_ids(text.tokenizer, text.vocab_size))
-    model, tx, abstract = assemble(config, text.vocab_size, mesh)
-    memory = lp.describe(tx, abstract.params)
-    say(console, *layout.exceptions(mesh, abstract.params), str(memory))
-    check_finite = make_finite_check(layout.replicated(mesh))
-    if start:
-        state = checkpoints.restore(abstract)
-        try:
-            check_finite(start, state)
-        except NotFinite as error:
-            raise DamagedCheckpoint(
-                f"{checkpoints.latest}: {error}; remove that folder, and the run goes "
-                "on from the one before it. If there is none, give another --workdir."
-            ) from error
-    elif config.init_from is not None:
-        state = state_from(load_for(config, text.vocab_size, mesh), tx, abstract)
-    else:
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        init = jax.jit(partial(init_state, model, tx), out_shardings=shardings)
-        state = init(jax.random.key(config.seed))
-    size = config.data.batch_size
-    # No more rows at once than a step has.
-    at_once = config.micro_batch_size or size
-    held_out = [
-        placed(batch, by_row) for batch in held_out_batches(data.held_out, at_once)
-    ]
-    batches = batches_on_devices(
-        data.train,
-        size,
-        config.seed,
-        range(start, config.last_step),
-        by_row,
-        config.data.workers,
-    )
-    say(console, *opening_lines(config, text, data, start))
-    loss_and_grads = make_loss_and_grads(model, config.micro_batch_size, config.z_loss)
-    rate, _ = schedules(config.optimizer, config.steps)
-    return Run(
-        start,
-        state,
-        memory,
-        batches,
-        len(data.train) / size,
-        make_train_step(
-            loss_and_grads,
-            tx,
-            abstract,
-            {"learning_rate": rate},
-            skip_nonfinite=config.skip_nonfinite > 0,
-        ),
-        make_evaluation(model, held_out, layout.replicated(mesh)),
-        make_diagnosis(loss_and_grads, layout.replicated(mesh)),
-        check_finite,
-    )
+    def diagnosis(self, step: int) -> bool:
+        return step % self.diagnostics_every == 0
 
 
 def run_steps(
-    config: Config,
     run: Run,
+    due: Due,
     checkpoints: Checkpoints,
     report: Reporter,
     stop: StopRequest,
@@ -254,56 +162,28 @@ def run_steps(
 
     Raises ``NotFinite`` where the run has diverged.
     """
-    state, ends = run.state, (config.steps, config.last_step)
+    state = run.state
     factored = any(leaf.is_factored for leaf in run.memory.leaves)
     if run.start == 0:
         report.evaluated(0, run.evaluate(state.params))
-    for step in range(run.start + 1, config.last_step + 1):
+    for step in range(run.start + 1, due.last + 1):
         trace.before(step, state)
         batch, diagnosis = next(run.batches), {}
-        if factored and step % config.diagnostics_every == 0:
+        if factored and due.diagnosis(step):
             report.flush()  # the rate of steps leaves this out
             diagnosis = run.diagnose(state, batch)
         state, metrics = run.train_step(state, batch)
         epoch = {"epoch": round(step / run.steps_per_epoch, 4)}
         report.trained(step, metrics | diagnosis | epoch)
-        if step % config.eval_every == 0 or step in ends:
+        if due.evaluation(step):
             report.evaluated(step, run.evaluate(state.params))
         stopped = stop.received(step)
-        if stopped or step in ends or step % config.checkpoint_every == 0:
+        if stopped or due.checkpoint(step):
             report.flush()  # the log must never lag behind a checkpoint
             run.check_finite(step, state)
             checkpoints.save(step, state)
-        if stopped and step < config.last_step:
+        if stopped and step < due.last:
             hosts.on_first(checkpoints.wait)
             raise Stopped(step, hosts.from_first(stop.in_time))
     # While SIGTERM still waits, and so do the other hosts: only the first one seals.
     hosts.on_first(checkpoints.wait)
-
-
-def text_of_run(config: Config, resumed: bool, console: Console) -> Text:
-    """Known to be that of the run, before any of it is tokenised."""
-    if resumed:
-        check_same_run(config)  # already before the data is read, which may take long
-    text = open_text(config.data, console)
-    found = {
-        "fingerprint": text.fingerprint,
-        "vocab_size": text.vocab_size,
-        "tokenizer": text.tokenizer.fingerprint,
-        "end_of_text": text.tokenizer.end_of_text,
-        "context": config.data.seq_len,
-    }
-    hosts.check_same(str(found), "the text")
-    if resumed:
-        check_same_run(config, found)
-    else:
-        hosts.on_first(partial(_record, config, text, found))
-    return text
-
-
-def _record(config: Config, text: Text, found: dict[str, Any]) -> None:
-    require_own(config.workdir)
-    origin = config.init_from
-    special = special_ids(origin, text.tokenizer) if origin else {}
-    record_run(config, found | special)
-    text.tokenizer.save(config.workdir)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.llama import train
+from examples.llama import prepare
 from examples.llama.checkpoint import Checkpoints
 from examples.llama.main import run
 
@@ -101,7 +101,7 @@ def digest(batch) -> str:
 def recorded() -> None:
     """No fault: what each step is given goes to batches.jsonl in the workdir."""
     folder = Path(sys.argv[sys.argv.index("--workdir") + 1])
-    make_train_step = train.make_train_step
+    make_train_step = prepare.make_train_step
 
     def make_recorded(*arguments, **more):
         step = make_train_step(*arguments, **more)
@@ -114,7 +114,7 @@ def recorded() -> None:
 
         return record
 
-    train.make_train_step = make_recorded
+    prepare.make_train_step = make_recorded
 
 
 def recorded_and_killed() -> None:

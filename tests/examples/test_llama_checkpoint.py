@@ -252,7 +252,7 @@ def test_one_that_comes_after_another_is_not_the_first(workdir):
     """The other one is lost; a run that begins anew would lose all of it."""
     shutil.rmtree(workdir / "checkpoints" / "6")
     (workdir / "digests" / "12.json").unlink()
-    with pytest.raises(DamagedCheckpoint, match=r"left\. Give another --workdir"):
+    with pytest.raises(DamagedCheckpoint, match=r"left\. Give another `workdir`"):
         Checkpoints(workdir)
     assert (workdir / "checkpoints" / "12").is_dir()
 
@@ -283,9 +283,12 @@ def test_older_ones_without_digests_are_not_taken_for_interrupted(workdir):
 
 
 NAMELESS = '{"run": 1, "step": 12, "files": {}}'
+LISTED = f'{{"run": "{"a" * 32}", "step": 12, "files": {{"a": ["b"]}}}}'
 
 
-@pytest.mark.parametrize("content", ["{", "", "[]", '{"a": 1}', "null", NAMELESS])
+@pytest.mark.parametrize(
+    "content", ["{", "", "[]", '{"a": 1}', "null", NAMELESS, LISTED]
+)
 def test_digests_that_cannot_be_read(workdir, content):
     (workdir / "digests" / "12.json").write_text(content)
     (workdir / "digests" / "run").unlink()  # The other one has its name, too.

@@ -2,10 +2,9 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +12,14 @@ from rich.console import Console
 
 from examples.llama import __main__
 from examples.llama.checkpoint import DamagedCheckpoint
-from examples.llama.commands import Eval, Export, Generate, Train, parse
+from examples.llama.commands import (
+    Describe,
+    Eval,
+    Export,
+    Generate,
+    Train,
+    parse,
+)
 from examples.llama.config import (
     PRESETS,
     Config,
@@ -25,8 +31,9 @@ from examples.llama.config import (
     flat,
 )
 from examples.llama.config.recipes import RECIPES
-from examples.llama.progress import opening_lines
-from examples.llama.run_record import record_run, record_weights
+from examples.llama.options import told
+from examples.llama.progress import untraced
+from examples.llama.run_record import RunRecord, record_weights
 from examples.llama.using import evaluate
 
 DATA = {"vocab_size": 300, "end_of_text": 0, "context": None}
@@ -118,6 +125,24 @@ def test_what_is_written_is_read_back(config, tmp_path):
             "not YAML that can be read: steps is given twice",
         ),
         (None, "No such file"),
+        ("steps: many", "steps must be a whole number, got 'many'"),
+        ("steps: 3.5", "steps must be a whole number, got 3.5"),
+        ("steps: null", "steps must be a whole number, got None"),
+        ("seed: yes", "seed must be a whole number, got True"),
+        ("z_loss: on", "z_loss must be a number, got True"),
+        (f"time_limit: 1{'0' * 400}", "time_limit must be a number or null, got 1000"),
+        ("model: {scan_layers: 1}", "model.scan_layers must be true or false, got 1"),
+        ("data: {seq_len: [1, 2]}", r"data.seq_len must be a whole .* got \[1, 2\]"),
+        ("optimizer: {name: adam}", "optimizer.name must be lorapre_adamw, .* 'adam'"),
+        # A number of base 60, and a date, to YAML.
+        ("profile: 10:13", "profile must be text or null, got 613; put it in quotes"),
+        ("workdir: 2026-01-02", "workdir must be a path, got .*; put it in quotes"),
+        ("workdir: null", "workdir must be a path, got None$"),
+        ("data: c4", "data is a group of settings, such as data.path"),
+        ("model.width: 3\nmodel: {width: 4}", "model.width is given twice"),
+        ("steps: {a: 1}", "steps.a is no setting"),
+        ("steps: {}", "steps must be a whole number, got {}"),
+        ("data:", "data is a group of settings, such as data.path"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(content, message, tmp_path):
@@ -130,10 +155,35 @@ def test_a_bad_file_is_refused_by_name(content, message, tmp_path):
         parse(["train", "--config", str(tmp_path)])
 
 
-def test_a_bad_value_in_a_file_is_refused(tmp_path, capsys):
-    path = tmp_path / "bad.yaml"
-    path.write_text("steps: many")
-    assert "--steps" in fails(capsys, "train", "--config", str(path))
+def test_numbers_are_read_as_people_write_them(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text(
+        "optimizer: {learning_rate: 1e-3, weight_decay: 1, clip_norm: null}\n"
+        "model: {rope_base: 5E+5}\n"
+        "data: {train_tokens: 1_000_000}\n"
+        "workdir: '1e3'\n"
+        "init_from: 1e3-b\n"
+    )
+    config = config_of(["train", "--config", str(path)])
+    assert (config.optimizer.learning_rate, config.model.rope_base) == (1e-3, 5e5)
+    assert isinstance(config.optimizer.weight_decay, float)
+    assert (config.optimizer.clip_norm, config.data.train_tokens) == (None, 10**6)
+    assert (config.workdir, config.init_from) == (Path("1e3"), Path("1e3-b"))
+    path.write_text(file.dump(as_groups(config)))
+    assert config_of(["train", "--config", str(path)]) == config
+
+
+def test_what_a_file_lacks_an_option_may_give(tmp_path, capsys):
+    """They are checked together; told by the options' names, with the file's."""
+    path = tmp_path / "some.yaml"
+    path.write_text("data: {hub: a/b}\nmicro_batch_size: 3\n")
+    begin = ["train", "--config", str(path)]
+    config = config_of([*begin, "--train-tokens", "9", "--batch-size", "6"])
+    assert (config.data.hub, config.data.train_tokens) == ("a/b", 9)
+    told = fails(capsys, *begin, "--train-tokens", "9", "--batch-size", "7")
+    assert "--micro-batch-size (3) must divide --batch-size (7)" in told
+    assert f"with the settings in {path}" in told
+    assert "--hub needs --train-tokens" in fails(capsys, *begin, "--batch-size", "6")
 
 
 def test_unknown_options_are_refused_with_the_nearest(capsys):
@@ -146,7 +196,7 @@ def test_unknown_options_are_refused_with_the_nearest(capsys):
 
 def test_settings_that_cannot_be_are_refused_by_name(capsys):
     told = fails(capsys, "train", "--batch-size", "0")
-    assert "Error parsing config.data: batch_size must be at least 1, got 0" in told
+    assert "error: --batch-size must be at least 1, got 0" in told
     assert "python -m examples.llama train --help" in told
 
 
@@ -192,30 +242,51 @@ def test_the_other_commands():
 
 
 def test_steps_that_are_done_have_no_profile():
-    config = Config(profile="6:9", steps=7, extend_to=9)
-    text: Any = SimpleNamespace(vocab_size=257)
-    data: Any = SimpleNamespace(tokens=1000)
-    assert "--profile" not in "".join(opening_lines(config, text, data, 5))
-    assert opening_lines(config, text, data, 6)[-1] == (
-        "--profile 6:9: no trace of the steps up to 6, which are done already"
-    )
+    assert not untraced("6:9", 5)
+    assert not untraced(None, 5)
+    assert untraced("6:9", 6) == [
+        "profile 6:9: no trace of the steps up to 6, which are done already"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "command", "shown"),
+    [
+        ("give another `workdir`", Train, "give another --workdir"),
+        ("a `data.path` or `data.cache: x`", Describe, "a --data or --token-cache x"),
+        ("`data.skip_bad_lines: true` leaves", Train, "--skip-bad-lines leaves"),
+        ("`model.scan_layers: false`", Train, "--no-scan-layers"),
+        ("`data.workers`, `optimizer.name`", Train, "--data-workers, --optimizer"),
+        # Where there is no such option it stays a setting, and all else as it is.
+        ("`data.path`, `data.hub`", Eval, "--data, `data.hub`"),
+        ("give another `workdir`", Eval, "give another `workdir`"),
+        ("`data.path`", None, "`data.path`"),
+        (
+            "`data.nothing` `x: y` data.path `",
+            Train,
+            "`data.nothing` `x: y` data.path `",
+        ),
+    ],
+)
+def test_messages_about_settings_are_shown_with_options(message, command, shown):
+    assert told(message, command) == shown
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"time_limit": 0}, "time_limit must be > 0"),
-        ({"peak_tflops": -1}, "peak_tflops must be > 0"),
-        ({"z_loss": -1}, "z_loss must not be negative"),
+        ({"time_limit": 0}, "`time_limit` must be > 0"),
+        ({"peak_tflops": -1}, "`peak_tflops` must be > 0"),
+        ({"z_loss": -1}, "`z_loss` must not be negative"),
         ({"profile": "4:3"}, "first:last"),
         ({"profile": "4"}, "first:last"),
-        ({"profile": "4:8", "steps": 7}, r"profile \(4:8\) is beyond .* step \(7\)"),
+        ({"profile": "4:8", "steps": 7}, r"`profile` \(4:8\) is beyond .* step \(7\)"),
         (
             {"profile": "4:10", "steps": 7, "extend_to": 9},
-            r"profile \(4:10\) is beyond .* step \(9\)",
+            r"`profile` \(4:10\) is beyond .* step \(9\)",
         ),
         ({"mesh": "fsdp=2,tensor=2,fsdp=4"}, "has fsdp twice"),
-        ({"time_limit": math.inf}, "time_limit must be a finite number, got inf"),
+        ({"time_limit": math.inf}, "`time_limit` must be a finite number, got inf"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -224,22 +295,22 @@ def test_impossible_settings_are_refused(settings, message):
 
 
 def test_numbers_of_all_groups_are_finite():
-    with pytest.raises(ValueError, match="rope_base must be a finite number"):
+    with pytest.raises(ValueError, match=r"`model.rope_base` must be a finite number"):
         ModelConfig(rope_base=math.inf)
-    with pytest.raises(ValueError, match="learning_rate must be a finite number"):
+    with pytest.raises(ValueError, match=r"`optimizer.learning_rate` must be a finite"):
         OptimizerConfig(learning_rate=math.inf)
 
 
 def test_an_impossible_evaluation_is_refused_before_anything_is_read(tmp_path):
     config = Config(ModelConfig(loss_chunk=64), micro_batch_size=4, workdir=tmp_path)
-    record_run(config, DATA)
-    with pytest.raises(ValueError, match=r"loss_chunk \(64\) must divide seq_len \(96"):
-        evaluate(Eval(tmp_path, seq_len=96), Console(quiet=True))
+    RunRecord(tmp_path, as_groups(config)).write(DATA)
+    asked, quiet = Eval(tmp_path, seq_len=96), Console(quiet=True)
+    message = r"`model.loss_chunk` \(64\) must divide `data.seq_len` \(96"
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path, asked.settings, None, quiet)
     # How training divides its batch is nothing to it: it fails for want of weights.
     with pytest.raises(DamagedCheckpoint, match="has no good checkpoint"):
-        evaluate(
-            Eval(tmp_path, batch_size=6, mesh="data=2,tensor=4"), Console(quiet=True)
-        )
+        evaluate(tmp_path, {"data.batch_size": 6}, "data=2,tensor=4", quiet)
 
 
 @pytest.mark.parametrize("preset", ["60m", "130m", "350m", "1b", "7b"])
@@ -319,7 +390,7 @@ def test_a_plan_that_cannot_be_is_refused(monkeypatch, capsys):
     rows = ["--batch-size", "64", "--micro-batch-size", "16", "--mesh", "fsdp=64"]
     monkeypatch.setattr(sys, "argv", ["examples.llama", "train", *rows, "--dry-run"])
     assert __main__.main() == 1
-    message = "micro_batch_size (16) must be a multiple of the 64 devices"
+    message = "--micro-batch-size (16) must be a multiple of the 64 devices"
     assert message in capsys.readouterr().err
 
 
@@ -327,6 +398,15 @@ def test_describe_has_every_leaf(capsys):
     text = planned(capsys, "describe", "--rank", "4")
     assert "layers/attention/q/kernel" in text
     assert "4 x 128 x 128 at rank 4: LowRank, RotatedRankOne" in text
+
+
+def test_only_the_command_line_knows_its_options():
+    own = {"__main__", "main", "commands", "options", "again"}
+    found = re.compile(r"tyro|llama\.(main|commands|options|again)\b|(?<![-\w])--[a-z]")
+    folder = Path(__main__.__file__).parent
+    paths = {path for path in folder.rglob("*.py") if path.stem not in own}
+    assert len(paths) > 40
+    assert not [path for path in paths if found.search(path.read_text())]
 
 
 def test_settings_of_a_run_are_json_values():

@@ -162,15 +162,21 @@ def test_held_out_text_alone_can_be_measured_on(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1"),
-        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"train_tokens": 0}, "train_tokens must be at least 1"),
-        ({"workers": -1}, "data-workers must be 0 or more"),
-        ({"tokenizer": "bpe"}, "needs a vocab_size of at least 257"),
+        ({"seq_len": 0}, "`data.seq_len` must be at least 1, got 0"),
+        ({"batch_size": -1}, "`data.batch_size` must be at least 1"),
+        ({"vocab_size": 0}, "`data.vocab_size` must be at least 1, got 0"),
+        ({"train_tokens": 0}, "`data.train_tokens` must be at least 1"),
+        ({"workers": -1}, "`data.workers` must be 0 or more"),
+        (
+            {"tokenizer": "bpe"},
+            "`data.tokenizer: bpe` needs a `data.vocab_size` of at least 257",
+        ),
         ({"tokenizer": "bpe", "vocab_size": 256}, "at least 257"),
-        ({"tokenizer": "bytes"}, "bytes is neither byte, bpe, a .model nor"),
-        ({"hub": "allenai/c4:en"}, "--hub needs --train-tokens"),
+        (
+            {"tokenizer": "bytes"},
+            "`data.tokenizer: bytes` is neither byte, bpe, a .model nor",
+        ),
+        ({"hub": "allenai/c4:en"}, "`data.hub` needs `data.train_tokens`"),
         ({"hub": "allenai/c4:en", "path": "c4"}, "two texts"),
     ],
 )
@@ -181,7 +187,7 @@ def test_impossible_data_settings_are_refused(settings, message):
 
 def test_a_cache_that_is_a_file_is_named(tmp_path, text_folder):
     (tmp_path / "cache").touch()
-    with pytest.raises(DataError, match=r"--token-cache .*/cache: not a folder"):
+    with pytest.raises(DataError, match=r"`data.cache: .*/cache`: not a folder"):
         open_text(DataConfig(text_folder, cache=tmp_path / "cache"), QUIET)
 
 

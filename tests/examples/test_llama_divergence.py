@@ -14,6 +14,7 @@ from outcome import checkpoint, losses
 from rich.console import Console
 
 from examples.llama import files, layout
+from examples.llama import prepare as prepare_module
 from examples.llama import train as train_module
 from examples.llama.checkpoint import DamagedCheckpoint
 from examples.llama.divergence import (
@@ -22,6 +23,7 @@ from examples.llama.divergence import (
     check_record,
     make_finite_check,
 )
+from examples.llama.page import Page
 from examples.llama.train import train
 
 
@@ -34,7 +36,7 @@ def poison(monkeypatch):
     """`poison(steps)`: the loss of the batches of these steps is NaN."""
 
     def at(*steps):
-        make = train_module.make_loss_and_grads
+        make = prepare_module.make_loss_and_grads
 
         def make_poisoned(*arguments):
             loss_and_grads = make(*arguments)
@@ -58,7 +60,7 @@ def poison(monkeypatch):
             found = prepare(*arguments)
             return found._replace(batches=marked(found.batches, found.start))
 
-        monkeypatch.setattr(train_module, "make_loss_and_grads", make_poisoned)
+        monkeypatch.setattr(prepare_module, "make_loss_and_grads", make_poisoned)
         monkeypatch.setattr(train_module, "prepare", prepare_poisoned)
 
     return at
@@ -107,7 +109,7 @@ def test_what_fails_besides_is_told_after_it(tiny_config, poison, monkeypatch):
 
     digests = files.digests
     monkeypatch.setattr(files, "digests", full)
-    monkeypatch.setattr(train_module, "leave_page", unwritable)
+    monkeypatch.setattr(Page, "write", unwritable)
     config = tiny_config(checkpoint_every=3)
     poison(8)
     with pytest.raises(Diverged, match="not finite at step 8") as error:
@@ -149,7 +151,7 @@ def test_a_resumed_run_keeps_the_count(tiny_config, poison):
 
 def test_parameters_are_looked_at_before_they_are_saved(tiny_config, monkeypatch):
     """Here the loss comes too late to tell."""
-    make = train_module.make_train_step
+    make = prepare_module.make_train_step
 
     def make_broken(*arguments, **more):
         step = make(*arguments, **more)
@@ -163,8 +165,8 @@ def test_parameters_are_looked_at_before_they_are_saved(tiny_config, monkeypatch
 
         return broken
 
-    monkeypatch.setattr(train_module, "make_train_step", make_broken)
-    monkeypatch.setattr(train_module, "make_evaluation", lambda *_: lambda _: 1.0)
+    monkeypatch.setattr(prepare_module, "make_train_step", make_broken)
+    monkeypatch.setattr(prepare_module, "make_evaluation", lambda *_: lambda _: 1.0)
     config = tiny_config()
     with pytest.raises(Diverged, match="params/norm/scale is not finite at step 6"):
         run(config)
@@ -174,7 +176,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_with(tiny_config, monkey
     """One of an earlier version, say."""
     config = tiny_config(steps=6)
     with monkeypatch.context() as blind:
-        blind.setattr(train_module, "make_finite_check", lambda _: lambda *_: None)
+        blind.setattr(prepare_module, "make_finite_check", lambda _: lambda *_: None)
         blind.setattr("examples.llama.report.check_record", lambda *_: None)
         high = dataclasses.replace(config.optimizer, learning_rate=1e20)
         config = dataclasses.replace(config, optimizer=high)

@@ -17,12 +17,9 @@ from gguf.quants import dequantize, quantize
 from examples.llama.config import ModelConfig
 from examples.llama.data.tokenizers import load_saved
 from examples.llama.weights import gguf_file
-from examples.llama.weights.folder import (
-    export_weights,
-    import_weights,
-    load_params,
-)
+from examples.llama.weights.folder import export_weights, import_weights
 from examples.llama.weights.gguf_file import GGUFFile
+from examples.llama.weights.load import load_params
 from examples.llama.weights.names import GGUF, BadWeights, as_tensors, unfilled
 
 VOCAB = 40

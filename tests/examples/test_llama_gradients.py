@@ -93,5 +93,5 @@ def test_parts_of_bfloat16_gradients_are_added_in_float32(batch, params):
 
 
 def test_parts_must_be_equal():
-    with pytest.raises(ValueError, match=r"micro_batch_size \(3\) must divide"):
+    with pytest.raises(ValueError, match=r"`micro_batch_size` \(3\) must divide"):
         Config(micro_batch_size=3)

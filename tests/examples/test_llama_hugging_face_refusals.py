@@ -44,7 +44,7 @@ def folder(tmp_path):
         ({"rope_parameters": {"rope_type": "default", "factor": 8}}, "factor is 8"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"hidden_size": None}, "hidden_size is None, not a positive count"),
-        ({"num_key_value_heads": 3}, "multiple of num_kv_heads"),
+        ({"num_key_value_heads": 3}, "multiple of `model.num_kv_heads`"),
     ],
 )
 def test_other_models_are_refused_before_weights_are_read(folder, settings, message):
@@ -127,8 +127,8 @@ def test_broken_files_are_named(folder, damage, message):
         ({"intermediate_size": 10**12}, "asks for a feed-forward width of 1,0"),
         ({"vocab_size": 10**30}, "asks for a vocabulary of 1,000,0.*longer than 40"),
         ({"num_hidden_layers": 10**12}, "asks for 1,000,000,000,000 layers; there are"),
-        ({"num_attention_heads": 10**12}, "must be a multiple of num_heads"),
-        ({"num_key_value_heads": 10**12}, "must be a multiple of num_kv_heads"),
+        ({"num_attention_heads": 10**12}, "must be a multiple of `model.num_heads`"),
+        ({"num_key_value_heads": 10**12}, "must be a multiple of `model.num_kv_heads`"),
         ({"num_key_value_heads": 1.0}, "num_key_value_heads is 1.0, not a positive"),
         ({"hidden_size": True}, "hidden_size is True, not a positive count"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', not a number"),

@@ -140,13 +140,16 @@ def test_bfloat16_changes_activations_only():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 30}, "width .30. must be a multiple of num_heads .4."),
+        (
+            {"width": 30},
+            "`model.width` .30. must be a multiple of `model.num_heads` .4.",
+        ),
         ({"width": 36, "num_heads": 4}, "even number of features"),
-        ({"num_kv_heads": 3}, "multiple of num_kv_heads .3."),
-        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"num_kv_heads": 0}, "kv_heads must be at least 1, got 0"),
-        ({"norm_eps": -1e-6}, "norm_eps must be >= 0, got -1e-06"),
-        ({"rope_base": 0.0}, "rope_base must be > 0, got 0.0"),
+        ({"num_kv_heads": 3}, "multiple of `model.num_kv_heads` .3."),
+        ({"num_layers": 0}, "`model.num_layers` must be at least 1, got 0"),
+        ({"num_kv_heads": 0}, "`model.num_kv_heads` must be at least 1, got 0"),
+        ({"norm_eps": -1e-6}, "`model.norm_eps` must be >= 0, got -1e-06"),
+        ({"rope_base": 0.0}, "`model.rope_base` must be > 0, got 0.0"),
     ],
 )
 def test_impossible_shapes_are_refused(settings, message):

@@ -12,7 +12,7 @@ from examples.llama import __main__
 from examples.llama.config import DataConfig
 from examples.llama.lock import Lock
 from examples.llama.train import train
-from examples.llama.weights.folder import load_params
+from examples.llama.weights.load import load_params
 from examples.llama.weights.names import BadWeights
 
 

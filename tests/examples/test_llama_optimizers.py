@@ -165,15 +165,15 @@ def test_learns(name, tiny_config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be > 0"),
-        ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
-        ({"warmup": 2.0}, "warmup must be in"),
+        ({"rank": 0}, "`optimizer.rank` must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "`optimizer.learning_rate` must be > 0"),
+        ({"b1": 1.0}, r"`optimizer.b1` must be in \[0, 1\), got 1.0"),
+        ({"warmup": 2.0}, "`optimizer.warmup` must be in"),
         ({"weight_decay": -1.0}, "must not be negative"),
         ({"dense_learning_rate": 0.1}, "has one learning rate"),
         ({"name": "adamw", "factor_embeddings": True}, "means nothing"),
         ({"name": "muon", "layers_at_once": 1}, "is for lorapre_adamw and"),
-        ({"layers_at_once": 0}, "layers_at_once must be at least 1, got 0"),
+        ({"layers_at_once": 0}, "`optimizer.layers_at_once` must be at least 1, got 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -182,5 +182,5 @@ def test_impossible_settings_are_refused(settings, message):
 
 
 def test_galore_names_the_mend_for_stacked_layers():
-    with pytest.raises(ValueError, match="--no-scan-layers"):
+    with pytest.raises(ValueError, match=r"`model\.scan_layers: false`"):
         Config(optimizer=OptimizerConfig("galore"))

@@ -16,15 +16,15 @@ from rich.console import Console
 from test_llama_commands import unboxed
 
 from examples.llama import __main__, files, main
-from examples.llama.config import Config
-from examples.llama.page import write_page
+from examples.llama.config import Config, as_groups, file
+from examples.llama.page import Page
 from examples.llama.terminal import say
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--rank 0", "rank must be at least 1, got 0"),
+        ("--rank 0", "--rank must be at least 1, got 0"),
         ("--recipe paper", "recipe paper is for the presets"),
     ],
 )
@@ -214,17 +214,18 @@ def test_names_are_printed_as_they_are(name, tmp_path, monkeypatch, capsys):
 
 def test_the_page_shows_names_as_they_are(tmp_path):
     """Not as its own markup."""
-    plot, page = tmp_path / "loss.png", tmp_path / "report.html"
-    plot.write_bytes(b"")
     results = {"<i>": "</table>"}
-    config = Config(workdir=Path("a<b>&"), init_from=Path("</pre>"))
+    config = Config(workdir=tmp_path / "a<b>&", init_from=Path("</pre>"))
+    config.workdir.mkdir()
+    settings = file.dump(as_groups(config))
+    page = Page(config.workdir, "", {"Settings": settings, "State <s>": "<u>"})
     # In a damaged log there may be no perplexity beside the loss.
     records = [{"step": 1000, "held_out_loss": 2.0}, {"step": 1001}]
-    write_page(config, results, records, plot, "<u>", page)
-    text = page.read_text()
+    page.write(records, results)
+    text = page.path.read_text()
     assert "<td>1,000</td><td>2.0000</td><td>7.3891</td>" in text
     assert "1,001" not in text
     assert "<title>a&lt;b&gt;&amp;</title>" in text
     assert "<td>&lt;i&gt;</td><td>&lt;/table&gt;</td>" in text
     assert "init_from: &lt;/pre&gt;" in text
-    assert "&lt;u&gt;" in text
+    assert "<h2>State &lt;s&gt;</h2><pre>&lt;u&gt;</pre>" in text

@@ -34,7 +34,8 @@ def test_it_says_so_before_it_trains(monkeypatch, capsys):
     monkeypatch.setattr(main, "train", lambda config, console: Trained)
     assert __main__.main() == 0
     said, result = capsys.readouterr().out.splitlines()
-    assert said.startswith("--recipe paper clips gradients at 7b only")
+    assert said.startswith("the recipe paper clips gradients at 7b only")
+    assert said.endswith("--clip-norm 1 prevents it.")
     assert result.startswith("outcome")
 
 

@@ -8,28 +8,31 @@ import yaml
 from rich.console import Console
 
 from examples.llama import __main__
-from examples.llama.commands import config_of
 from examples.llama.config import Config, ModelConfig, as_groups
+from examples.llama.prepare import text_of_run
 from examples.llama.run_record import (
     DamagedRecord,
     RunMismatch,
-    check_same_run,
+    RunRecord,
+    config_of,
     data_of,
     model_of,
-    record_run,
     record_weights,
 )
-from examples.llama.train import text_of_run
 
 DATA = {"fingerprint": "f", "vocab_size": 257, "end_of_text": 256, "context": 32}
 MEND = "give it another folder, and take it from there"
 
 
+def record_of(config):
+    return RunRecord(config.workdir, as_groups(config))
+
+
 @pytest.fixture
 def config(tmp_path):
     config = Config(workdir=tmp_path)
-    record_run(config, DATA)
-    check_same_run(config, DATA)
+    record_of(config).write(DATA)
+    record_of(config).check_same(DATA)
     return config
 
 
@@ -59,7 +62,7 @@ def test_damaged_data_are_named_with_the_mend(config, content, why):
     file = config.workdir / "data.json"
     file.write_bytes(content)
     with pytest.raises(DamagedRecord) as error:
-        check_same_run(config, DATA)
+        record_of(config).check_same(DATA)
     assert str(error.value).startswith(f"{file} is damaged: {why}")
     assert MEND in str(error.value)
     if why != "without fingerprint":  # Of imported weights there is none.
@@ -82,7 +85,7 @@ def test_settings_with_a_part_missing_are_named(config, path, why):
     without(settings, *path)
     file.write_text(yaml.safe_dump(settings))
     with pytest.raises(DamagedRecord) as error:
-        check_same_run(config)
+        record_of(config).check_same()
     assert str(error.value).startswith(f"{file} is damaged: {why}\n")
     assert MEND in str(error.value)
 
@@ -92,7 +95,7 @@ def test_settings_that_change_nothing_may_be_missing(config):
     settings = yaml.safe_load(file.read_text())
     without(settings, "log_every")  # As in a run from before there was such a setting.
     file.write_text(yaml.safe_dump(settings))
-    check_same_run(config)
+    record_of(config).check_same()
 
 
 @pytest.mark.parametrize("content", ["", "[", "- 1", "model: 3", "model: {width: 3}"])
@@ -111,15 +114,17 @@ def test_every_command_names_damaged_settings(config, content, monkeypatch, caps
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("num_heads", 3, "width"),
-        ("width", 128.0, "width is 128.0"),
-        ("num_layers", True, "num_layers is True"),
-        ("num_kv_heads", "2", "num_kv_heads is '2'"),
-        ("tie_embeddings", "no", "tie_embeddings is 'no'"),
-        ("norm_eps", "1e-6", "norm_eps is '1e-6'"),
-        ("compute_dtype", "float33", "compute_dtype is 'float33'"),
-        ("remat", ["all"], "remat is "),
-        ("loss_chunk", {}, "loss_chunk is {}"),
+        ("num_heads", 3, "model.width (128) must be a multiple of model.num_heads (3)"),
+        ("width", 128.0, "model.width must be a whole number, got 128.0"),
+        ("num_layers", True, "model.num_layers must be a whole number, got True"),
+        ("num_kv_heads", "2", "model.num_kv_heads must be a whole number or null, got"),
+        ("tie_embeddings", "no", "model.tie_embeddings must be true or false, got"),
+        ("norm_eps", "one", "model.norm_eps must be a number, got 'one'"),
+        ("norm_eps", True, "model.norm_eps must be a number, got True"),
+        ("compute_dtype", "float33", "model.compute_dtype must be float32 or bfloat16"),
+        ("remat", ["all"], "model.remat must be nothing, all but products or all, got"),
+        ("loss_chunk", {}, "model.loss_chunk must be a whole number or null, got {}"),
+        ("loss_chunk", {"a": 1}, "model.loss_chunk.a is no setting"),
     ],
 )
 def test_a_model_that_cannot_be_is_named(config, name, value, why):
@@ -129,7 +134,7 @@ def test_a_model_that_cannot_be_is_named(config, name, value, why):
     file.write_text(yaml.safe_dump(settings))
     with pytest.raises(DamagedRecord) as error:
         model_of(config.workdir)
-    assert str(error.value).startswith(f"{file} is damaged: model: {why}")
+    assert str(error.value).startswith(f"{file} is damaged: {why}")
 
 
 def test_settings_that_no_run_can_have_are_named(config, monkeypatch, capsys):
@@ -139,8 +144,12 @@ def test_settings_that_no_run_can_have_are_named(config, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", arguments)
     assert __main__.main() == 1
     told = capsys.readouterr().err
-    assert "abc" in told
-    assert told.endswith(f"error: {file}: not the settings of a run\n")
+    assert told == f"error: {file}: steps must be a whole number, got 'abc'\n"
+    file.write_text(file.read_text().replace("steps: abc", "steps: 0"))
+    with pytest.raises(
+        ValueError, match=r"yaml: not the settings of a run: steps must be"
+    ):
+        config_of(config.workdir)
 
 
 def test_where_no_run_is(tmp_path):
@@ -163,20 +172,21 @@ def test_a_new_run_leaves_the_files_of_others_alone(tiny_config):
     config.workdir.mkdir()
     file = config.workdir / "tokenizer.json"
     file.write_text("{}")
+    begin = record_of(config), config.data, None, False, Console(quiet=True)
     with pytest.raises(RunMismatch, match=r"tokenizer\.json is of no run"):
-        text_of_run(config, False, Console(quiet=True))
+        text_of_run(*begin)
     assert [path.name for path in config.workdir.iterdir()] == [file.name]
-    record_run(config, DATA)  # As of a run that never got anywhere.
-    text_of_run(config, False, Console(quiet=True))
+    record_of(config).write(DATA)  # As of a run that never got anywhere.
+    text_of_run(*begin)
     assert not file.exists()
 
 
 def test_settings_that_are_no_runs_are_not_overwritten(config):
     (config.workdir / "data.json").unlink()
     file = config.workdir / "config.yaml"
-    record_run(config, DATA)  # As after a kill between the two files.
+    record_of(config).write(DATA)  # As after a kill between the two files.
     (config.workdir / "data.json").unlink()
     file.write_text("steps: 9\n")
     with pytest.raises(RunMismatch, match=r"config\.yaml is there, but no data\.json"):
-        record_run(config, DATA)
+        record_of(config).write(DATA)
     assert file.read_text() == "steps: 9\n"

@@ -313,7 +313,9 @@ def test_skipped_lines_are_reported_also_from_the_cache(tmp_path):
     def config(skip):
         return DataConfig(tmp_path, seq_len=4, skip_bad_lines=skip, cache=tmp_path)
 
-    with pytest.raises(DataError, match=r"line 41: not JSON.*--skip-bad-lines"):
+    with pytest.raises(
+        DataError, match=r"line 41: not JSON.*`data.skip_bad_lines: true` leaves"
+    ):
         open_text(config(False), QUIET).load()
     first = open_text(config(True), QUIET).load()
     assert first.tokens == 40 * 5
@@ -321,5 +323,7 @@ def test_skipped_lines_are_reported_also_from_the_cache(tmp_path):
     assert "line 45: not JSON" in first.notes[-1]
     assert open_text(config(True), QUIET).load().notes == first.notes
     # What such a run has left does not hide them from one that wants them all.
-    with pytest.raises(DataError, match=r"line 41: not JSON.*--skip-bad-lines"):
+    with pytest.raises(
+        DataError, match=r"line 41: not JSON.*`data.skip_bad_lines: true` leaves"
+    ):
         open_text(config(False), QUIET).load()

@@ -208,7 +208,9 @@ def test_a_run_is_extended_at_its_last_rate(tiny_config):
     )
     _, printed = run(short)  # The first command again takes nothing back.
     assert "All 16 steps" in printed
-    with pytest.raises(ValueError, match=r"extend_to \(12\) must be more than steps"):
+    with pytest.raises(
+        ValueError, match=r"`extend_to` \(12\) must be more than `steps`"
+    ):
         dataclasses.replace(short, extend_to=12)
 
 
@@ -405,6 +407,6 @@ def test_what_a_run_leaves_for_people(tiny_config):
 def test_an_indivisible_batch_is_refused_before_anything_is_done(tiny_config):
     done = finish(tiny_config(), "--batch-size=4", devices=8)
     assert done.returncode == 1
-    assert "batch_size (4) must be a multiple of the 8 devices" in done.stderr
+    assert "--batch-size (4) must be a multiple of the 8 devices" in done.stderr
     assert "Traceback" not in done.stderr
     assert not tiny_config().workdir.exists()

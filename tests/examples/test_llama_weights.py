@@ -14,28 +14,34 @@ from rich.console import Console
 
 from examples.llama import hosts, layout, using
 from examples.llama.checkpoint import Checkpoints, DamagedCheckpoint
-from examples.llama.commands import Eval, Generate
-from examples.llama.config import Config, DataConfig, ModelConfig, OptimizerConfig
-from examples.llama.data.tokenizers import ByteTokenizer
-from examples.llama.optimizers import make_optimizer
-from examples.llama.pure import PureLlama
-from examples.llama.run_record import DamagedRecord, RunMismatch, record_run
-from examples.llama.steps import init_state
-from examples.llama.train import text_of_run, train
-from examples.llama.using import evaluate, go_on
-from examples.llama.weights import folder, hugging_face
-from examples.llama.weights.folder import (
-    export_weights,
-    import_weights,
-    load_for,
-    load_params,
-    special_ids,
+from examples.llama.config import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    as_groups,
 )
+from examples.llama.data.tokenizers import ByteTokenizer
+from examples.llama.generate import Sampling
+from examples.llama.optimizers import make_optimizer
+from examples.llama.prepare import text_of_run
+from examples.llama.pure import PureLlama
+from examples.llama.run_record import DamagedRecord, RunMismatch, RunRecord
+from examples.llama.steps import init_state
+from examples.llama.train import train
+from examples.llama.using import evaluate, go_on
+from examples.llama.weights import hugging_face, load
+from examples.llama.weights.folder import export_weights, import_weights
+from examples.llama.weights.load import load_for, load_params, special_ids
 from examples.llama.weights.names import BadWeights
 
 QUIET = Console(quiet=True)
+GREEDY = 64, Sampling(temperature=0.0, top_p=1.0), 0
 VOCAB = 257
 CONFIG = ModelConfig(width=32, ffn_width=64, num_layers=2, num_heads=2, norm_eps=1e-5)
+
+
+def record_of(config):
+    return RunRecord(config.workdir, as_groups(config))
 
 
 @pytest.fixture(params=[True, False], ids=["stacked", "unrolled"])
@@ -45,7 +51,7 @@ def run(tmp_path, request):
     config = Config(model, optimizer=OptimizerConfig("adamw"), workdir=tmp_path / "run")
     tx = make_optimizer(config.optimizer, steps=10)
     config.workdir.mkdir()
-    record_run(config, {"vocab_size": VOCAB, "end_of_text": 0, "context": 99})
+    record_of(config).write({"vocab_size": VOCAB, "end_of_text": 0, "context": 99})
     init = jax.jit(partial(init_state, PureLlama(model, VOCAB), tx))
     with Checkpoints(config.workdir) as checkpoints:
         for step in (1, 2):
@@ -87,14 +93,14 @@ def test_all_hosts_read_the_same_checkpoint(run, monkeypatch):
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_named(run, monkeypatch):
-    restored = folder._restored
+    restored = load._restored
 
     def late(step, *more):
         shutil.rmtree(step)
         return restored(step, *more)
 
     config, _ = run
-    monkeypatch.setattr(folder, "_restored", late)
+    monkeypatch.setattr(load, "_restored", late)
     with pytest.raises(BadWeights, match="checkpoints/2: removed while it was read"):
         load_params(config.workdir)
 
@@ -215,8 +221,8 @@ def tuned(chat, tmp_path, tiny_config):
     )
     config = dataclasses.replace(config, data=data)
     config.workdir.mkdir()
-    text_of_run(config, False, QUIET)
-    text_of_run(config, True, QUIET)  # The same, as far as it can tell.
+    for resumed in (False, True):  # The same, as far as it can tell.
+        text_of_run(record_of(config), data, config.init_from, resumed, QUIET)
     with Checkpoints(config.workdir) as checkpoints:
         checkpoints.save(1, {"params": there.params})
     return config.workdir
@@ -240,12 +246,11 @@ def test_special_tokens_of_another_tokenizer_are_not_its_own(chat, tmp_path):
 
 def test_a_run_has_the_tokenizer_that_it_was_trained_with(tuned, tmp_path):
     weights, file = load_params(tuned), tuned / "tokenizer.json"
-    data = DataConfig(tokenizer=str(file))
-    more = Config(weights.config, data, init_from=tuned)
+    mesh = layout.make_mesh(None, jax.devices())
     uses = (
         weights.tokenizer,
         lambda: export_weights(tuned, tmp_path / "hf"),
-        lambda: load_for(more, 8, layout.make_mesh(None, jax.devices())),
+        lambda: load_for(tuned, weights.config, 8, str(file), mesh),
     )
     assert weights.tokenizer().begin == (2,)
     file.write_text(file.read_text().replace('"a"', '"z"'))
@@ -267,9 +272,13 @@ def test_a_tokenizer_with_ids_that_the_model_has_not(chat, tmp_path):
         import_weights(chat, tmp_path / "not")
     assert not (tmp_path / "not").exists()
     pieces.save(str(tmp_path / "there" / "tokenizer.json"))
-    for use in (Generate(tmp_path / "there"), Eval(tmp_path / "there")):
+    uses = (
+        lambda: go_on(tmp_path / "there", (), *GREEDY),
+        lambda: evaluate(tmp_path / "there", {}, None, QUIET),
+    )
+    for use in uses:
         with pytest.raises(BadWeights, match=f"there: {message}"):
-            go_on(use) if isinstance(use, Generate) else evaluate(use, QUIET)
+            use()
 
 
 def test_a_tokenizer_that_cannot_be_used_is_kept_with_a_note(chat, tmp_path):
@@ -297,7 +306,7 @@ def test_parameters_of_other_settings_are_refused(run):
     for settings, data, message in OTHERS:
         model = dataclasses.replace(config.model, **settings)
         data = {"vocab_size": VOCAB, "end_of_text": 0, "context": 9} | data
-        record_run(dataclasses.replace(config, model=model), data)
+        record_of(dataclasses.replace(config, model=model)).write(data)
         for mesh in (None, layout.make_mesh("fsdp=4,tensor=2", jax.devices())):
             with pytest.raises((BadWeights, DamagedRecord), match=message):
                 load_params(config.workdir, mesh)
@@ -314,11 +323,13 @@ def test_what_is_not_finite_is_no_weights(run, tmp_path):
     uses = {
         "load": lambda: load_params(config.workdir),
         "export": lambda: export_weights(config.workdir, tmp_path / "hf"),
-        "generate": lambda: go_on(Generate(config.workdir)),
-        "eval": lambda: evaluate(Eval(config.workdir), QUIET),
+        "generate": lambda: go_on(config.workdir, (), *GREEDY),
+        "eval": lambda: evaluate(config.workdir, {}, None, QUIET),
         "init_from": lambda: load_for(
-            dataclasses.replace(config, init_from=config.workdir),
+            config.workdir,
+            config.model,
             VOCAB,
+            "byte",
             layout.make_mesh("fsdp=4,tensor=2", jax.devices()),
         ),
     }
@@ -340,7 +351,7 @@ def test_a_prompt_begins_as_the_tokenizer_has_it(chat, tmp_path, monkeypatch):
         return [np.asarray([1, 0])] * len(begun)
 
     monkeypatch.setattr(using, "generate", generated)
-    said = go_on(Generate(tmp_path / "there", prompt=("b", "")))
+    said = go_on(tmp_path / "there", ("b", ""), *GREEDY)
     assert given["begun"] == [[2, 1], [2]]
     assert given["end_of_text"] == (3, 4)
     assert said == [("b", " b a"), ("", "b a")]
@@ -348,7 +359,7 @@ def test_a_prompt_begins_as_the_tokenizer_has_it(chat, tmp_path, monkeypatch):
     file = tmp_path / "there" / "tokenizer.json"
     pieces = json.loads(file.read_text()) | {"post_processor": None}
     file.write_text(json.dumps(pieces))
-    go_on(Generate(tmp_path / "there", prompt=("b", "")))
+    go_on(tmp_path / "there", ("b", ""), *GREEDY)
     assert given["begun"] == [[1], [3]]
 
 
@@ -358,8 +369,9 @@ def test_held_out_text_begins_as_the_tokenizer_has_it(
     """The loss over a stream that is put together here."""
     monkeypatch.chdir(tmp_path)  # Where the tokens are kept.
     import_weights(chat, tmp_path / "there")
-    text = {"data": text_folder, "eval_tokens": 96, "seq_len": 48, "batch_size": 8}
-    found = evaluate(Eval(tmp_path / "there", **text), QUIET)
+    text = {"path": text_folder, "eval_tokens": 96, "seq_len": 48, "batch_size": 8}
+    other = {f"data.{name}": value for name, value in text.items()}
+    found = evaluate(tmp_path / "there", other, None, QUIET)
     file = text_folder / "tiny-validation.json.gz"
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]

@@ -1,23 +1,27 @@
-"""One frozen tree of settings; nothing below ``__main__`` knows the command line.
+"""One frozen tree of settings, without the command line, which is in ``commands``.
 
-The field docstrings are the ``--help`` texts. Values are checked when an object
-is made, so a bad setting is reported before anything is read or compiled.
+The field docstrings are its help texts. Values are checked when an object is made, so a
+bad setting is reported before anything is read or compiled. Messages name a setting in
+backquotes with its group, as `data.path`, or with a value, as `data.batching: packed`;
+``options`` has what the command line shows instead.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from examples.llama.config._checks import (
     expand_home,
     require,
     require_finite,
     require_positive,
+    setting,
 )
 from examples.llama.config.data import DataConfig
 from examples.llama.config.model import PRESETS, ModelConfig
 from examples.llama.config.optimizer import OptimizerConfig, OptimizerName
+from examples.llama.config.structure import as_groups, flat, kinds, override
 from examples.llama.hosts import parse_job
 from examples.llama.layout import parse_mesh
 
@@ -32,6 +36,7 @@ __all__ = [
     "differences",
     "expand_home",
     "flat",
+    "kinds",
     "override",
     "parse_steps",
 ]
@@ -40,6 +45,8 @@ __all__ = [
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run. The same settings and workdir again: the run goes on."""
+
+    GROUP: ClassVar[str] = ""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -67,7 +74,7 @@ class Config:
     """Steps in a row whose loss, gradient or new state is not finite that are left out,
     and counted in the log, before the run stops."""
     extend_to: int | None = None
-    """Steps of a run that goes on beyond its --steps, at its last learning rate."""
+    """Steps of a run that goes on beyond its steps, at its last learning rate."""
     eval_every: int = 100
     """Steps between evaluations on held-out text."""
     checkpoint_every: int = 100
@@ -91,11 +98,11 @@ class Config:
         require_positive(self, "diagnostics_every", "log_every")
         require(
             self.skip_nonfinite >= 0,
-            f"skip_nonfinite must not be negative, got {self.skip_nonfinite}",
+            f"`skip_nonfinite` must not be negative, got {self.skip_nonfinite}",
         )
         require(
             self.extend_to is None or self.extend_to > self.steps,
-            f"extend_to ({self.extend_to}) must be more than steps ({self.steps})",
+            f"`extend_to` ({self.extend_to}) must be more than `steps` ({self.steps})",
         )
         parse_mesh(self.mesh or "")
         if self.distributed is not None:
@@ -104,26 +111,33 @@ class Config:
             last = parse_steps(self.profile)[-1]
             require(
                 last <= self.last_step,
-                f"profile ({self.profile}) is beyond the last step ({self.last_step})",
+                f"`profile` ({self.profile}) is beyond the last step "
+                f"({self.last_step})",
             )
         for name in ("time_limit", "peak_tflops"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be > 0, got {value}")
-        require(self.z_loss >= 0, f"z_loss must not be negative, got {self.z_loss}")
+            require(
+                value is None or value > 0,
+                f"{setting(self, name)} must be > 0, got {value}",
+            )
+        require(self.z_loss >= 0, f"`z_loss` must not be negative, got {self.z_loss}")
         micro, batch = self.micro_batch_size, self.data.batch_size
         require(
             micro is None or (micro >= 1 and batch % micro == 0),
-            f"micro_batch_size ({micro}) must divide batch_size ({batch})",
+            f"`micro_batch_size` ({micro}) must divide `data.batch_size` ({batch})",
         )
-        require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), got {self.seed}")
+        require(
+            0 <= self.seed < 2**32, f"`seed` must be in [0, 2**32), got {self.seed}"
+        )
         chunk, length = self.model.loss_chunk, self.data.seq_len
         require(
             chunk is None or chunk >= length or length % chunk == 0,
-            f"loss_chunk ({chunk}) must divide seq_len ({length})",
+            f"`model.loss_chunk` ({chunk}) must divide `data.seq_len` ({length})",
         )
         require(
             not (self.optimizer.name == "galore" and self.model.scan_layers),
-            "optax's galore cannot take stacked layers: add --no-scan-layers",
+            "optax's galore cannot take stacked layers: it needs "
+            "`model.scan_layers: false`",
         )
 
     @property
@@ -132,9 +146,9 @@ class Config:
         return self.extend_to or self.steps
 
 
-# What may change between the parts of one run: none of it alters an update, but for
-# rounding by the mesh. Where text and tokenizer lie may, because their fingerprint is
-# compared.
+# What may change between the parts of one run: none of it alters an update, except by
+# rounding on another mesh. Where text and tokenizer are may, because their fingerprint
+# is compared.
 _FREE = (
     "workdir",
     "mesh",
@@ -163,41 +177,8 @@ def parse_steps(text: str) -> range:
     """`"10:13"`: steps 10, 11, 12 and 13."""
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise ValueError(f"profile: {text!r} is not first:last, like 10:13")
+        raise ValueError(f"`profile`: {text!r} is not first:last, like 10:13")
     return range(int(first), int(last) + 1)
-
-
-def override(config: Any, values: Mapping[str, Any]) -> Any:
-    """`config` with other values, by their dotted names; all set before any check."""
-    own, groups = {}, dict[str, dict[str, Any]]()
-    for name, value in values.items():
-        group, _, rest = name.rpartition(".")
-        if group:
-            groups.setdefault(group, {})[rest] = value
-        else:
-            own[name] = value
-    for group, inner in groups.items():
-        own[group] = dataclasses.replace(getattr(config, group), **inner)
-    return dataclasses.replace(config, **own)
-
-
-def as_groups(config: Any) -> Any:
-    """Nested ``{"model": {"width": 128, ...}, ...}`` of JSON values."""
-    if dataclasses.is_dataclass(config):
-        fields = dataclasses.fields(config)
-        return {field.name: as_groups(getattr(config, field.name)) for field in fields}
-    return str(config) if isinstance(config, Path) else config
-
-
-def flat(groups: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The same as ``{"model.width": 128, ...}``."""
-    found: dict[str, Any] = {}
-    for name, value in groups.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def differences(

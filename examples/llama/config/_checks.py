@@ -14,7 +14,7 @@ def require(condition: bool, message: str) -> None:
 def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value >= 1, f"{name} must be at least 1, got {value}")
+        require(value >= 1, f"{setting(config, name)} must be at least 1, got {value}")
 
 
 def require_finite(config: Any) -> None:
@@ -23,12 +23,17 @@ def require_finite(config: Any) -> None:
         value = getattr(config, field.name)
         require(
             not isinstance(value, float) or math.isfinite(value),
-            f"{field.name} must be a finite number, got {value}",
+            f"{setting(config, field.name)} must be a finite number, got {value}",
         )
 
 
+def setting(config: Any, name: str) -> str:
+    """As messages name a field: with the group that it is in."""
+    return f"`{config.GROUP}{name}`"
+
+
 def expand_home(config: Any, *names: str) -> None:
-    """Paths, or names of files, that begin with ~: in ``--x=~/y`` no shell does it."""
+    """Paths, or names of files, that begin with ~: within a word no shell does it."""
     for name in names:
         value = getattr(config, name)
         if value is not None:

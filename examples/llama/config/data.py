@@ -2,11 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
-import tyro
-
-from examples.llama.config._checks import expand_home, require, require_positive
+from examples.llama.config._checks import (
+    expand_home,
+    require,
+    require_positive,
+    setting,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +20,13 @@ class DataConfig:
     always there is Python's own standard library: sources and help.
     """
 
-    path: Annotated[Path | None, tyro.conf.arg(name="data")] = None
+    GROUP: ClassVar[str] = "data."
+
+    path: Path | None = None
     """Folder of *train*.json.gz and *validation*.json.gz (none: Python's library)."""
     hub: str | None = None
     """Data set streamed from the Hugging Face hub, owner/name[:config][@revision], as
-    allenai/c4:en; with --train-tokens, in place of --data."""
+    allenai/c4:en, in place of a folder; it needs train_tokens."""
     train_tokens: int | None = None
     """Training tokens to read, about: the first documents (none: all there are)."""
     eval_tokens: int = 65_536
@@ -41,38 +46,40 @@ class DataConfig:
     """Tokens per row that are predicted."""
     batch_size: int = 16
     """Rows per step, over all devices."""
-    workers: Annotated[int, tyro.conf.arg(name="data-workers")] = 0
+    workers: int = 0
     """Processes per host that read rows (0: a thread of the one that trains)."""
-    cache: Annotated[Path, tyro.conf.arg(name="token-cache")] = Path("runs/tokens")
+    cache: Path = Path("runs/tokens")
     """Folder of tokenised text, which runs share."""
 
     def __post_init__(self) -> None:
         expand_home(self, "path", "cache", "tokenizer", "hub")
         require_positive(self, "seq_len", "batch_size", "eval_tokens")
         require(
-            self.workers >= 0, f"data-workers must be 0 or more, got {self.workers}"
+            self.workers >= 0,
+            f"{setting(self, 'workers')} must be 0 or more, got {self.workers}",
         )
         for name in ("train_tokens", "vocab_size"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
         require(
             self.hub is None or self.path is None,
-            f"--hub {self.hub} and --data {self.path} are two texts: give one of them",
+            f"`data.hub: {self.hub}` and `data.path: {self.path}` are two texts: give "
+            "one of them",
         )
         require(
             self.hub is None or self.train_tokens is not None,
-            "--hub needs --train-tokens: so many are fetched and kept, and a run that "
-            "takes more (steps x batch_size x seq_len) begins another epoch",
+            "`data.hub` needs `data.train_tokens`: so many are fetched and kept, and a "
+            "run that takes more (steps x batch_size x seq_len) begins another epoch",
         )
         require(
             self.tokenizer in ("byte", "bpe")
             or Path(self.tokenizer).suffix in (".model", ".json"),
-            f"--tokenizer {self.tokenizer} is neither byte, bpe, a .model nor a "
+            f"`data.tokenizer: {self.tokenizer}` is neither byte, bpe, a .model nor a "
             "tokenizer.json",
         )
         require(
             self.tokenizer != "bpe"
             or (self.vocab_size is not None and self.vocab_size >= 257),
-            "--tokenizer bpe needs a vocab_size of at least 257 "
+            "`data.tokenizer: bpe` needs a `data.vocab_size` of at least 257 "
             f"(256 bytes and the end of text), got {self.vocab_size}",
         )

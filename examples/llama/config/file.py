@@ -1,20 +1,15 @@
-"""Settings as YAML: what a run writes beside its checkpoints, and `--config` reads.
+"""Settings as YAML: what a run writes beside its checkpoints, and what is read."""
 
-A file is read as the options that it stands for, so that the command line's own checks
-and messages hold for it, and options given after it win.
-"""
-
-import dataclasses
-import difflib
-import typing
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from examples.llama import files
-from examples.llama.config import Config, flat
+from examples.llama.config import Config
+from examples.llama.config.structure import BadSetting, typed
 
 # Settings are some thousand bytes, in groups.
 _LARGEST, _DEEPEST = 2**16, 8
@@ -37,9 +32,33 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that ``_Loader`` would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):  # 1e-3, which is text to YAML 1.1 for want of a dot.
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
 def dump(groups: Mapping[str, Any]) -> str:
-    """As YAML; `load` and `options_of` read it back."""
-    return yaml.safe_dump(groups, sort_keys=False)
+    """As YAML; `load` reads it back."""
+    return yaml.dump(groups, Dumper=_Dumper, sort_keys=False)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The settings in the file, some or all, by their dotted names.
+
+    Each is of its type; whether they go together, the dataclasses check. Raises
+    ``ConfigFileError``.
+    """
+    try:
+        return typed(Config, load(path))
+    except BadSetting as error:
+        raise ConfigFileError(f"{path}: {error}") from error
 
 
 def load(path: Path) -> Any:
@@ -75,33 +94,3 @@ def _check_plain(text: str) -> None:
         else:
             continue
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-
-
-def options_of(content: Mapping[str, Any], path: Path | None) -> list[str]:
-    """What to write on the command line for the content of ``path``."""
-    names = dict(_option_names(Config))
-    options = []
-    for setting, value in flat(content).items():
-        if setting not in names:
-            near = difflib.get_close_matches(setting, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigFileError(f"{path}: {setting} is no setting{hint}")
-        if isinstance(value, bool):
-            options.append(f"--{'' if value else 'no-'}{names[setting]}")
-        else:
-            options.append(f"--{names[setting]}={value}")  # It may begin with a dash.
-    return options
-
-
-def _option_names(group: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Of every setting: its name in the file, and its option's."""
-    hints = typing.get_type_hints(group, include_extras=True)
-    for field in dataclasses.fields(group):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _option_names(hint, f"{prefix}{field.name}.")
-            continue
-        marks = getattr(hint, "__metadata__", ())  # of tyro.conf.arg
-        given = [mark.name for mark in marks if getattr(mark, "name", None)]
-        name = given[0] if given else field.name.replace("_", "-")
-        yield f"{prefix}{field.name}", name

@@ -1,7 +1,7 @@
 """Shapes of Llamas, the published ones among them."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from examples.llama.config._checks import require, require_finite, require_positive
 
@@ -9,6 +9,8 @@ from examples.llama.config._checks import require, require_finite, require_posit
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape of the Llama; the vocabulary comes from the tokenizer."""
+
+    GROUP: ClassVar[str] = "model."
 
     width: int = 128
     """Features per token in the residual stream."""
@@ -39,22 +41,26 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        names = ("width", "ffn_width", "num_layers", "num_heads", "kv_heads")
-        require_positive(self, *names)
+        require_positive(self, "width", "ffn_width", "num_layers", "num_heads")
+        for name in ("num_kv_heads", "loss_chunk"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
         require(
             self.width % (2 * self.num_heads) == 0,
-            f"width ({self.width}) must be a multiple of num_heads "
+            f"`model.width` ({self.width}) must be a multiple of `model.num_heads` "
             f"({self.num_heads}), with an even number of features per head",
         )
         require(
             self.num_heads % self.kv_heads == 0,
-            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-            f"({self.kv_heads})",
+            f"`model.num_heads` ({self.num_heads}) must be a multiple of "
+            f"`model.num_kv_heads` ({self.kv_heads})",
         )
-        require(self.norm_eps >= 0, f"norm_eps must be >= 0, got {self.norm_eps}")
-        require(self.rope_base > 0, f"rope_base must be > 0, got {self.rope_base}")
-        if self.loss_chunk is not None:
-            require_positive(self, "loss_chunk")
+        require(
+            self.norm_eps >= 0, f"`model.norm_eps` must be >= 0, got {self.norm_eps}"
+        )
+        require(
+            self.rope_base > 0, f"`model.rope_base` must be > 0, got {self.rope_base}"
+        )
 
     @property
     def kv_heads(self) -> int:

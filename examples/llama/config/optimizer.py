@@ -1,11 +1,14 @@
 """Which optimizer, and its hyperparameters."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
-import tyro
-
-from examples.llama.config._checks import require, require_finite, require_positive
+from examples.llama.config._checks import (
+    require,
+    require_finite,
+    require_positive,
+    setting,
+)
 
 OptimizerName = Literal["lorapre_adamw", "lorapre_muon", "adamw", "muon", "galore"]
 
@@ -14,7 +17,9 @@ OptimizerName = Literal["lorapre_adamw", "lorapre_muon", "adamw", "muon", "galor
 class OptimizerConfig:
     """The rule for attention and MLP matrices; all other parameters use Adam."""
 
-    name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "lorapre_adamw"
+    GROUP: ClassVar[str] = "optimizer."
+
+    name: OptimizerName = "lorapre_adamw"
     """Rule for the attention and MLP matrices."""
     learning_rate: float | None = None
     """Peak rate, for the matrices (none: the optimizer's own default)."""
@@ -52,7 +57,8 @@ class OptimizerConfig:
             default = type(self).__dataclass_fields__[name].default
             require(
                 self.name.startswith("lorapre") or getattr(self, name) == default,
-                f"{name} is for lorapre_adamw and lorapre_muon, not {self.name}",
+                f"{setting(self, name)} is for lorapre_adamw and lorapre_muon, not "
+                f"{self.name}",
             )
         for name in (
             "learning_rate",
@@ -61,21 +67,31 @@ class OptimizerConfig:
             "update_scale",
         ):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be > 0, got {value}")
+            require(
+                value is None or value > 0,
+                f"{setting(self, name)} must be > 0, got {value}",
+            )
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
-        require(0 <= self.warmup <= 1, f"warmup must be in [0, 1], got {self.warmup}")
+            require(
+                0 <= value < 1,
+                f"{setting(self, name)} must be in [0, 1), got {value}",
+            )
+        require(
+            0 <= self.warmup <= 1,
+            f"`optimizer.warmup` must be in [0, 1], got {self.warmup}",
+        )
         require(
             self.weight_decay >= 0,
-            f"weight_decay must not be negative, got {self.weight_decay}",
+            f"`optimizer.weight_decay` must not be negative, got {self.weight_decay}",
         )
         require(
             self.dense_learning_rate is None or not self.name.endswith("adamw"),
-            f"{self.name} has one learning rate; dense_learning_rate is for "
-            "lorapre_muon, muon and galore",
+            f"{self.name} has one learning rate; `optimizer.dense_learning_rate` is "
+            "for lorapre_muon, muon and galore",
         )
         require(
             not (self.factor_embeddings and self.name == "adamw"),
-            "adamw treats all parameters alike; factor_embeddings means nothing to it",
+            "adamw treats all parameters alike; `optimizer.factor_embeddings` means "
+            "nothing to it",
         )

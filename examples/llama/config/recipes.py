@@ -65,9 +65,10 @@ def paper(preset: str, optimizer: str | None = None) -> dict[str, Setting]:
 
 
 UNCLIPPED = (
-    "--recipe paper clips gradients at 7b only, as published: after a single gradient "
-    "30 times as large as the others, an update of Algorithm 1 is over a hundred times "
-    "as large as those (python -m benchmarks.spike). --clip-norm 1 prevents it."
+    "the recipe paper clips gradients at 7b only, as published: after a single "
+    "gradient 30 times as large as the others, an update of Algorithm 1 is over a "
+    "hundred times as large as those (python -m benchmarks.spike). "
+    "`optimizer.clip_norm: 1` prevents it."
 )
 
 

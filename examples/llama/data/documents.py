@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 Split = Literal["train", "validation"]
+SKIPPING = "`data.skip_bad_lines: true` leaves such lines out"
 _SHOWN = 5
 
 
@@ -36,7 +37,7 @@ class BadLines:
     def add(self, where: str, why: BadLine) -> None:
         """Raises ``DataError`` unless such lines are to be skipped."""
         if not self._skip:
-            raise DataError(f"{where}: {why}; --skip-bad-lines leaves such lines out")
+            raise DataError(f"{where}: {why}; {SKIPPING}")
         self.count += 1
         if len(self.first) < _SHOWN:
             self.first.append(f"{where}: {why}")

@@ -30,12 +30,12 @@ class Hub:
     def __init__(self, name: str, memory: Path):
         match = _NAME.fullmatch(name)
         if match is None:
-            raise DataError(f"--hub {name}: not like owner/name:config@revision")
+            raise DataError(f"`data.hub: {name}`: not like owner/name:config@revision")
         try:
             import datasets
         except ImportError as error:
             raise DataError(
-                "--hub needs the package datasets: pip install '.[hub]'"
+                "`data.hub` needs the package datasets: pip install '.[hub]'"
             ) from error
         self._datasets: Any = datasets
         self._path, self._config, self._revision = match.group(
@@ -43,10 +43,10 @@ class Hub:
         )
         if self._revision and Path(self._path).is_dir():
             raise DataError(
-                f"--hub {name}: {self._path} is a folder, without revisions"
+                f"`data.hub: {name}`: {self._path} is a folder, without revisions"
             )
         self._memory = memory
-        self.name = f"--hub {name}"
+        self.name = f"hub {name}"
 
     def fingerprint(self, split: Split) -> str:
         """Of the repository's commit, which from here on is the one that is read.

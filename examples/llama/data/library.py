@@ -39,7 +39,7 @@ class StandardLibrary:
         if not all(texts.values()):
             raise DataError(
                 f"{self._root}: not enough Python sources to learn from; give a folder "
-                "of text with --data"
+                "of text as `data.path`"
             )
         return texts
 

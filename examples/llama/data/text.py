@@ -139,7 +139,7 @@ def planned_vocabulary(config: DataConfig) -> tuple[int, list[str]]:
 
 def open_source(config: DataConfig) -> Source:
     if config.cache.exists() and not config.cache.is_dir():
-        raise DataError(f"--token-cache {config.cache}: not a folder; give another")
+        raise DataError(f"`data.cache: {config.cache}`: not a folder; give another")
     memory = config.cache / "digests"
     if config.hub is not None:
         return Hub(config.hub, memory)

@@ -32,6 +32,7 @@ import numpy as np
 
 from examples.llama import files
 from examples.llama.data.documents import (
+    SKIPPING,
     BadLines,
     DataError,
     Document,
@@ -117,9 +118,7 @@ def tokenise(
                 raise DataError(f"{source.name}: the {split} shards hold no text")
     tokens = _open(folder, tokenizer)
     if tokens.bad_lines and not skip_bad_lines:  # Written by a run that skips them.
-        raise DataError(
-            f"{tokens.first_bad_lines[0]}; --skip-bad-lines leaves such lines out"
-        )
+        raise DataError(f"{tokens.first_bad_lines[0]}; {SKIPPING}")
     return tokens
 
 

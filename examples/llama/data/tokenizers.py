@@ -211,8 +211,9 @@ def model_vocabulary(tokenizer: Tokenizer, size: int | None) -> int:
     if size is not None and size < tokenizer.reach:
         raise DataError(
             f"the tokenizer has {tokenizer.reach:,} ids for texts, the model only "
-            f"{size:,}; give a --vocab-size of at least {tokenizer.reach} (weights to "
-            "begin with have a size of their own), or the model's own --tokenizer"
+            f"{size:,}; give a `data.vocab_size` of at least {tokenizer.reach} "
+            "(weights to begin with have a size of their own), or the model's own "
+            "`data.tokenizer`"
         )
     return size or tokenizer.vocab_size
 
@@ -223,7 +224,7 @@ def unused_ids(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
         return []
     return [
         f"the tokenizer has only {tokenizer.vocab_size:,} of the model's "
-        f"{vocab_size:,} ids: is it the one that was meant (--tokenizer)?"
+        f"{vocab_size:,} ids: is it the one that was meant (`data.tokenizer`)?"
     ]
 
 
