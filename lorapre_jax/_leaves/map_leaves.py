@@ -1,6 +1,7 @@
 """Maps an optimizer's function over the matrices of all leaves, as planned."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax._leaves.plan import Leaf, Plan
+from lorapre_jax._leaves.stacks import AT_ONCE, stacks
 from lorapre_jax._moments.factors import is_factors, open_boxes
 from lorapre_jax._numerics.arrays import at_least_float32
 from lorapre_jax._trees.paths import named_leaves
@@ -49,28 +51,47 @@ def map_leaves(
     by_path = [dict(named_leaves(tree)) for tree in others]
     dense = [dict(named_leaves(tree)) for tree, _ in moments]
     factors = [dict(of_path) for _, of_path in moments]
-    results = []
-    for path, g in leaves:
-        leaf = plans[path]
-        if not leaf.methods:
-            results.append(g)
-            continue
-        kept = [f if path in f else d for d, f in zip(dense, factors, strict=True)]
-        inputs = [each[path] for each in by_path]
-        states = [open_boxes(where[path]) for where in kept]
-        update, *states = _run_leaf(rule, leaf, slices_at_once, g, inputs, states)
-        results.append(update)
-        for where, state in zip(kept, states, strict=True):
-            boxes = jax.tree.structure(where[path])
-            where[path] = jax.tree.unflatten(boxes, jax.tree.leaves(state))
+
+    def kept(path: str) -> list[dict[str, Any]]:
+        return [f if path in f else d for d, f in zip(dense, factors, strict=True)]
+
+    arrays = {
+        path: (
+            g,
+            [each[path] for each in by_path],
+            [open_boxes(where[path]) for where in kept(path)],
+        )
+        for path, g in leaves
+        if plans[path].methods
+    }
+    results = dict(leaves)
+    for stack in stacks(plan, arrays, slices_at_once):
+        done = _run_stack(rule, stack, slices_at_once, [arrays[x.path] for x in stack])
+        for leaf, (update, *states) in zip(stack, done, strict=True):
+            results[leaf.path] = update
+            for where, state in zip(kept(leaf.path), states, strict=True):
+                boxes = jax.tree.structure(where[leaf.path])
+                where[leaf.path] = jax.tree.unflatten(boxes, jax.tree.leaves(state))
     trees = (
         jax.tree.unflatten(jax.tree.structure(tree), new.values())
         for (tree, _), new in zip(moments, dense, strict=True)
     )
     return (
-        jax.tree.unflatten(jax.tree.structure(updates), results),
+        jax.tree.unflatten(jax.tree.structure(updates), results.values()),
         *zip(trees, factors, strict=True),
     )
+
+
+def _run_stack(rule, stack: list[Leaf], slices_at_once, arrays) -> list[Any]:
+    """Applies the rule to leaves that are alike, in one program for all of them."""
+    if len(stack) == 1:
+        return [_run_leaf(rule, stack[0], slices_at_once, *arrays[0])]
+    leaf, count = stack[0], len(stack)
+    if slices_at_once is None:
+        slices_at_once = max(1, AT_ONCE // math.prod(leaf.shape))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *arrays)
+    done = _run_leaf(rule, leaf.stacked(count), slices_at_once, *stacked)
+    return [jax.tree.map(lambda x: x[i], done) for i in range(count)]  # noqa: B023
 
 
 def _run_leaf(rule, leaf: Leaf, slices_at_once, g, inputs, states):

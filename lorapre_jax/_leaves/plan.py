@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -32,6 +32,15 @@ class LeafPlan:
     methods: tuple[Any, ...]
     view: MatrixView | None
     batch_shards: int = dataclasses.field(default=1, compare=False)
+
+    def stacked(self, count: int) -> Self:
+        """Returns the decision for so many such leaves, stacked along a new axis."""
+        return dataclasses.replace(
+            self,
+            shape=(count, *self.shape),
+            view=self.view and self.view.stacked(count),
+            batch_shards=1,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

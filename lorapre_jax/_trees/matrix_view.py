@@ -121,6 +121,14 @@ class MatrixView:
     def q(self) -> int:
         return math.prod(self._sizes(self.column_axes))
 
+    def stacked(self, count: int) -> "MatrixView":
+        """Returns the view of so many such leaves, stacked along a new first axis."""
+        batch, rows, columns = (
+            tuple(axis + 1 for axis in axes)
+            for axes in (self.batch_axes, self.row_axes, self.column_axes)
+        )
+        return MatrixView((count, *self.shape), (0, *batch), rows, columns)
+
     def to_matrix(self, leaf: jax.Array) -> jax.Array:
         """Reshapes an array of `shape` to `(*batch, p, q)`."""
         return leaf.transpose(self._order).reshape(*self.batch_shape, self.p, self.q)
