@@ -50,8 +50,8 @@ POINTS = {
     "galore_published/4": ("GaLore", (8, 2), "left"),
     "apollo/4": ("APOLLO", (8, -3), "left"),
     "adafactor": ("Adafactor", (8, -3), "left"),
-    "default_all/8": ("lorapre_adamw, width/8", (0, 8), "center"),
-    "default_all/32": ("lorapre_adamw, width/32", (-4, 8), "left"),
+    "default_all/8": ("lorapre_adamw, width/8", (8, -3), "left"),
+    "default_all/32": ("lorapre_adamw, width/32", (8, -3), "left"),
     "default_muon/8": ("lorapre_muon, width/8", (6, -13), "center"),
 }
 """The figure's: label, where it is in points from its point, and how aligned."""
@@ -88,7 +88,9 @@ def draw(by_method: Mapping[str, Line], path: Path) -> Axes:
     for method, (label, offset, side) in POINTS.items():
         line = by_method[method]
         color = "#c2410c" if method in OURS else "0.45"
-        axes.plot(line.all_state, line.loss, "o", color=color, markersize=7)
+        axes.errorbar(
+            line.all_state, line.loss, line.spread, fmt="o", color=color, markersize=7
+        )
         axes.annotate(
             label,
             (line.all_state, line.loss),
@@ -111,8 +113,15 @@ def draw(by_method: Mapping[str, Line], path: Path) -> Axes:
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    note = "lower and further left is better"
-    axes.text(0.02, 0.03, note, color="0.45", style="italic", transform=axes.transAxes)
+    paper = by_method["paper_0.25/8"].loss
+    notes = {
+        0.03: "lower and further left is better",
+        0.94: f"above the axis: Algorithm 1 of LoRA-Pre, {paper:.2f}",
+    }
+    for height, note in notes.items():
+        axes.text(
+            0.02, height, note, color="0.45", style="italic", transform=axes.transAxes
+        )
     figure.savefig(path, dpi=130)
     return axes
 
