@@ -303,7 +303,7 @@ def test_leaves_that_were_frozen_start_fresh(tx):
     params = random_tree(SHAPES)
     masked: Any = optax.masked(tx, FROZEN)
     state = jax.tree.map(lambda x: x + 1, masked.init(params))
-    with pytest.warns(UserWarning, match=r"no moments of 'w'\. Theirs start from zero"):
+    with pytest.warns(UserWarning, match=r"no moments of 'w'\. The new ones start"):
         new = lp.convert_state(state, tx, params)
     fresh = tx.init(params)
     assert jax.tree.structure(new) == jax.tree.structure(fresh)
@@ -333,10 +333,10 @@ def test_leaves_that_have_another_name():
     )
     tx = lp.scale_by_lorapre_adam(4, **BETAS, matrices=matrices)
     with pytest.warns(
-        UserWarning, match=r"of 'u'\. .* It keeps those of 'w', which no"
+        UserWarning, match=r"no moments of 'u'\. .* the old moments of 'w'\."
     ):
         lp.convert_state(state, tx, renamed)
-    with pytest.raises(ValueError, match="Leaf 'x': the old state keeps no moment of "):
+    with pytest.raises(ValueError, match="Leaf 'x': the old state has no moment of it"):
         lp.convert_state(state, optax.scale_by_adam(), {"x": params["w"]})
 
 
@@ -428,30 +428,30 @@ def test_what_cannot_be_converted():
     with pytest.raises(ValueError, match=r"'heads': .* its second moment .* b2="):
         lp.convert_state(state, dense, params, b1=0.9)
     ema = lp.lorapre_ema(0.9, 4, matrices=MATRICES).init(params)
-    with pytest.raises(ValueError, match="'bias': the old state keeps no second"):
+    with pytest.raises(ValueError, match="'bias': the old state has no second"):
         lp.convert_state(ema, adam(), params)
-    with pytest.raises(ValueError, match="keeps two first moments"):
+    with pytest.raises(ValueError, match="Leaf 'bias': the old state has two first"):
         lp.convert_state((state, state), adam(), params)
-    with pytest.raises(ValueError, match="'mini_step' of shape"):
+    with pytest.raises(ValueError, match=r"'mini_step' of shape .* has none there"):
         lp.convert_state(
             state, optax.MultiSteps(adam(), 2).gradient_transformation(), params
         )
     several = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    with pytest.raises(ValueError, match=r"'bias': the state's count has shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"'bias': the count .* has shape \(2,\)"):
         lp.convert_state(several, adam(), params)
     with pytest.raises(ValueError, match="different numbers of steps"):
         lp.convert_state(
             (state, optax.ema(0.9).init({"x": params["w"]})), adam(), params
         )
     other = jax.tree.map(lambda x: x.T if x.shape == (16, 32) else x, state)
-    with pytest.raises(ValueError, match=r"'w': the old moment is of shape \(32, 16\)"):
+    with pytest.raises(ValueError, match=r"'w': the old moment has shape \(32, 16\)"):
         lp.convert_state(other, adam(), params, **BETAS)
     elsewhere = jax.device_put(state, jax.devices()[1])
-    with pytest.raises(ValueError, match="'heads': its moment lies on other devices"):
+    with pytest.raises(ValueError, match="'heads': its moment is not on the devices"):
         lp.convert_state(elsewhere, adam(), params, **BETAS)
     transposed = lp.select_matrices(
         axes={"^heads$": lp.MatrixAxes((0, 1), 2), "^(stack|w)$": lp.MatrixAxes()}
     )
     other = lp.scale_by_lorapre_adam(2, **BETAS, matrices=transposed)
-    with pytest.raises(ValueError, match="'heads': its factors are of other matrices"):
+    with pytest.raises(ValueError, match="'heads': the old factors are of matrices"):
         lp.convert_state(trained(adam())[1], other, params)
