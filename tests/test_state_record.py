@@ -1,4 +1,4 @@
-"""Restoring as another state than was saved: one error that lists what differs."""
+"""Restoring into another state than was saved: one error lists differences."""
 
 import json
 from fractions import Fraction
@@ -81,7 +81,7 @@ def test_the_same_fits():
     ],
 )
 def test_another_one_does_not(other, lines):
-    """Shapes agree in two of these."""
+    """In two of these cases all shapes are the same."""
     with pytest.raises(ValueError, match="of another optimizer or model") as error:
         lp.check_state_record(RECORD, state(**other))
     for line in [*lines, "lorapre_jax.convert_state(state, tx, params)"]:
@@ -91,7 +91,7 @@ def test_another_one_does_not(other, lines):
 
 
 def test_nor_do_methods_without_a_rank():
-    """Where only they tell that a leaf is dense here."""
+    """Only the methods tell here that a leaf is dense."""
     saved = lp.state_record(state(**DENSE_FIRST))
     with pytest.raises(ValueError, match=r"square: .*; moments \['Dense', 'RankOne'\]"):
         lp.check_state_record(saved, state(**DENSE_FIRST, exclude=["square"]))
