@@ -148,14 +148,14 @@ _CONFIG = tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
 
 
 def kind_of(arguments: list[str]) -> type[Command] | None:
-    """Which command is asked for; None where it is not told, or there is no such."""
+    """Returns the name of the command; None if it is missing or unknown."""
     return _KINDS.get(arguments[0]) if arguments else None
 
 
 def parse(arguments: list[str]) -> Command:
-    """What is asked for; prints help or what is wrong, and exits, where it must.
+    """Parses the command line; prints help or an error and exits if necessary.
 
-    Raises ``ValueError`` where a file that is named is not what it should be.
+    Raises ``ValueError`` if a file that is named is invalid.
     """
     # One command alone once it is known: errors then name its settings, no union's.
     kind = kind_of(arguments)
@@ -173,7 +173,7 @@ def parse(arguments: list[str]) -> Command:
 def _of_a_run(
     kind: type[Train] | type[Describe], arguments: list[str], program: str
 ) -> Train | Describe:
-    """With the settings of the defaults, the file and the options, checked at last."""
+    """Returns the command with checked settings from defaults, file and options."""
     defaults = _defaults(arguments)
     start = unchecked(kind)()
     given = tyro.cli(
@@ -199,7 +199,7 @@ def _of_a_run(
 
 
 class _Defaults(NamedTuple):
-    """What some options and the file ask for, and the other options."""
+    """The defaults that some options and the file set, and the other options."""
 
     values: dict[str, Any]  # By the settings' names.
     recipe: dict[str, Setting]
@@ -224,7 +224,7 @@ def _defaults(arguments: list[str]) -> _Defaults:
 
 
 def _defaults_parser() -> argparse.ArgumentParser:
-    """Of the options that the defaults of all others hang on."""
+    """Returns a parser of the options that decide the defaults of all others."""
     parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="9m")
     parser.add_argument("--recipe", choices=RECIPES)

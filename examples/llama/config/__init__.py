@@ -142,7 +142,7 @@ class Config:
 
     @property
     def last_step(self) -> int:
-        """Of the run; the learning rate falls until ``steps``."""
+        """The last step of the run; the learning rate falls until ``steps``."""
         return self.extend_to or self.steps
 
 
@@ -184,7 +184,7 @@ def parse_steps(text: str) -> range:
 def differences(
     there: Mapping[str, Any], here: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Fields that decide the result of a run and differ: name to both values."""
+    """Returns fields that decide the result of a run and differ, with both values."""
     names = sorted((there.keys() | here.keys()) - set(_FREE))
     pairs = {name: (there.get(name), here.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
