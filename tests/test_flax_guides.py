@@ -129,7 +129,7 @@ def test_nnx_creation_with_constraints_from_partition_specs(tx, mesh):
         report = lp.describe(tx, params, state)
         assert not report.replicated
         assert report.device_bytes is not None
-        # All factors and moments of the two kernels lie on one of two devices or four.
+        # Factors and moments of the two kernels are sharded over two devices or four.
         assert report.device_bytes < 0.6 * report.total_bytes
     lp.check_state_sharding(tx, params, optimizer.opt_state)
 

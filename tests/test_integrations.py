@@ -369,7 +369,7 @@ def test_state_keeps_its_sharding(case):
         strict=True,
     ):
         if not was.ndim:
-            continue  # optax's counts lie on one device at first.
+            continue  # optax's counts are on one device at first.
         name = jax.tree_util.keystr(path)
         assert was.sharding.is_equivalent_to(now.sharding, was.ndim), name
 

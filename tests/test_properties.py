@@ -426,8 +426,8 @@ def test_directions_that_died_come_back(method):
 def test_the_weights_of_a_gradient_add_up(gain, i, j, in_parts):
     """They add up to one in the factors, and to the gain for the residual.
 
-    Steady gradients fill the factors, of rank one. A small impulse that lies in one of
-    their two spaces, or in both, is taken up; one that lies in neither passes at once.
+    Steady gradients fill the factors, of rank one. A small impulse in one of their two
+    spaces, or in both, is taken up; an impulse in neither is passed on at once.
     """
     base, impulse = np.zeros((2, 12, 8))
     base[0, 0], impulse[i, j] = 10, 1e-2

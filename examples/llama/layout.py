@@ -136,7 +136,7 @@ def exceptions(mesh: Mesh | AbstractMesh, params: Any) -> list[str]:
         if spec != PartitionSpec(*wanted):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             asked = PartitionSpec(*wanted)
-            lines.append(f"{name} {leaf.shape} lies as {spec}, not as {asked}")
+            lines.append(f"{name} {leaf.shape} is sharded as {spec}, not as {asked}")
     return lines
 
 

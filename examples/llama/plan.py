@@ -95,7 +95,7 @@ def _per_device(
     }
     if micro < data.batch_size:
         rows["sums of gradients, float32"] = nbytes(state.params, jnp.float32)
-    return rows | {"in all, but for the update's temporaries": sum(rows.values())}
+    return rows | {"total, without the update's temporaries": sum(rows.values())}
 
 
 def _kept_of_a_row(model: PureLlama, params: Any, seq_len: int, parts: int) -> int:

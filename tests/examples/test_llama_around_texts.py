@@ -95,7 +95,7 @@ def test_what_a_post_processor_puts_around_a_text(tmp_path, post_processor, begi
     (stream,) = with_ends(["dog cat"], tokenizer)
     assert stream.tolist() == [*begin, 1, 0, *end]
     assert stream.dtype == np.uint32
-    # The library itself puts the same there, but for the end where it puts none.
+    # The library itself puts the same ids there, except for an end if it has none.
     theirs = Tokenizer.from_file(str(path)).encode("dog cat").ids
     assert stream.tolist()[: len(theirs)] == theirs
     # Also of a text that spells them out, which is not to get them.

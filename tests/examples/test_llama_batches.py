@@ -38,7 +38,7 @@ def test_a_document_fills_a_row():
     assert len(rows) == 3
     parts = [[part.tolist() for part in rows[i]] for i in range(3)]
     assert parts[0] == [[0, 1, 2, 3, 99], [1, 2, 3, 99, 99], [1, 1, 1, 0, 0]]
-    # Cut off, but for its end.
+    # It is cut, except for its end of text.
     assert parts[1] == [[4, 5, 6, 7, 8], [5, 6, 7, 8, 13], [1, 1, 1, 1, 1]]
     assert parts[2] == [[14, 15, 99, 99, 99], [15, 99, 99, 99, 99], [1, 0, 0, 0, 0]]
 

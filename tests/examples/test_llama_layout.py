@@ -53,7 +53,7 @@ def test_5461_is_left_whole_and_said_so():
     assert found["layers/mlp/up/kernel"] == P(None, ("fsdp", "tensor"), None)
     assert found["layers/mlp/down/kernel"] == P(None, None, ("fsdp", "tensor"))
     assert len(exceptions) == 3
-    assert "layers/mlp/up/kernel (24, 2048, 5461) lies as" in "".join(exceptions)
+    assert "layers/mlp/up/kernel (24, 2048, 5461) is sharded as" in "".join(exceptions)
 
 
 def constrained(x, *axes, mesh="fsdp=4,tensor=2"):

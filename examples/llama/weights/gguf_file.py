@@ -95,7 +95,7 @@ class GGUFFile:
         """Loads as from a Hugging Face folder, with dequantised weights."""
         config, vocab_size = self.config()
         config = dataclasses.replace(config, scan_layers=scan_layers)
-        # GGUF's shapes begin with the axis that lies closest in memory.
+        # GGUF's shapes begin with the axis that is contiguous in memory.
         found = {
             tensor.name: (self._path, tuple(map(int, tensor.shape[::-1])))
             for tensor in self._reader.tensors
