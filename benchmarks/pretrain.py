@@ -62,9 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="of the results")
+    parser.add_argument("name", help="name of the results")
     parser.add_argument("--optimizers", nargs="+", required=True)
-    parser.add_argument("--rates", nargs="+", required=True, help="of each optimizer")
+    parser.add_argument(
+        "--rates", nargs="+", required=True, help="learning rates of each optimizer"
+    )
     parser.add_argument("--seeds", nargs="+", default=["0"])
     args, settings = parser.parse_known_args()
     rows, rules = [], [_record.OF_TRAINER[name] for name in args.optimizers]

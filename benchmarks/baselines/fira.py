@@ -72,15 +72,15 @@ def scale_by_fira(
 
 
 def scaling_factor(adapted, g, eps, axis=None):
-    """What the optimizer did to the norm of `g`, over an axis or over all of it."""
+    """Returns how the optimizer scaled the norm of `g`, over an axis or all entries."""
     return jnp.linalg.norm(adapted, axis=axis) / (jnp.linalg.norm(g, axis=axis) + eps)
 
 
 def limit_growth(update, before, limiter):
-    """`update`, its norm at most `limiter` times `before`, and that norm.
+    """Limits the norm of `update` to `limiter` times `before`; returns that norm too.
 
-    Nothing is limited where `before` is zero, as at the first step: else what starts
-    from zero would stay there.
+    There is no limit if `before` is zero, as at the first step. Otherwise an update
+    that starts from zero would stay zero.
     """
     norm = jnp.linalg.norm(update)
     limited = jnp.where(before > 0, jnp.minimum(norm, limiter * before), norm)

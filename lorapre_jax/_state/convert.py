@@ -136,8 +136,8 @@ def _warn_of_new_leaves(fresh: Any, old: OldState) -> None:
         )
     gone = sorted(known - wanted.keys())
     renamed = (
-        f" Leaves are matched by path, and no leaf of the new state has the paths of "
-        f"the old moments of {_listed(gone)}."
+        " Leaves are matched by path; the old state's moments of "
+        f"{_listed(gone)} match no leaf."
     )
     warnings.warn(
         f"convert_state: the old state has no moments of {_listed(new)}. The new ones "

@@ -92,6 +92,7 @@ def _known(path: str, leaf: Any, everywhere: Sharding | None) -> Sharding:
     if isinstance(getattr(leaf, "sharding", None), SingleDeviceSharding):
         return leaf.sharding
     raise ValueError(
-        f"Leaf '{path}' carries no sharding that names the mesh axes of its axes. Pass "
-        "arrays, or jax.ShapeDtypeStructs with sharding=NamedSharding(...)."
+        f"Leaf '{path}' carries no sharding that says over which mesh axes it is "
+        "sharded. Pass arrays, or jax.ShapeDtypeStructs with "
+        "sharding=NamedSharding(...)."
     )
