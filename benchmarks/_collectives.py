@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Reads from the text of a compiled program what it sends between devices."""
 
 import math
 import re
@@ -10,7 +10,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+\d+)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """One array that a collective leaves on every device that takes part."""
+    """One array that a collective leaves on every participating device."""
 
     kind: str
     dtype: str
@@ -23,7 +23,10 @@ class Collective(NamedTuple):
 
 
 def collectives(program: str) -> list[Collective]:
-    """All in an optimized program (`compiled.as_text()`), as often as they stand."""
+    """Returns every collective of an optimized program, `compiled.as_text()`.
+
+    One in the body of a loop counts once.
+    """
     found = []
     for line in program.splitlines():
         if match := _LINE.search(line):

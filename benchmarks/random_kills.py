@@ -1,12 +1,12 @@
-"""SIGKILL at random moments of the Llama example, and whether any of it shows.
+"""Kills the Llama trainer at random moments, and checks that its results are the same.
 
 python -m benchmarks.random_kills --kills 50 --seed 0
 
 A tiny run saves every second step. It is killed and started again until it is done, and
-so are further runs until all kills are spent; the last one then ends in peace. The log,
-the parameters and the optimizer state of each are compared, bit by bit, with those of a
-run that was never killed. Every start is killed at a moment uniformly random between
-zero and twice the time that an undisturbed run takes to its first step.
+further runs follow until there were enough kills; the last run then ends undisturbed.
+The log, the parameters and the optimizer state of each run are compared, bit by bit,
+with those of a run that was never killed. The moment of a kill is drawn uniformly
+between zero and twice the time that an undisturbed run takes to its first step.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def write_text(folder: Path) -> None:
 
 
 class Run:
-    """The example in a process of its own, with what it leaves in its folder."""
+    """The trainer in a process of its own, and the files in its folder."""
 
     def __init__(self, scratch: Path, name: str, steps: int):
         self.steps, self.workdir = steps, scratch / name
@@ -91,7 +91,7 @@ class Run:
         )
 
     def finish(self, process: subprocess.Popen[str], seconds: float | None) -> bool:
-        """Whether it is done; otherwise it was killed after ``seconds``."""
+        """Waits; returns False if the process was killed after ``seconds`` instead."""
         try:
             _, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -103,27 +103,27 @@ class Run:
         return True
 
     def records(self) -> list[dict[str, float]]:
-        """The log, less the timings; half a line at the end is left out."""
+        """Returns the log without the timings and without half a line at its end."""
         path = self.workdir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         return [{k: r[k] for k in r.keys() - {"tokens_per_second"}} for r in records]
 
     def folders(self) -> set[tuple[str, int]]:
-        """Names and identities of all below ``checkpoints``, finished or not."""
+        """Returns name and inode of all folders in ``checkpoints``, finished or not."""
         return {
             (path.name, path.stat().st_ino)
             for path in (self.workdir / "checkpoints").glob("*")
         }
 
     def sealed(self) -> int:
-        """The step of the last checkpoint that counts, 0 where there is none."""
+        """Returns the step of the last checkpoint that has digests, or 0."""
         digests = (self.workdir / "digests").glob("*.json")
         names = {name for name, _ in self.folders()}
         return max((int(x.stem) for x in digests if x.stem in names), default=0)
 
     def result(self) -> tuple[list[dict[str, float]], list[bytes]]:
-        """The log, and every array of the last checkpoint."""
+        """Returns the log, and every array of the last checkpoint."""
         with ocp.StandardCheckpointer() as checkpointer:
             folder = self.workdir / "checkpoints" / str(self.steps) / "default"
             state = checkpointer.restore(folder)
@@ -131,7 +131,7 @@ class Run:
 
 
 def kill_once(run: Run, seconds: float) -> tuple[str, int] | None:
-    """Where the kill fell and the steps it cost; None where the run was done before."""
+    """Returns when the kill came and the steps it cost; None if the run finished."""
     log, before, sealed = run.records(), run.folders(), run.sealed()
     if run.finish(run.start(), seconds):
         return None
@@ -149,7 +149,7 @@ def kill_once(run: Run, seconds: float) -> tuple[str, int] | None:
 
 
 def seconds_to_start(run: Run) -> float:
-    """Until the first step of an undisturbed run, which goes on to its end."""
+    """Returns the time to the first step of an undisturbed run, which then finishes."""
     start = time.perf_counter()
     process = run.start()
     while len(run.records()) < 2 and process.poll() is None:

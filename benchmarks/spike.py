@@ -2,12 +2,13 @@
 
     python -m benchmarks.spike
 
-A matrix of 256 x 256 and 200 gradients of root mean square one: `L S_t R` of rank 12,
-with L and R drawn once and `S_t: (12, 12)` at every step, plus noise of a tenth of that
-size, all normal. The 100th gradient is multiplied by each factor in turn. No clipping,
-b1 = 0.9, b2 = 0.95, rank 16, no `update_scale`. Rows, in results/spike.json, have the
-largest root mean square of an update after that gradient, for each optimizer: medians
-of five seeds. Overshoots differ several times between seeds, and between compilers.
+The matrix is 256 x 256. There are 200 gradients of root mean square one. Each is a
+matrix `P S_t Q` of rank 12, where P and Q are drawn once and `S_t: (12, 12)` at every
+step, plus noise of a tenth of that size; all draws are normal. The 100th gradient is
+multiplied by each factor in turn. There is no clipping and no `update_scale`; b1 = 0.9,
+b2 = 0.95, and the rank is 16. The rows in results/spike.json have the largest root mean
+square of an update after that gradient for each optimizer, as medians over five seeds.
+Overshoots differ several-fold between seeds and between compilers.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import optax
 import lorapre_jax as lp
 from benchmarks import _record
 
-SIDE, HELD, NOISE, RANK, STEPS, SPIKE = 256, 12, 0.1, 16, 200, 100
+SIDE, SIGNAL_RANK, NOISE, RANK, STEPS, SPIKE = 256, 12, 0.1, 16, 200, 100
 FACTORS, SEEDS = (1, 3, 10, 30, 100), 5
 PAPER = lp.AlgorithmOne()
 OPTIMIZERS = {
@@ -36,18 +37,18 @@ OPTIMIZERS = {
 
 def gradients(factor: float, seed: int = 0) -> jax.Array:
     rng = np.random.default_rng(seed)
-    left, right = rng.standard_normal((2, SIDE, HELD))
-    cores = rng.standard_normal((STEPS, HELD, HELD))
-    held = left @ cores @ right.T / HELD
+    left, right = rng.standard_normal((2, SIDE, SIGNAL_RANK))
+    cores = rng.standard_normal((STEPS, SIGNAL_RANK, SIGNAL_RANK))
+    signal = left @ cores @ right.T / SIGNAL_RANK
     noise = rng.standard_normal((STEPS, SIDE, SIDE))
-    grads = np.sqrt(1 - NOISE**2) * held + NOISE * noise
+    grads = np.sqrt(1 - NOISE**2) * signal + NOISE * noise
     grads[SPIKE - 1] *= factor
     return jnp.asarray(grads, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def largest_update(tx: Any, grads: jax.Array) -> jax.Array:
-    """Root mean square, of those after the spike."""
+    """Returns the largest root mean square of an update after the spike."""
 
     def step(state, g):
         update, state = tx.update(g, state)

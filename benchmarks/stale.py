@@ -1,12 +1,12 @@
-"""Which committed results today's code would not make again.
+"""Lists the committed results that today's code would not reproduce.
 
     python -m benchmarks.stale
 
-A row of the race has the fingerprint of its method, any other result those of the
-methods of the race whose rules it is of, be it at another rank. Here they are compared
-with today's, which the command computes, in some minutes, and keeps in
-results/fingerprints.json, so that pages can be marked at once. What has no code any
-more is in results/archive and is not listed. The list goes to benchmarks/README.md.
+A row of the race has the fingerprint of its method. Any other result has those of the
+methods of the race with the same rules, possibly at another rank. The command computes
+today's fingerprints in some minutes, compares, and stores them in
+results/fingerprints.json, from which pages are marked. Results whose code is gone are
+in results/archive and are not listed. Copy the list to benchmarks/README.md.
 """
 
 import argparse
@@ -37,12 +37,12 @@ class Now(NamedTuple):
 
 
 def today() -> dict[str, Now]:
-    """Of all methods, when the command was last run."""
+    """Returns the fingerprints of all methods when the command was last run."""
     return {name: Now(*x) for name, x in json.loads(TODAY.read_text()).items()}
 
 
 def fault(method: str, numbers: Numbers | None, now: Mapping[str, Now]) -> str:
-    """Why a result of the method is stale; empty if it is not."""
+    """Returns why a result of the method is stale; empty if it is not."""
     if method not in now:
         return GONE
     if numbers is None:
@@ -63,7 +63,7 @@ def results(folder: Path = _record.RESULTS) -> Iterator[Result]:
 
 
 def table(now: Mapping[str, Now], folder: Path = _record.RESULTS) -> str:
-    """Markdown: the stale results by file and method."""
+    """Returns a Markdown table of the stale results by file and method."""
     every, stale = Counter(), Counter()
     for file, method, numbers in results(folder):
         every[file, method] += 1

@@ -1,4 +1,4 @@
-"""Optimizer state of the published Llamas, from abstract values: `lp.describe`.
+"""The optimizer state of the published Llamas, counted by `lp.describe`.
 
 python -m benchmarks.state_memory
 """
@@ -23,12 +23,12 @@ SIZES = {
 VOCABULARY = 32_000
 PAPER = lp.AlgorithmOne()
 RULES = ("paper/8", "default/8", "default_all/8")
-"""Of these methods, as the race calls them."""
+"""The race's names for these rules."""
 MATRICES = lp.select_matrices("attention|mlp", axes=lp.MatrixAxes(-2, -1))
 
 
 def llama(width, ffn, layers, dtype=jnp.float32):
-    """Abstract parameters, layers stacked."""
+    """Returns abstract parameters with stacked layers."""
     shapes = {f"attention/{name}": (layers, width, width) for name in "qkvo"}
     shapes |= {f"mlp/{name}": (layers, width, ffn) for name in ("gate", "up")}
     shapes |= {"mlp/down": (layers, ffn, width), "norms": (layers, 2, width)}
@@ -45,7 +45,7 @@ def transforms(rank):
         ),
         f"default, r = {rank}": lp.scale_by_lorapre_adam(rank, **shared),
         f"default, r = {rank // 8}": lp.scale_by_lorapre_adam(rank // 8, **shared),
-        # Left alone: the embedding and the head too, as `default_all` of the race.
+        # By default the embedding and the head too, as `default_all` in the race.
         f"default, r = {rank // 8}, embedding and head too": lp.scale_by_lorapre_adam(
             rank // 8
         ),

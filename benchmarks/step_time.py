@@ -1,12 +1,13 @@
-"""A training step taken apart, all optimizers side by side in one process.
+"""Times the parts of a training step, for all optimizers in one process.
 
     python -m benchmarks.step_time --preset 60m --rank 128 --micro-batch-size 8
 
-Times the gradient of a micro-batch, the update, and a whole step of one micro-batch,
-each compiled beforehand, in turns, another one first each time; medians, and the range
-of the ratios of a turn. The step of the published batch (512 rows)
-is composed from the first two: no CPU can hold it. Memory is the compiler's own count.
-optax's GaLore takes no stacked layers, as the others have here, and is left out.
+It times the gradient of a micro-batch, the update, and a whole step of one micro-batch,
+all compiled beforehand. The optimizers take turns, and each round begins with another
+one. The rows have medians, and the range of the ratios over the rounds. The time of a
+step with the published batch of 512 rows, which no CPU can hold, is computed from the
+first two. Memory is the compiler's own count. optax's GaLore is not included, because
+it does not take the stacked layers that all others have here.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class Subject:
         self.times: dict[str, list[float]] = {"gradient": [], "update": [], "step": []}
 
     def measure(self) -> None:
-        """Each part once."""
+        """Times each part once."""
         params, opt_state, step = self.state
         seconds, found = _timed(lambda: self.gradient(params, self.batch))
         self.times["gradient"].append(seconds)
@@ -83,8 +84,8 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def rows_of(subjects: Mapping[str, Subject], micro: int) -> list[dict[str, Any]]:
-    """Medians, and their ratios to AdamW's."""
-    # Every optimizer computes the same gradient: one time for all.
+    """Returns medians, and their ratios to AdamW's."""
+    # The gradient is the same for every optimizer, and so is its time.
     all_times = [t for subject in subjects.values() for t in subject.times["gradient"]]
     gradient = statistics.median(all_times)
     rows = []
@@ -135,7 +136,7 @@ def main() -> None:
     subjects = {name: Subject(name, args, batch) for name in NAMES}
     for subject in subjects.values():
         subject.measure()
-        subject.times = {name: [] for name in subject.times}  # That one was to warm up.
+        subject.times = {name: [] for name in subject.times}  # It was a warm-up.
     order = list(subjects.values())
     for turn in range(args.repeats):
         first = turn % len(order)

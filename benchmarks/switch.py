@@ -1,14 +1,16 @@
-"""An AdamW run that goes over to LoRA-Pre and back: is there a bump?
+"""Measures how the loss changes if an AdamW run changes to LoRA-Pre and back.
 
     python -m benchmarks.switch --data DIR/c4
 
-The Llama of scale (a) of the race on a mesh of eight CPU devices, fsdp=4,tensor=2. The
-optimizer changes after a third and after two thirds of the steps: by `lp.convert_state`
-("converted"), and with a fresh state ("fresh"), beside AdamW and LoRA-Pre throughout.
-All take the same batches at one constant rate. A bump is the mean training loss of the
-20 steps after a change, less that of AdamW throughout over the same steps, less what
-that difference was over the 20 steps before. Rows, with the curves, go to
-results/switch.json, the picture to results/switch.png.
+The model is the Llama of scale (a) of the race, on a mesh of eight CPU devices,
+fsdp=4,tensor=2. The optimizer changes after a third and after two thirds of the steps,
+with `lp.convert_state` ("converted") or with a fresh state ("fresh"). Two further runs
+have AdamW or LoRA-Pre throughout. All runs take the same batches at one constant rate.
+
+Consider the mean training loss of a run over 20 steps, minus that of the AdamW run over
+the same steps. A bump is this difference for the 20 steps after a change, minus that
+for the 20 steps before it. Rows with the curves go to results/switch.json, and the
+figure to results/switch.png.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from examples.llama.steps import TrainState, abstract_state, init_state, make_tr
 
 RATE, RANK, WINDOW, B1, B2 = 1e-3, 16, 20, 0.9, 0.95
 Phase = tuple[str, bool]
-"""The optimizer of a third of the run; whether its state starts from nothing."""
+"""The optimizer of a third of the run, and whether its state is fresh."""
 RUNS: dict[str, list[Phase]] = {
     "AdamW": [("adamw", True), ("adamw", False), ("adamw", False)],
     "LoRA-Pre": [("lorapre", True), ("lorapre", False), ("lorapre", False)],
@@ -71,7 +73,7 @@ class Trainer:
         return jax.device_put(self._batches[step], self._by_row)
 
     def run(self, phases: list[Phase]) -> np.ndarray:
-        """The training loss of every step."""
+        """Returns the training loss of every step."""
         losses, state = [], None
         third = self.steps // len(phases)
         for i, (name, fresh) in enumerate(phases):
@@ -81,7 +83,7 @@ class Trainer:
             step = make_train_step(make_loss_and_grads(self.model), tx, abstract)
             for now in range(i * third, (i + 1) * third):
                 state, metrics = step(state, self.batch(now))
-                # One at a time: eight devices share the threads of one machine.
+                # Wait for it, since eight devices share the threads of one machine.
                 losses.append(float(metrics["train_loss"]))
         return np.asarray(losses)
 
@@ -106,7 +108,7 @@ def bump(losses: np.ndarray, reference: np.ndarray, change: int) -> float:
 
 
 def plot(curves: dict[str, np.ndarray], path: Path) -> None:
-    """The excess over AdamW throughout, in means over WINDOW steps."""
+    """Draws the loss minus that of the AdamW run, as means over WINDOW steps."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, losses in curves.items():
         excess = (losses - curves["AdamW"]).reshape(-1, WINDOW).mean(1)

@@ -1,22 +1,23 @@
-"""The whole training step, compiled for TPUs by their own compiler on a CPU machine.
+"""Compiles the whole training step for TPUs, with their own compiler on a CPU machine.
 
     python -m benchmarks.tpu_compile --topology v5e:2x2 --preset 350m --mesh fsdp=4
 
-Needs `libtpu` (`pip install '.[examples,tpu]'`) and no TPU. The step is the example's:
-model, gradients, clipping, optimizer, state donated. Where the memory does not suffice,
-the compiler says so, and that is the row. Else, in bytes of one device:
+It needs `libtpu` (`pip install '.[examples,tpu]'`) and no TPU. The step is the
+trainer's: model, gradients, clipping and optimizer, with a donated state. If the memory
+of a device does not suffice, the row has the compiler's error. Otherwise it has, in
+bytes of one device:
 
-    parameters, optimizer state   what a step starts from, as it is divided
-    gradients                     as the parameters; a part of the temporaries
-    temporaries                   the most that is alive at once beside the arguments
-    temporaries, packed           what the compiler sets aside for them
+    parameters, optimizer state   the shards that a step starts from
+    gradients                     as many as the parameters; they are temporaries
+    temporaries                   the most that is alive at once besides the arguments
+    temporaries, packed           what the compiler allocates for them
     peak                          arguments and temporaries
-    collectives                   what each kind leaves here, a loop's body counted once
+    collectives                   results of each kind, with a loop's body counted once
 
-The compiler is asked for little effort (see `prepare`). Without options, all `cells`,
-each in a process of its own, into results/tpu_compile.json; what is there of the same
-commit is not compiled again. There, rows with an AdamW beside them also say how much of
-what their state saves is saved at the peak.
+The compiler runs with little effort (see `prepare`). Without options, all `cells` are
+compiled, each in a process of its own, and written to results/tpu_compile.json. Rows
+there that are of the same commit are not compiled again. If a row can be compared with
+one of AdamW, it also has the bytes saved in the state and at the peak.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ VOCABULARY = 32_000
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One program."""
+    """One program to compile."""
 
     preset: str
     topology: str = "v5e:2x2"
@@ -63,8 +64,8 @@ class Cell:
     remat: Literal["nothing", "all but products", "all"] | None = None
 
 
-# Preset, slice, mesh, rows of a step (16 for each part of them; 8 where that is what
-# fits), and what is computed again where what the preset keeps is too much.
+# Preset, slice, mesh, rows of a step (16 for each shard of them, or 8 if no more fit),
+# and what the backward pass recomputes if the preset's choice takes too much memory.
 SLICES = [
     ("60m", "v5e:1x1", "fsdp=1", 16, None),
     ("60m", "v5e:2x2", "fsdp=4", 64, None),
@@ -84,22 +85,22 @@ def cells() -> Iterator[Cell]:
         cell = Cell(preset, topology, mesh, batch_size=batch_size, remat=remat)
         yield dataclasses.replace(cell, optimizer="adamw", rank=1)
         for rank in (PUBLISHED_RANK[preset], PUBLISHED_RANK[preset] // 8):
-            # Of all layers at once, what such factors need for their update is more
-            # than what the forward and backward pass leave.
+            # With such ranks, updating all layers at once takes more memory than the
+            # forward and backward pass.
             few = 4 if rank >= 256 else None
             yield dataclasses.replace(cell, rank=rank, layers_at_once=few)
 
 
 def prepare() -> None:
-    """To be called before the compiler is loaded."""
-    # No TPU is looked for, and several processes may load the library.
+    """Sets options that must be set before the compiler is loaded."""
+    # Do not look for a TPU, and let several processes load the library.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
 
 
 def devices_of(topology: str) -> Any:
-    """The TPUs of `v5e:4x4`; of what is smaller than a host, a part of one."""
+    """Returns abstract TPUs of a slice such as `v5e:4x4`, or of a part of a host."""
     sizes = [int(n) for n in topology.partition(":")[2].split("x")]
     host = (*(min(n, 2) for n in sizes[:2]), 1)
     return topologies.get_topology_desc(
@@ -108,7 +109,7 @@ def devices_of(topology: str) -> Any:
 
 
 def lowered(cell: Cell) -> tuple[TrainState, jax.stages.Lowered]:
-    """The state that a step takes, abstract, and the step."""
+    """Returns the abstract state that a step takes, and the lowered step."""
     config = PRESETS[cell.preset]
     if cell.remat is not None:
         config = dataclasses.replace(config, remat=cell.remat)
@@ -134,7 +135,7 @@ def lowered(cell: Cell) -> tuple[TrainState, jax.stages.Lowered]:
 
 
 def measured(cell: Cell) -> dict[str, Any]:
-    """The row of a cell, in this process."""
+    """Compiles a cell in this process, and returns its row."""
     state, step = lowered(cell)
     row: dict[str, Any] = dataclasses.asdict(cell) | {
         "parameters": on_one_device(state.params),
@@ -160,7 +161,7 @@ def measured(cell: Cell) -> dict[str, Any]:
 
 
 def on_one_device(tree: Any) -> int:
-    """Bytes of abstract arrays with shardings."""
+    """Returns the bytes on one device of abstract arrays with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -168,13 +169,13 @@ def on_one_device(tree: Any) -> int:
 
 
 def _why(error: str) -> str:
-    """The line on memory, if that is what the compiler lacked."""
+    """Returns the line about memory, if there was too little, or the whole error."""
     found = re.search(r"[^\n]*(RESOURCE_EXHAUSTED|[Ee]xceeded hbm)[^\n]*", error)
     return (found[0] if found else error)[:300]
 
 
 def in_own_process(cell: Cell) -> dict[str, Any]:
-    """A fault in the compiler ends that process alone."""
+    """Compiles in another process, since a fault in the compiler ends its process."""
     fields = {k: v for k, v in dataclasses.asdict(cell).items() if v is not None}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
     done = subprocess.run(
@@ -190,7 +191,7 @@ def in_own_process(cell: Cell) -> dict[str, Any]:
 
 
 def with_saved(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each row, beside AdamW's where both compiled, with what it saves."""
+    """Adds to each row what it saves compared with AdamW, if both compiled."""
     of_adamw, done = {}, []
     for row in rows:
         place = tuple(row[name] for name in ("preset", "topology", "mesh"))

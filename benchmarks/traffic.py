@@ -1,12 +1,13 @@
-"""What one update sends between 8 devices, by the program of XLA's CPU compiler.
+"""Counts what one update sends between 8 devices, in programs of XLA's CPU compiler.
 
     python -m benchmarks.traffic
 
-The matrices of the 60M Llama, layers stacked (GaLore, which knows no stacks, gets them
-apart), rank = width / 8, float32. Counted is what collectives leave on a device, in
-bytes; one in a loop counts once, and the new projection that GaLore makes every 200
-steps counts too. Beside it the formula for the low-rank Adam, and the bytes of the
-gradients on one device, which data parallelism sums anyway.
+The update is that of the 60M Llama's matrices with stacked layers, in float32, at rank
+width / 8. GaLore, which does not take stacks, gets separate layers. The count is the
+bytes that collectives leave on a device; one in a loop counts once, and the new
+projection that GaLore makes every 200 steps counts too. The rows also have a formula
+for the low-rank Adam, and a ratio to the bytes of the gradients on one device, which
+data parallelism sums anyway.
 """
 
 from typing import Any
@@ -32,11 +33,11 @@ LEAVES = {
 MESHES = {"fsdp=8": (8, 1), "tensor=8": (1, 8), "fsdp=4,tensor=2": (4, 2)}
 AXES = lp.MatrixAxes(rows=-2, columns=-1)
 RULES = ("adamw", "muon", "galore/4", "default/8", "default_muon/8")
-"""Of these optimizers, as the race calls them."""
+"""The race's names for these rules."""
 
 
 def parameters(sizes: tuple[int, int], stacked: bool) -> dict[str, Any]:
-    """Abstract, with their shardings."""
+    """Returns abstract parameters with their shardings."""
     mesh = jax.make_mesh(sizes, UP, (AxisType.Auto,) * 2)
 
     def leaf(batch: tuple[int, ...], p: int, q: int, axes: tuple[str, str]) -> Any:
@@ -71,7 +72,7 @@ def optimizers(params: dict[str, Any]) -> dict[str, optax.GradientTransformation
 
 
 def sent(tx: optax.GradientTransformation, params: dict[str, Any]) -> dict[str, Any]:
-    """Bytes by kind of collective; or why there is no program."""
+    """Returns the bytes sent and the kinds of collectives, or the error."""
     try:
         places = lp.state_sharding(tx, params)
         state = jax.tree.map(
@@ -90,13 +91,14 @@ def sent(tx: optax.GradientTransformation, params: dict[str, Any]) -> dict[str, 
 
 
 def formula(sizes: tuple[int, int]) -> int:
-    """Of the low-rank Adam: sums of (p/x, r), (r, q/y) and (r, r), rows and columns.
+    """Returns the bytes that one update of the low-rank Adam should sum over devices.
 
-    For each matrix: over y devices of its columns, the basis of the right factor takes
-    three Gram matrices, its product with the old one a fourth, and the sketch (p/x, r);
-    over x devices of its rows as many, what the old left factor makes of the gradient
-    and the new right factor, each (r, q/y). The row and column statistics of the second
-    moment are p/x and q/y. Norms are left out.
+    For each matrix, sums over the y shards of its columns are: three Gram matrices for
+    the basis of the right factor, a fourth for its product with the old one, and the
+    sketch, (p/x, r). Sums over the x shards of its rows are: as many Gram matrices, the
+    product of the old left factor with the gradient, and the new right factor, both
+    (r, q/y). The statistics of rows and columns in the second moment add p/x and q/y.
+    Norms are not counted.
     """
     total = 0
     by_axis = dict(zip(UP, sizes, strict=True))

@@ -1,8 +1,8 @@
-"""Transient memory of one update of a stacked leaf, from the compiler's own analysis.
+"""The temporaries of one update of a stacked leaf, from the compiler's own analysis.
 
-The gradient and the state are arguments, donated as in training; what is reported is
-what the update needs besides: temporaries, against the size of the leaf and of one
-slice. Nothing is run, so any size can be asked for.
+The gradient and the state are arguments and are donated, as in training. The rows have
+the memory that the update needs besides, in units of the leaf and of one slice. Nothing
+is run, so any size can be measured.
 
     python -m benchmarks.update_memory
 """
@@ -18,7 +18,7 @@ from benchmarks import _record
 LAYERS, P, Q, RANK = 24, 1024, 2736, 256  # The feed-forward stack of a 350M Llama.
 PAPER = lp.AlgorithmOne()
 RULES = ("adamw", "default/8", "paper/8", "default_muon/8")
-"""Of these transforms, as the race calls them."""
+"""The race's names for these rules."""
 
 
 def transforms(slices):
@@ -37,7 +37,7 @@ def transforms(slices):
 
 
 def measure(tx, dtype="float32") -> dict[str, float]:
-    """Bytes of the compiled update, in units of the leaf."""
+    """Returns the memory of the compiled update, in units of the leaf."""
     leaf = jax.ShapeDtypeStruct((LAYERS, P, Q), dtype)
     state = jax.eval_shape(tx.init, leaf)
     update = jax.jit(tx.update, donate_argnums=(0, 1))

@@ -1,4 +1,4 @@
-"""Time of one update, beside optax's: median of many, as ratios to optax's Adam.
+"""The median time of one update, and its ratio to optax's Adam.
 
 python -m benchmarks.update_time                  # the 60M Llama's matrices
 python -m benchmarks.update_time --size 350m
@@ -20,7 +20,7 @@ from benchmarks import _record
 SIZES = {"60m": (512, 1376, 8, 128), "350m": (1024, 2736, 24, 256)}
 PAPER = lp.AlgorithmOne()
 RULES = ("adamw", "muon", "default/8", "paper/8", "default_muon/8")
-"""Of these transforms, as the race calls them."""
+"""The race's names for these rules."""
 AXES = optax.contrib.MuonDimensionNumbers(-2, -1)
 
 
@@ -48,7 +48,7 @@ def transforms(params, rank):
 
 
 def measure(tx, params, grads, repeats):
-    """Seconds to compile, and the median and worst seconds of one update."""
+    """Returns seconds to compile, and the median and most seconds of one update."""
     state = tx.init(params)
     start = time.perf_counter()
     update = jax.jit(tx.update, donate_argnums=1).lower(grads, state).compile()

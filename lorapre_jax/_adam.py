@@ -87,10 +87,9 @@ def scale_by_lorapre_adam(
     `LowRank` defines R and its gain :math:`\gamma`, and `RotatedRankOne` the second
     moments v of `B^T g` and w of R. With any other second moment v, of the entries of
     g, the first moment m is divided entry by entry, as in Adam, with the first of the
-    two bounds. A bound is what the root would be of one gradient alone, as large as the
-    share of m, or of R, that one step adds. The bounds keep entries that low-rank
-    estimates tell badly apart, such as those next to outliers, from being divided by
-    next to nothing.
+    two bounds. A bound is the root of the second moment after a single gradient whose
+    size is the share of m, or of R, that one step adds. It matters for entries whose
+    low-rank estimates are far too small, as can happen next to outliers.
     `AlgorithmOne` has no bounds.
 
     Dense leaves get the update of `optax.scale_by_adam`.

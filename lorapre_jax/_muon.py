@@ -176,7 +176,7 @@ def scale_by_lorapre_muon(
             min_dim_size_to_factor=min_dim_size_to_factor,
         )
         if isinstance(plan, Plan):
-            _refuse_other_than_matrices(plan)
+            _check_all_are_matrices(plan)
             shares_of(plan)
         mu, factors = init_moment(plan, params, 0, factor_dtype, seed)
         return ScaleByLorapreMuonState(replicated_zero(params), mu, factors, plan)
@@ -232,7 +232,7 @@ def _in_shares(
     return map_leaves(finish, plan, updates, [moment], slices_at_once, orthogonal)
 
 
-def _refuse_other_than_matrices(plan: Plan) -> None:
+def _check_all_are_matrices(plan: Plan) -> None:
     for leaf in plan.leaves:
         if isinstance(leaf, DenseLeaf) and leaf.view is None and leaf.methods:
             raise ValueError(
@@ -267,18 +267,19 @@ class MuonRule:
         return self.finish(leaf, g, self.polar(part), mu)
 
     def begin(self, leaf: Leaf, g, mu):
-        """Returns what is orthogonalised as a full matrix, over its norm; and the new
-        momentum.
+        """Returns the full matrix to orthogonalise, and the new momentum.
 
-        That is `sigma R` for a `LowRank` momentum, and the whole momentum otherwise.
+        The matrix is `sigma R` for a `LowRank` momentum and the whole momentum
+        otherwise, divided by its norm.
         """
         method, step = leaf.methods[0], (self.count, self.seed)
         beta = jnp.asarray(self.beta, g.dtype)
         if isinstance(method, LowRank):
             mu, _, residual = method.split_moment(mu, g, beta, *step)
             residual = _share_of_noise(beta, self.count) * residual
-            # The norm of the whole average, B A and sigma R being nearly orthogonal:
-            # over its own norm, a residual of mere rounding would be blown up.
+            # The norm of the whole average, since B A and sigma R are nearly
+            # orthogonal. Divided by its own norm, a residual that is only rounding
+            # would be blown up.
             norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
             return divide_by_norm(residual, norm, self.eps), mu
         m, mu = method.first_moment(mu, g, beta, *step)
@@ -321,7 +322,7 @@ class MuonRule:
 def _share_of_noise(beta, count):
     """Returns sigma: by how much the corrected average of `count` steps shrinks noise.
 
-    That is the root of the sum of its squared weights, the noise being uncorrelated.
+    That is the root of the sum of its squared weights if the noise is uncorrelated.
     """
     total = mass(beta, count)
     return jnp.sqrt((1 - beta) / (1 + beta) * (2 - total) / total)

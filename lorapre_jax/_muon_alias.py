@@ -161,7 +161,7 @@ def _labels(decided: Decided, params: optax.Params) -> Any:
 
 
 def _labels_in(state: Any, updates: optax.Updates) -> Any:
-    """Returns the same labels, read off the plan in the state.
+    """Returns the same labels, read from the plan in the state.
 
     Updates may have lost their boxes, and with them the names of axes.
     """

@@ -1,4 +1,4 @@
-"""Orthogonalisation of whole matrices, of which each device takes its share."""
+"""Orthogonalisation of sharded matrices: each device takes its share of whole ones."""
 
 import dataclasses
 import functools
@@ -68,8 +68,8 @@ def plan_shares(param_shardings: Any, plan: Plan) -> Shares:
         return {}
     for path in unsharded:
         raise ValueError(
-            f"Leaf '{path}': `param_shardings` places it on one device, and others "
-            "on a mesh. Give it a NamedSharding of that mesh."
+            f"Leaf '{path}': `param_shardings` places it on one device, and other "
+            "leaves on a mesh. Give it a NamedSharding of that mesh."
         )
     return groups
 
@@ -80,18 +80,24 @@ def _checked(leaf: Leaf, place: Any) -> Any:
         return place
     if not isinstance(place, NamedSharding):
         raise ValueError(
-            f"{what}, and not a NamedSharding. Give a tree like the parameters, such "
-            "as jax.tree.map(lambda x: x.sharding, params)."
+            f"{what}, which is not a NamedSharding. Pass the parameters' shardings, "
+            "such as jax.tree.map(lambda x: x.sharding, params)."
         )
     if PartitionSpec.UNCONSTRAINED in place.spec:
-        raise ValueError(f"{what}. Say what each axis is sharded over, or None.")
+        raise ValueError(
+            f"{what}, which leaves an axis unconstrained. Name the mesh axes that it "
+            "is sharded over, or None."
+        )
     what += f", of shape {leaf.shape}"
     if len(place.spec) > len(leaf.shape):
-        raise ValueError(f"{what}: the spec has more axes.")
+        raise ValueError(
+            f"{what}: the spec has more entries than the leaf has axes. Pass the "
+            "sharding of this leaf."
+        )
     try:
         place.shard_shape(leaf.shape)
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{what}: {error} Pass the sharding of this leaf.") from error
     return place
 
 

@@ -15,7 +15,7 @@ from lorapre_jax._leaves import roles
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For modules whose programs are tiny: compiling them is most of the time."""
+    """Compiles quickly, for modules whose tiny programs take long to compile."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -23,13 +23,13 @@ def quick_compilation():
 
 @pytest.fixture
 def nothing_was_said(monkeypatch):
-    """For modules that look for a warning which a process gives once."""
+    """Forgets which warnings were given, for modules that test a warning given once."""
     monkeypatch.setattr(roles, "_told", set())
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Development data beside the checkout; nothing depends on it."""
+    """The folder of optional development data beside the checkout."""
     folder = Path(__file__).parents[1].parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("no development data beside the checkout (shared/data)")

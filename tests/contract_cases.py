@@ -50,14 +50,14 @@ class Case:
         return self.factory(**self.kwargs | overrides)
 
     def make_optimizer(self, learning_rate: optax.ScalarOrSchedule, **overrides):
-        """A transform that descends, whether or not ours is an alias."""
+        """Returns a transform that descends, for an alias and for a `scale_by_*`."""
         if self.is_alias:
             return self.make(learning_rate=learning_rate, **overrides)
         scale = optax.scale_by_learning_rate(learning_rate)
         return optax.chain(self.make(**overrides), scale)
 
     def tree(self, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-        """Random parameters, or gradients: the three matrices, and a vector."""
+        """Returns random parameters or gradients: the three matrices and a vector."""
         shapes = SHAPES if self.only_matrices else SHAPES | {"bias": (8,)}
         return random_tree(shapes, seed, dtype)
 
@@ -130,7 +130,7 @@ def plan_of(state: Any) -> Any:
 
 
 def factored_paths(tx: optax.GradientTransformation, params: Any) -> frozenset[str]:
-    """What `describe` says is factored; asserted wherever a test relies on it."""
+    """The paths that `describe` reports as factored, for tests that rely on them."""
     report = lp.describe(tx, params)
     return frozenset(leaf.path for leaf in report.leaves if leaf.is_factored)
 
@@ -155,7 +155,7 @@ def run(
 
 
 def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-6):
-    """Same structure, same dtypes, values within tolerance."""
+    """Asserts the same structure and dtypes, and values within tolerance."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     paths = jax.tree_util.tree_leaves_with_path(expected)
     for a, (path, e) in zip(jax.tree.leaves(actual), paths, strict=True):
@@ -171,7 +171,7 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1
 
 
 def assert_same(actual: Any, expected: Any):
-    """Bit for bit."""
+    """Asserts that two trees are the same bit for bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     paths = jax.tree_util.tree_leaves_with_path(expected)
     for a, (path, e) in zip(jax.tree.leaves(actual), paths, strict=True):

@@ -1,4 +1,4 @@
-"""The documentation's pages, and their code as printed."""
+"""The pages of the documentation, and how to run their code."""
 
 import contextlib
 import difflib
@@ -25,7 +25,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page, from top to bottom."""
+    """Returns the fenced blocks of a page, from top to bottom."""
     text = (ROOT / page).read_text()
     fences = re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [Block(x[1], x[2], text.count("\n", 0, x.start(2))) for x in fences]

@@ -1,4 +1,4 @@
-"""Meshes of fake devices, and what lies on them."""
+"""Meshes of fake devices, and layouts of parameters on them."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ MATRICES = lp.select_matrices(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh, and what each axis of each leaf is divided over."""
+    """A mesh, and the mesh axes that each axis of each leaf is sharded over."""
 
     mesh: dict[str, int]
     heads: P
@@ -93,7 +93,7 @@ def assert_lies(state: Any, shardings: Any):
 
 
 def train(tx, params, grads, shardings=None):
-    """A compiled `init` and step, as the README has it."""
+    """Trains with a compiled `init` and step, as in the README."""
     init = jax.jit(tx.init, out_shardings=shardings)
     state = init(params)
     places = None if shardings is None else (params_sharding(params), shardings)
@@ -111,7 +111,7 @@ LARGE = {"heads": (64, 8, 16), "stack": (8, 64, 128), "w": (64, 128)}
 
 
 def compiled_update(tx, layout: Layout, shapes: Any = LARGE) -> str:
-    """The program of one update on the layout's devices, by the CPU's compiler."""
+    """Returns the CPU compiler's program of one update on the devices of the layout."""
     params = layout.shard(random_tree(shapes), AUTO)
     places = lp.state_sharding(tx, params)
     state = jax.tree.map(

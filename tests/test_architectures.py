@@ -1,4 +1,4 @@
-"""benchmarks/architectures on tiny networks, through the code that measures."""
+"""The code of benchmarks/architectures, on tiny networks."""
 
 import math
 

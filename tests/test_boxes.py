@@ -35,7 +35,7 @@ EXPECTED = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Named:
-    """A box of nobody's framework."""
+    """A box of no known framework."""
 
     array: Any
     names: tuple[str | None, ...] = dataclasses.field(metadata={"static": True})
@@ -53,7 +53,7 @@ def named_is_registered():
 
 
 class Kind(NamedTuple):
-    """`box(array, names)`, and the names that a box has."""
+    """A kind of box: how to make one, and how to read its names."""
 
     box: Callable[[Any, Any], Any]
     names: Callable[[Any], Any]
@@ -162,7 +162,7 @@ def test_what_is_asked_of_a_boxed_state(kind):
 
 
 def test_an_nnx_state_of_any_order():
-    """Paths are compared, with boxes in them or not."""
+    """Paths are compared, whether or not there are boxes in the state."""
 
     class Net(nnx.Module):
         def __init__(self):
@@ -192,7 +192,7 @@ def test_an_nnx_state_of_any_order():
 
 
 def test_layers_that_maxtext_scans():
-    """Along its second axis; it looks for their name where that axis is said to be."""
+    """MaxText scans along the second axis, and looks for that axis's name there."""
     layers = {nnx.PARTITION_NAME: "layers", "param_scan_axis": 1}
     names = ("embed", "layers", "mlp")
     named = {"out_sharding": names, "sharding_names": names}
@@ -222,7 +222,7 @@ def test_metadata_that_names_no_axes():
 
 
 def test_a_variable_of_several_arrays_is_no_box():
-    """Its arrays are leaves of their own, as they are to `jax.tree`."""
+    """Its arrays are separate leaves, as for `jax.tree`."""
     params = {"w": nnx.Param({"a": jnp.ones((12, 8)), "b": jnp.ones(8)})}
     state: Any = lp.scale_by_lorapre_adam(2, matrices=lp.MatrixAxes()).init(params)
     assert len(state.mu_factors) == 1

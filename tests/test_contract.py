@@ -1,4 +1,4 @@
-"""The optax contract: what every transform of ours does, on leaves that it factors."""
+"""The optax contract: what every transform does on factored leaves."""
 
 import copy
 import inspect
@@ -44,7 +44,7 @@ def test_nothing_else_is_public():
 
 @pytest.mark.parametrize("alias", [lp.lorapre_adamw, lp.lorapre_muon])
 def test_learning_rate_annotation_is_an_object(alias):
-    """optax's checks and config tools compare it, so it may not be a string."""
+    """optax's checks and config tools compare it, so it must not be a string."""
     annotation = inspect.signature(alias).parameters["learning_rate"].annotation
     assert annotation == optax.ScalarOrSchedule
     assert not isinstance(annotation, str)
@@ -74,7 +74,7 @@ def test_state_is_a_named_tuple_of_its_own(name):
 
 
 def test_count_is_int32_and_saturates(case):
-    """At its maximum it must stay there: an overflow would restart bias correction."""
+    """The count must stay at its maximum; an overflow would restart bias correction."""
     tx, params = case.make(), case.tree()
     state = tx.init(params)
     most = jnp.asarray(jnp.iinfo(jnp.int32).max, jnp.int32)
@@ -99,7 +99,7 @@ def test_count_is_int32_and_saturates(case):
 
 
 def test_factors_are_dicts_by_leaf_path(case):
-    """Paths join what stands on the way to the leaf, list positions included."""
+    """A path joins all keys on the way to the leaf, including positions in lists."""
     params = {"blocks": [{"w": jnp.ones((12, 8))}, {"w": jnp.ones((12, 8))}]}
     state = only_w(case).init(params)
     held = [tree_get(state, name) for _, name in case.fields]
@@ -111,7 +111,7 @@ def test_factors_are_dicts_by_leaf_path(case):
 
 
 def test_dense_moments_keep_the_parameter_tree(case):
-    """With MaskedNode exactly where the moment is factored."""
+    """They have a MaskedNode exactly for leaves whose moment is factored."""
     params = case.tree()
     state = case.make().init(params)
     for tree_name, factors_name in case.fields:
@@ -176,7 +176,7 @@ def test_tree_get_finds_every_field(name):
 
 
 def test_init_is_the_same_from_anything(case):
-    """Arrays, abstract values, `eval_shape` and jit; and it draws nothing anew."""
+    """From arrays, abstract values, `eval_shape` and jit, with one random start."""
     tx, params = case.make(), case.tree()
     abstract = jax.eval_shape(lambda: params)
     state = tx.init(params)
@@ -206,7 +206,7 @@ def test_dense_trees_are_optax_placeholder(case):
 
 
 def test_tree_map_params_reaches_dense_moments(case):
-    """And nothing else: no factors, no count, no state of the learning rate."""
+    """It reaches nothing else: no factors, no count, no state of the learning rate."""
     tx, params = case.make(), case.tree()
     _, state = run(tx, params, gradients(case, 1))
     same = optax.tree_utils.tree_map_params(tx, lambda x: x, state)
@@ -224,7 +224,7 @@ def test_tree_map_params_reaches_dense_moments(case):
 
 
 def test_tree_map_params_makes_specs_of_a_state(case):
-    """optax's documented way to them, with a tree of the parameters' specs."""
+    """As optax documents it, with a tree of the parameters' specs."""
     tx, params = case.make(), case.tree()
     state = tx.init(params)
     specs = {name: f"spec of {name}" for name in params}
@@ -254,7 +254,7 @@ def test_tree_map_params_makes_specs_of_a_state(case):
 
 
 def test_odd_leaves_pass_through(case):
-    """None, MaskedNode and empty leaves come back; a scalar gets optax's update."""
+    """None, MaskedNode and empty leaves are returned; a scalar gets optax's update."""
     scalar = {} if case.only_matrices else {"scalar": jnp.float32(0.5)}
     odd = {"none": None, "masked": optax.MaskedNode(), "empty": jnp.zeros((0, 3))}
     tx = case.make()
@@ -282,7 +282,7 @@ def test_nothing_to_optimize(case, tree):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_updates_can_be_differentiated(name):
-    """Forwards and backwards alike, from the first step on; a zero row does no harm."""
+    """In forward and reverse mode, from the first step on, and also with a zero row."""
     tx = only_w(CASES[name])
     params, grads, tangents = w_trees(0, 1, 2)
     grads = {"w": grads["w"].at[0].set(0)}
@@ -304,7 +304,7 @@ def test_updates_can_be_differentiated(name):
 
 
 def test_zero_gradients_give_finite_updates(case):
-    """And do not spoil what follows: the same as had they never been, but for time."""
+    """Later updates are as without zero gradients, except for the count."""
     params = case.tree()
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = run(case.make(), params, [zeros, zeros, *gradients(case, 2)])

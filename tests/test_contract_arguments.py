@@ -1,4 +1,4 @@
-"""The optax contract: what the arguments do; where all is dense, parity with optax."""
+"""The optax contract: what the arguments do, and parity with optax if all is dense."""
 
 from typing import Any
 
@@ -204,7 +204,7 @@ def test_dense_heavy_ball_is_optax_momentum():
 
 
 def test_default_matrices_are_large():
-    """The rule that holds where no one says what is a matrix."""
+    """The default rule, if nothing says which leaves are matrices."""
     shapes = {"wide": (16, 24), "thin": (16, 4), "bias": (24,)}
     tx = lp.scale_by_lorapre_adam(2, min_dim_size_to_factor=8)
     assert factored_paths(tx, random_tree(shapes)) == {"wide"}
@@ -213,7 +213,7 @@ def test_default_matrices_are_large():
 
 
 def test_a_rank_that_does_not_pay_is_reported(case):
-    """12 x 8 at rank 5: the factors of a moment would hold 100 numbers, not 96."""
+    """For 12 x 8 at rank 5, factors would have 100 numbers; the moment has 96."""
     (params,) = w_trees(0)
     (leaf,) = lp.describe(only_w(case, rank=5), params).leaves
     assert not leaf.is_factored

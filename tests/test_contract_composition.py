@@ -56,7 +56,7 @@ def test_chain(case):
 
 
 def test_inject_hyperparams_equals_plain(case):
-    """Numbers become tracers there, also those that no one schedules."""
+    """All numbers become tracers, also those without a schedule."""
     params, *grads = w_trees(0, 1, 2)
     kwargs = case.kwargs | {"matrices": lp.MatrixAxes()}
     expected, expected_state = run(case.factory(**kwargs), params, grads)
@@ -136,7 +136,7 @@ def test_multi_steps_equals_the_averaged_gradient(case):
 
 
 def test_apply_if_finite_keeps_the_state(case):
-    """Bit for bit, after a gradient with a single NaN."""
+    """The state is the same bit for bit after a gradient with a single NaN."""
     params, good, bad = w_trees(0, 1, 2)
     bad = {"w": bad["w"].at[3, 3].set(jnp.nan)}
     tx = optax.apply_if_finite(only_w(case), max_consecutive_errors=3)
@@ -151,7 +151,7 @@ def test_apply_if_finite_keeps_the_state(case):
 
 
 def test_masked(case):
-    """A masked leaf comes back as it went in, and nothing is stored for it."""
+    """A masked leaf is returned unchanged, and has no state."""
     params, grads = case.tree(), gradients(case)
     mask = dict.fromkeys(params, True) | {"stack": False}
     tx = optax.masked(case.make(), mask)
@@ -208,7 +208,7 @@ def test_a_stack_equals_its_layers(case):
     ("name", "slices"), [("adam", 1), *((name, 3) for name in TRANSFORMS)]
 )
 def test_slices_at_once_change_nothing_but_memory(name, slices):
-    """Over two batch axes; of 4 slices, "at most 3 at once" means 2."""
+    """With two batch axes; of 4 slices, at most 3 at once means 2."""
     case = CASES[name]
     params, *grads = (random_tree({"w": (4, 2, 12, 8)}, seed) for seed in range(3))
 

@@ -36,9 +36,9 @@ PAIRS = list(itertools.product(HALF, HALF))
 
 @pytest.mark.parametrize(("grad_dtype", "param_dtype"), PAIRS)
 def test_dtypes_of_updates_and_state(case, grad_dtype, param_dtype):
-    """Updates have the dtype of optax's, and the state does not change in scan, cond.
+    """Updates have optax's dtypes, and the state keeps its own in scan and cond.
 
-    Tracing is enough: JAX raises where a carry or a branch changes its type.
+    Tracing is enough, since JAX raises if a carry or a branch changes its type.
     """
     tx, params = case.make(), case.tree(dtype=param_dtype)
     state, grads = tx.init(params), case.tree(1, grad_dtype)
@@ -65,7 +65,7 @@ def test_dtypes_of_updates_and_state(case, grad_dtype, param_dtype):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_state_dtypes_do_not_depend_on_the_parameters(name):
-    """Float32 at least, so that a bfloat16 model loses nothing between steps."""
+    """It is float32 at least, so that a bfloat16 model loses nothing between steps."""
     case = CASES[name]
     dtypes = [
         [leaf.dtype for leaf in jax.tree.leaves(case.make().init(case.tree(dtype=d)))]
@@ -77,7 +77,7 @@ def test_state_dtypes_do_not_depend_on_the_parameters(name):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_follows_single_precision(case, dtype):
-    """The arithmetic between two half-precision ends is single."""
+    """The computation between inputs and outputs in half precision is in float32."""
     params = case.tree()
     grads = [jax.tree.map(lambda g: g.astype(dtype), g) for g in gradients(case)]
     single = [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in grads]
@@ -125,7 +125,7 @@ def test_factors_in_bfloat16(case):
     list(itertools.product([jnp.bfloat16, jnp.float32], repeat=2)),
 )
 def test_strict_dtype_promotion(name, grad_dtype, param_dtype):
-    """Tracing is enough: JAX raises where two dtypes meet."""
+    """Tracing is enough, since JAX raises if two dtypes are combined."""
     case = CASES[name]
     tx, params = case.make(), case.tree(dtype=param_dtype)
     grads = case.tree(1, grad_dtype)
@@ -140,7 +140,7 @@ SECOND_MOMENTS = {"rank one": lp.RankOne(), "low rank": lp.LowRank()}
 
 
 def under_strict_rank_promotion(tx, params, grads):
-    """Tracing is enough: JAX raises where arrays of different ranks meet."""
+    """Tracing is enough, since JAX raises if arrays of different ranks are combined."""
     with jax.numpy_rank_promotion("raise"):
         state = jax.eval_shape(tx.init, params)
         return jax.eval_shape(tx.update, grads, state, params)
@@ -179,7 +179,7 @@ def test_strict_rank_promotion_in_what_is_asked_of_a_state():
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_x64(name):
-    """It changes nothing in single precision, and double precision is double."""
+    """x64 changes nothing in float32, and float64 has its full accuracy."""
     case = CASES[name]
     params, *grads = w_trees(0, 1, 2)
     single, single_state = run(only_w(case), params, grads, jit=True)
@@ -205,7 +205,7 @@ def test_x64(name):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_wide_states_are_computed_as_wide(name):
-    """Single-precision gradients of double parameters lose no more than they lost."""
+    """With float32 gradients of float64 parameters, the computation stays float64."""
     case = CASES[name]
     with jax.enable_x64(True):
         single = w_trees(0, 1, 2)
@@ -216,7 +216,7 @@ def test_wide_states_are_computed_as_wide(name):
 
 
 def test_traced_once_and_converges(case):
-    """A quadratic in every leaf; the second call of `update` compiles nothing."""
+    """The loss is quadratic; the second call of `update` compiles nothing."""
     target = case.tree(1)
     steps = 300
     tx = case.make_optimizer(optax.cosine_decay_schedule(0.1, steps))

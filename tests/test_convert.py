@@ -1,4 +1,4 @@
-"""States carried over to other ranks, methods and transforms, against NumPy's SVD."""
+"""Conversion of states to other ranks, methods and transforms, against NumPy's SVD."""
 
 import functools
 from typing import Any
@@ -32,7 +32,7 @@ def adam(rank=4, **fields: Any):
 
 
 def gradients(shapes=SHAPES):
-    """Of rank two and some noise, so that truncation means something."""
+    """Returns gradients of rank two plus noise, so that truncation has an effect."""
     for seed in range(STEPS):
         trees = [random_tree(shapes, 3 * seed + i) for i in range(2)]
         yield jax.tree.map(
@@ -52,7 +52,7 @@ def matrices(name, x):
 
 
 def product(pair, p=16, q=32):
-    """`(batch, p, q)`; the sides of a stored pair may be several axes."""
+    """Returns the product, `(batch, p, q)`; sides may have several axes."""
     rank = pair.left.shape[-1]
     left, right = float64(pair.left, p, rank), float64(pair.right, q, rank)
     return left @ right.swapaxes(-1, -2)
@@ -64,7 +64,7 @@ def truncated(x, rank):
 
 
 def rank_one(root):
-    """Adafactor's estimate of the square of `root`, as a root."""
+    """Returns the root of Adafactor's estimate of the square of `root`."""
     v = root**2
     row, column = v.mean(-1, keepdims=True), v.mean(-2, keepdims=True)
     return np.sqrt(row * column / row.mean(-2, keepdims=True))
@@ -99,7 +99,7 @@ def test_nothing_of_the_size_of_a_matrix_is_formed_to_change_a_rank():
 
 @pytest.mark.parametrize(("fall", "excess"), [(0.0, 0.011), (0.5, 4e-3), (1.0, 2e-3)])
 def test_a_dense_moment_becomes_nearly_the_best_factors(fall, excess):
-    """Error of the randomised SVD over the least; singular values k^-fall, or noise."""
+    """Its error is near the least one, for singular values k^-fall and for noise."""
     x = np.random.default_rng(0).standard_normal((256, 688))
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     s = np.arange(1.0, 257) ** -fall if fall else s
@@ -110,7 +110,7 @@ def test_a_dense_moment_becomes_nearly_the_best_factors(fall, excess):
 
 
 def averages(tx):
-    """Bias-corrected first moments and roots of the second, of optax's Adam."""
+    """Returns optax's bias-corrected first moments, and roots of the second."""
     params, state = trained(tx)
     mu, nu = (optax.tree_utils.tree_get(state, name) for name in ("mu", "nu"))
     names = ("heads", "stack", "w")
@@ -147,12 +147,12 @@ def float64(x, *shape):
 
 
 def squares(row, left, direction):
-    """Mean squares of whole rows: of the residual's, and of directions in them."""
+    """Returns mean squares of rows of the residual and of directions."""
     return row**2 + np.einsum("nik,nk->ni", left**2, direction**2)
 
 
 def assert_rotated(found, pair, m, root):
-    """Entries are taken as uncorrelated, unless the first moment has more."""
+    """Asserts what `RotatedRankOne()` should hold if entries are uncorrelated."""
     rank = pair.left.shape[-1]
     left, right = float64(pair.left, 16, rank), float64(pair.right, 32, rank)
     row = np.sqrt((root**2).mean(-1))
@@ -197,7 +197,7 @@ def test_rotated_moments_to_rank_one_and_to_other_ranks():
 
 
 def step_with_donation(tx, state, params):
-    """What a training loop does next."""
+    """Takes the next step as a training loop does, with a donated state."""
     updates, after = jax.jit(tx.update, donate_argnums=1)(params, state, params)
     assert all(np.isfinite(u).all() for u in jax.tree.leaves((updates, after)))
 
@@ -212,7 +212,7 @@ METHODS = {
 
 @pytest.mark.parametrize("fields", METHODS.values(), ids=METHODS)
 def test_to_optax_adam_as_the_update_reads_it(fields):
-    """The next update of a zero gradient is the old average, decayed once."""
+    """The next update for a zero gradient is the old average, decayed once."""
     params, state = trained(adam(**fields))
     theirs = optax.scale_by_adam(**BETAS)
     new: Any = lp.convert_state(state, theirs, params, **BETAS)
@@ -241,7 +241,7 @@ def assert_reads(state, name, m, root, fields):
 
 
 def test_there_and_back_again():
-    """Factors that hold a moment exactly give it back."""
+    """A moment that factors hold exactly is the same after both conversions."""
     params, state = trained(adam(second_moment=lp.LowRank()))
     dense = lp.convert_state(state, optax.scale_by_adam(**BETAS), params, **BETAS)
     again = lp.convert_state(dense, adam(second_moment=lp.LowRank()), params, **BETAS)
@@ -251,7 +251,7 @@ def test_there_and_back_again():
 
 
 def test_the_paper_can_go_on_from_a_lower_rank():
-    """Directions that the old state lacks are open, not dead."""
+    """New directions are random, since the paper's step never leaves zeros."""
     paper = {"first_moment": PAPER, "second_moment": PAPER}
     params, state = trained(adam(2, **paper))
     new = lp.convert_state(state, adam(4, **paper), params)
@@ -303,7 +303,7 @@ def test_leaves_that_were_frozen_start_fresh(tx):
     params = random_tree(SHAPES)
     masked: Any = optax.masked(tx, FROZEN)
     state = jax.tree.map(lambda x: x + 1, masked.init(params))
-    with pytest.warns(UserWarning, match=r"no moments of 'w'\. Theirs start from zero"):
+    with pytest.warns(UserWarning, match=r"no moments of 'w'\. The new ones start"):
         new = lp.convert_state(state, tx, params)
     fresh = tx.init(params)
     assert jax.tree.structure(new) == jax.tree.structure(fresh)
@@ -333,10 +333,10 @@ def test_leaves_that_have_another_name():
     )
     tx = lp.scale_by_lorapre_adam(4, **BETAS, matrices=matrices)
     with pytest.warns(
-        UserWarning, match=r"of 'u'\. .* It keeps those of 'w', which no"
+        UserWarning, match=r"no moments of 'u'\. .* moments of 'w' match no leaf"
     ):
         lp.convert_state(state, tx, renamed)
-    with pytest.raises(ValueError, match="Leaf 'x': the old state keeps no moment of "):
+    with pytest.raises(ValueError, match="Leaf 'x': the old state has no moment of it"):
         lp.convert_state(state, optax.scale_by_adam(), {"x": params["w"]})
 
 
@@ -372,7 +372,7 @@ def test_a_branch_without_leaves_and_a_leaf_without_elements():
 
 
 def test_from_factors_of_transposed_matrices_to_dense():
-    """A dense leaf has a view too; the factors' own counts."""
+    """A dense leaf has a view too, but that of the factors is used."""
     params = random_tree({"w": (16, 32)})
     ours = lp.scale_by_lorapre_adam(2, matrices=lp.MatrixAxes(0, 1))
     _, state = run(ours, params, gradients({"w": (16, 32)}))
@@ -428,30 +428,30 @@ def test_what_cannot_be_converted():
     with pytest.raises(ValueError, match=r"'heads': .* its second moment .* b2="):
         lp.convert_state(state, dense, params, b1=0.9)
     ema = lp.lorapre_ema(0.9, 4, matrices=MATRICES).init(params)
-    with pytest.raises(ValueError, match="'bias': the old state keeps no second"):
+    with pytest.raises(ValueError, match="'bias': the old state has no second"):
         lp.convert_state(ema, adam(), params)
-    with pytest.raises(ValueError, match="keeps two first moments"):
+    with pytest.raises(ValueError, match="Leaf 'bias': the old state has two first"):
         lp.convert_state((state, state), adam(), params)
-    with pytest.raises(ValueError, match="'mini_step' of shape"):
+    with pytest.raises(ValueError, match=r"'mini_step' of shape .* has none there"):
         lp.convert_state(
             state, optax.MultiSteps(adam(), 2).gradient_transformation(), params
         )
     several = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    with pytest.raises(ValueError, match=r"'bias': the state's count has shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"'bias': the count .* has shape \(2,\)"):
         lp.convert_state(several, adam(), params)
     with pytest.raises(ValueError, match="different numbers of steps"):
         lp.convert_state(
             (state, optax.ema(0.9).init({"x": params["w"]})), adam(), params
         )
     other = jax.tree.map(lambda x: x.T if x.shape == (16, 32) else x, state)
-    with pytest.raises(ValueError, match=r"'w': the old moment is of shape \(32, 16\)"):
+    with pytest.raises(ValueError, match=r"'w': the old moment has shape \(32, 16\)"):
         lp.convert_state(other, adam(), params, **BETAS)
     elsewhere = jax.device_put(state, jax.devices()[1])
-    with pytest.raises(ValueError, match="'heads': its moment lies on other devices"):
+    with pytest.raises(ValueError, match="'heads': its moment is not on the devices"):
         lp.convert_state(elsewhere, adam(), params, **BETAS)
     transposed = lp.select_matrices(
         axes={"^heads$": lp.MatrixAxes((0, 1), 2), "^(stack|w)$": lp.MatrixAxes()}
     )
     other = lp.scale_by_lorapre_adam(2, **BETAS, matrices=transposed)
-    with pytest.raises(ValueError, match="'heads': its factors are of other matrices"):
+    with pytest.raises(ValueError, match="'heads': the old factors are of matrices"):
         lp.convert_state(trained(adam())[1], other, params)

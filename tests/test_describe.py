@@ -1,4 +1,4 @@
-"""The report: every byte, every decision, through any optax wrapper."""
+"""The report of every byte and every decision, through any optax wrapper."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def test_names_that_look_like_fields_or_suffixes():
 
 
 def test_a_moment_is_that_of_the_parameter_of_its_shape():
-    """Where several paths fit: the moment `mu/w` of `w` is not one of `mu/w`."""
+    """If several paths fit, the moment `mu/w` of `w` is not taken for one of `mu/w`."""
     params = {"w": jnp.zeros((12, 8)), "mu": {"w": jnp.zeros(5)}}
     report = lp.describe(optax.adam(0.1), params)
     nbytes = {leaf.path: leaf.nbytes for leaf in report.leaves}
@@ -122,7 +122,7 @@ def test_other_optimizers_are_reported_too():
 
 
 def llama_7b(dtype="bfloat16"):
-    """Unstacked Llama-7B shapes: 32 x 9 + 3 leaves."""
+    """Returns the shapes of an unstacked 7B Llama: 32 x 9 + 3 leaves."""
     width, ffn = 4096, 11008
     shapes = {f"attention/{n}": (width, width) for n in "qkvo"}
     shapes |= {"mlp/gate": (width, ffn), "mlp/up": (width, ffn)}

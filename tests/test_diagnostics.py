@@ -34,7 +34,7 @@ def gradients(seed: int, shapes=SHAPES):
 
 
 def filled(tx, like=SHAPES) -> Any:
-    """A state of `tx` with random factors, the same for equal shapes."""
+    """Returns a state of `tx` with random factors, the same for equal shapes."""
 
     def fill(node):
         if not hasattr(node, "left"):
@@ -48,7 +48,7 @@ def filled(tx, like=SHAPES) -> Any:
 
 
 def with_factors(tx, like, left, right):
-    """The state of `tx` for a single leaf, with these factors of the first moment."""
+    """Returns a state of `tx` for one leaf, with these factors of the first moment."""
     state = tx.init({"w": like})
     factors = {"w": state.mu_factors["w"]._replace(left=left, right=right)}
     return state._replace(mu_factors=factors)
@@ -61,14 +61,14 @@ def to_matrices(name, leaf):
 
 
 def projector(x):
-    """On the columns of x."""
+    """Returns the projector on the columns of x."""
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     u = u[:, s > 1e-6 * s.max()] if s.any() else u[:, :0]
     return u @ u.T
 
 
 def expected(left, right, g):
-    """Captured share, effective rank and condition, of one matrix."""
+    """Returns captured share, effective rank and condition of one matrix."""
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     outside = (np.eye(len(g)) - projector(left)) @ g
     outside = outside @ (np.eye(g.shape[1]) - projector(right))
@@ -100,7 +100,7 @@ def check(found, factors, grads, names=SHAPES, absolute=False):
 
 
 def test_the_definitions():
-    """Stacked, fused and plain matrices, both moments."""
+    """Checks stacked, fused and plain matrices, and both moments."""
     state, grads = filled(adam(**SECOND)), gradients(9)
     found = jax.jit(lp.diagnostics)(state, grads)
     assert set(found) == set(SHAPES)
@@ -112,7 +112,7 @@ def test_the_definitions():
 
 
 def test_permuted_and_fused_axes():
-    """`(columns, batch, rows, columns)` is seen as the transposed matrices it holds."""
+    """A leaf `(columns, batch, rows, columns)` is seen as a batch of its matrices."""
     g = random_tree({"w": (4, 2, 12, 2)}, 5)["w"]
     axes = lp.MatrixAxes(rows=2, columns=(3, 0))
     left, right = (random_tree({"x": s}, 6)["x"] for s in ((2, 12, 3), (2, 2, 4, 3)))
@@ -123,7 +123,7 @@ def test_permuted_and_fused_axes():
 
 
 def test_low_rank_and_unrelated_gradients():
-    """What the docstring says of `captured`, at its two ends."""
+    """`captured` is as documented for gradients in the factors and unrelated ones."""
     rng = np.random.default_rng(0)
     rank, p, q = 3, 60, 40
     columns, rows = rng.normal(size=(p, rank)), rng.normal(size=(rank, q))
@@ -245,7 +245,7 @@ def test_abstract_mapped_and_in_half_precision():
 
 
 def test_no_batched_lapack_call():
-    """Several in one program may hang; a test could not wait for that."""
+    """Several batched calls in one program may hang, for which a test cannot wait."""
     state, grads = filled(adam()), gradients(9)
     text = jax.jit(lp.diagnostics).lower(state, grads).as_text()
     operands = re.findall(r"@lapack_\w+\(.*: \(tensor<(\w+)>\)", text)
@@ -253,7 +253,7 @@ def test_no_batched_lapack_call():
 
 
 def test_of_an_nnx_optimizer():
-    """Whose state and gradients are boxed."""
+    """The state and the gradients are boxed."""
     model = nnx.Linear(12, 8, use_bias=False, rngs=nnx.Rngs(0))
     tx = adam(**RANDOM_START, matrices=lp.MatrixAxes())
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -266,7 +266,7 @@ def test_of_an_nnx_optimizer():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_over_eight_devices(kind):
-    """Batch axis, rows and columns sharded; the fused columns by their first axis."""
+    """Batch axis, rows and columns are sharded; fused columns by their first axis."""
     shapes = {"stack": (4, 12, 8), "heads": (12, 2, 4)}
     specs = {"stack": P("x", None, "y"), "heads": P("x", "y")}
     axes = {"stack": lp.MatrixAxes(), "heads": lp.MatrixAxes(0, (1, 2))}
@@ -293,10 +293,10 @@ def test_sharded_over_eight_devices(kind):
 
 def test_nothing_to_diagnose():
     for tx in (optax.adam(0.1), adam(matrices=lp.select_matrices(include=[]))):
-        with pytest.raises(ValueError, match="keeps no moment as a pair of factors"):
+        with pytest.raises(ValueError, match="has no moment that is a pair of factors"):
             lp.diagnostics(tx.init(gradients(0)), gradients(0))
     statistics = adam(first_moment=lp.Dense(), second_moment=lp.RankOne())
-    with pytest.raises(ValueError, match="keeps no moment as a pair of factors"):
+    with pytest.raises(ValueError, match="has no moment that is a pair of factors"):
         lp.diagnostics(statistics.init(gradients(0)), gradients(0))
 
 
@@ -314,5 +314,5 @@ def test_gradients_of_another_tree():
 
 def test_two_states_of_one_moment():
     tx = optax.chain(adam(), adam())
-    with pytest.raises(ValueError, match="two states keep 'mu'"):
+    with pytest.raises(ValueError, match="two transforms have factors of 'mu'"):
         lp.diagnostics(tx.init(gradients(0)), gradients(0))

@@ -1,4 +1,4 @@
-"""Docstrings: their examples run as printed, and each public one has what it needs."""
+"""Docstrings: their examples run as printed, and public ones have all sections."""
 
 import doctest
 import importlib
@@ -17,7 +17,7 @@ API = Path(__file__).parents[1] / "docs" / "api"
 
 
 def examples() -> list[doctest.DocTest]:
-    """Those of all modules, private ones too. An example sees only what it imports."""
+    """Returns the examples of all modules. An example sees only what it imports."""
     walk = pkgutil.walk_packages(lp.__path__, "lorapre_jax.")
     modules = [importlib.import_module(module.name) for module in walk]
     finder = doctest.DocTestFinder()

@@ -1,4 +1,4 @@
-"""With Equinox, its layers stacked and its runs under vmap, and with NumPyro's SVI."""
+"""The optimizers with Equinox (stacked layers, runs under vmap) and NumPyro's SVI."""
 
 import functools
 import pickle
@@ -65,7 +65,7 @@ class Layer(eqx.Module):
 
 
 class Network(eqx.Module):
-    """Attention, then a stack of layers that a scan walks."""
+    """Attention, then a stack of layers under a scan."""
 
     embedding: eqx.nn.Embedding
     attention: eqx.nn.MultiheadAttention
@@ -93,7 +93,7 @@ class Network(eqx.Module):
 
 
 class Stacks(eqx.Module):
-    """Other layers by `filter_vmap`, beside convolutions."""
+    """Layers stacked by `filter_vmap`, and convolutions."""
 
     attention: eqx.nn.MultiheadAttention
     stem: eqx.nn.Conv2d
@@ -159,7 +159,7 @@ def test_convolutions_and_other_stacks():
 
 
 def sequences(seed: int) -> jax.Array:
-    """`(batch, time)`: each token decides the next, one of a fixed permutation."""
+    """Returns `(batch, time)` tokens; each decides the next by a fixed permutation."""
     rng = np.random.default_rng(0)
     after = rng.permutation(VOCAB)
     tokens = [np.random.default_rng(seed + 1).integers(VOCAB, size=16)]
@@ -201,7 +201,7 @@ def make_network(key: jax.Array) -> Network:
 
 
 def committed(tree: Any) -> Any:
-    """As a checkpoint's arrays are, so that a step is compiled once for both."""
+    """Commits arrays as those of a checkpoint are, so that a step is compiled once."""
     arrays, static = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jax.device_put(arrays, jax.devices()[0]), static)
 
@@ -216,7 +216,7 @@ def adamw_loss() -> float:
 
 
 def test_trains_like_adamw_and_goes_on_from_a_checkpoint(tmp_path):
-    """At AdamW's learning rate; by Orbax and by Equinox's own files."""
+    """At AdamW's learning rate, with checkpoints by Orbax and by Equinox."""
     tx = lp.lorapre_adamw(RATE, **SMALL)
     step = trainer(tx)
     model = committed(make_network(jax.random.key(0)))
@@ -283,7 +283,7 @@ def injected(seed, rate):
 
 @pytest.mark.parametrize("make", [plain, injected])
 def test_vmap_over_seeds_and_learning_rates_equals_one_by_one(make):
-    """The seed is the model's and the optimizer's."""
+    """The seed is that of the model and of the optimizer."""
 
     def run(seed, rate):
         model = Mlp(jax.random.key(seed))
@@ -318,7 +318,7 @@ def test_vmap_over_seeds_and_learning_rates_equals_one_by_one(make):
 
 
 def network(x, y=None):
-    """Weights (16, 24) and (24,) with priors; the noise has one too."""
+    """A model with weights (16, 24) and (24,) and noise, all with priors."""
     normal = dist.Normal(0.0, 1.0)
     up = numpyro.sample("up", normal.expand([16, 24]).to_event(2))
     down = numpyro.sample("down", normal.expand([24]).to_event(1))
@@ -371,7 +371,7 @@ def test_numpyro_svi(guide):
 
 
 def test_a_module_that_can_be_called_is_no_function_of_labels():
-    """Muon's labels have the parameters' structure, and so may be callable."""
+    """Muon's tree of labels has the parameters' structure, which may be callable."""
     mlp = eqx.nn.MLP(16, 16, 32, 1, key=jax.random.key(0))
     params = eqx.filter(mlp, eqx.is_inexact_array)
     tx = lp.lorapre_muon(0.1, 4, min_dim_size_to_factor=8)

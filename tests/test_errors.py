@@ -196,7 +196,7 @@ def test_leaves_that_are_no_arrays():
     ],
 )
 def test_leaves_that_are_no_parameters(ask, leaf):
-    """As an Equinox module has its activation function."""
+    """For example, an Equinox module has its activation function as a leaf."""
     params = {"layer": {"w": jnp.zeros((12, 8)), "activation": leaf}}
     message = (
         rf"Leaf 'layer/activation' is a {type(leaf).__name__}, not an array\. .* "
@@ -274,7 +274,7 @@ REQUIRED = {"learning_rate": 1e-2, "rank": 1, "decay": 0.9}
 
 
 def injected(name, **options: Any):
-    """A transform with what has no default alone; only the rank is named static."""
+    """Returns an injected transform without optional arguments, with a static rank."""
     factory = getattr(lp, name)
     parameters = inspect.signature(factory).parameters.values()
     required = {p.name: REQUIRED[p.name] for p in parameters if p.default is p.empty}
@@ -294,7 +294,7 @@ def test_these_are_all_transforms():
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_what_nobody_gave_is_no_static_hyperparameter(name):
-    """On a leaf that is factored, at `init` and at `update`."""
+    """Tested on a factored leaf, at `init` and at `update`."""
     tx, params = injected(name), {"w": jnp.zeros((128, 130))}
     state = jax.eval_shape(tx.init, params)
     (leaf,) = lp.describe(tx, params).leaves
@@ -305,7 +305,7 @@ def test_what_nobody_gave_is_no_static_hyperparameter(name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_hyperparameters_in_half_precision(name, dtype):
-    """optax.inject_hyperparams casts them to the parameters' dtype; 0.999 is 1 then."""
+    """optax casts them to the parameters' dtype, in which 0.999 would be 1."""
     params = {"w": jnp.zeros((128, 130), dtype)}
     for init in (injected(name).init, jax.jit(injected(name).init)):
         with pytest.raises(
@@ -348,7 +348,7 @@ def test_rules_about_masked_leaves_are_no_mistake():
 
 
 class KerasVariable:
-    """As Keras keeps a parameter: its dtype is a text."""
+    """Like a parameter of Keras, whose dtype is a string."""
 
     dtype = "float32"
     shape = (16, 32)

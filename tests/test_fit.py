@@ -1,4 +1,4 @@
-"""A state whose arrays are not those that its plan says, wherever it is read."""
+"""Every function that reads a state refuses arrays that do not fit its plan."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ def read(request) -> Callable[[Any, Any, Any], Any]:
 
 
 def with_arrays_of(other: Any, state: Any) -> Any:
-    """What restores arrays alone: the structure of one state, the arrays of another."""
+    """Returns the structure of one state with the arrays of another."""
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(other))
 
 
@@ -57,7 +57,7 @@ def test_factors_of_another_rank(case: Case, read):
 
 
 def other_shape(**methods: Any) -> Any:
-    """A state of `w: (12, 8)` with the arrays of one of `w: (9, 8)`."""
+    """Returns a state of `w: (12, 8)` with the arrays of one of `w: (9, 8)`."""
     tx = lp.scale_by_lorapre_adam(2, matrices=lp.MatrixAxes(), **methods)
     params = {"w": jnp.ones((12, 8))}
     state = with_arrays_of(tx.init({"w": jnp.ones((9, 8))}), tx.init(params))
@@ -116,7 +116,7 @@ def test_what_is_missing(read):
 
 
 def test_what_flax_reads_back():
-    """It takes factors of any rank, and the plan of the state that it reads into."""
+    """Flax accepts factors of any rank, with the plan of the target state."""
     params = {"w": jnp.ones((12, 8))}
     tx, saved_tx = (
         optax.chain(lp.lorapre_adamw(1e-3, rank, matrices=lp.MatrixAxes()))
@@ -134,7 +134,7 @@ def test_what_flax_reads_back():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Box:
-    """As test_boxes has one."""
+    """A box, as in test_boxes."""
 
     array: Any
     names: tuple[str | None, ...] = dataclasses.field(metadata={"static": True})
@@ -178,7 +178,7 @@ def test_boxed_states(box, read):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_stack_of_states(name):
-    """As of several seeds: what is asked of it is answered, and an error is found."""
+    """A stack, as for several seeds, can be reported, and an error in it is found."""
     case = CASES[name]
     several = jax.tree.map(lambda x: jnp.stack([x, x, x]), case.tree())
     tx, other = case.make(), case.make(rank=1)

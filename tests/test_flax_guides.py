@@ -1,4 +1,4 @@
-"""Flax's own ways of creating a sharded optimizer state, NNX's and Linen's.
+"""Flax's own ways to create a sharded optimizer state, in NNX and Linen.
 
 In each of them the framework reads the state's sharding off the state itself.
 """
@@ -62,7 +62,7 @@ def mesh():
 
 
 def assert_sharded(state: Any):
-    """Every factor over the mesh axes of its parameter, and that there are some."""
+    """Asserts that there are factors, and that all are sharded."""
     leaves = by_path(state)
     found = {path: x for path, x in leaves.items() if "_factors" in path}
     for kernel in SPECS:
@@ -129,7 +129,7 @@ def test_nnx_creation_with_constraints_from_partition_specs(tx, mesh):
         report = lp.describe(tx, params, state)
         assert not report.replicated
         assert report.device_bytes is not None
-        # All factors and moments of the two kernels lie on one of two devices or four.
+        # Factors and moments of the two kernels are sharded over two devices or four.
         assert report.device_bytes < 0.6 * report.total_bytes
     lp.check_state_sharding(tx, params, optimizer.opt_state)
 
@@ -215,7 +215,7 @@ def test_linen_logical_axes(tx, mesh):
 
 
 def test_a_replicated_state_is_named(mesh):
-    """What a framework made of bare arrays: specs of none of their axes."""
+    """A framework replicates bare arrays, since it does not know their axes."""
     tx = OPTIMIZERS["adamw"]()
     state, _ = linen_created(tx, mesh)
     everywhere = jax.sharding.NamedSharding(mesh, P())
@@ -231,7 +231,7 @@ def test_a_replicated_state_is_named(mesh):
 
 
 def test_multi_head_attention_by_default():
-    """At AdamW's rate, no worse than AdamW, with the blocks' kernels factored."""
+    """At AdamW's rate, the loss is no worse than AdamW's with factored kernels."""
 
     class Block(nnx.Module):
         def __init__(self, rngs):

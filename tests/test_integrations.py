@@ -1,4 +1,4 @@
-"""With Flax, Haiku, Orbax, pmap, vmap and sharded arrays, as users will meet us."""
+"""The optimizers with Flax, Haiku, Orbax, pmap, vmap and sharded arrays."""
 
 import functools
 import re
@@ -74,7 +74,7 @@ def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
 
 
 class NnxMlp(nnx.Module):
-    """Kernels (16, 8) and (8, 16); sharded over ("x", "y"), where told."""
+    """Kernels (16, 8) and (8, 16), optionally sharded over ("x", "y")."""
 
     def __init__(self, sharded: bool = False):
         init = nnx.initializers.lecun_normal()
@@ -89,7 +89,7 @@ class NnxMlp(nnx.Module):
 
 
 def train_nnx(model, tx, loss, steps: int = 10):
-    """Losses and the state, after training by `nnx.Optimizer`."""
+    """Trains by `nnx.Optimizer`; returns the losses and the state."""
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -107,14 +107,14 @@ def nnx_params(model) -> Any:
 
 
 def factors_of(state: Any) -> dict[str, Any]:
-    """The first moment's."""
+    """Returns the factors of the first moment."""
     kinds = {"LorapreEma": "ema_factors", "LorapreMuon": "momentum_factors"}
     name = next((n for k, n in kinds.items() if k in repr(state)), "mu_factors")
     return tree_get(state, name)
 
 
 def assert_follows(factors: Any):
-    """They lie as kernels on ("x", "y") do; the rank axis is replicated."""
+    """Asserts that factors are sharded like kernels on ("x", "y")."""
     assert set(factors) == KERNEL_PATHS
     for pair in factors.values():
         for x, spec in ((pair.left, P("x", None)), (pair.right, P("y", None))):
@@ -170,7 +170,7 @@ def test_nnx_optimizer_with_sharded_kernels(name, rank):
 
 
 def test_nnx_optimizer_under_explicit_axes(make):
-    """Where JAX refuses a contraction of two dimensions that are sharded alike."""
+    """Under explicit axes JAX refuses to contract two axes that are sharded alike."""
     tx = make(rank=3, matrices=KERNELS)
 
     def loss(model):
@@ -241,7 +241,7 @@ def test_flax_serializes_a_state(name):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("boxes", ["ArrayImpl", "Partitioned", "LogicallyPartitioned"])
 def test_linen_train_state(name, boxes):
-    """Boxed parameters stay boxed, have the paths of plain ones and train alike."""
+    """Boxed parameters stay boxed, have the paths of plain ones and train like them."""
     losses, state = train_linen(name, boxes)
     assert losses[-1] < 0.95 * losses[0]
     assert set(factors_of(state.opt_state)) == KERNEL_PATHS
@@ -285,7 +285,7 @@ def test_haiku(make_alias):
 
 
 def test_pmap_equals_the_full_batch(case):
-    """Data-parallel over 8 devices, gradients averaged: every copy stays the same."""
+    """With averaged gradients on 8 devices, every copy of the state stays the same."""
     assert jax.local_device_count() == 8
     params = random_tree({"w": (12, 8)})
     batch = random_tree({"x": (16, 12), "y": (16, 8)}, 1)
@@ -347,7 +347,7 @@ def test_vmap_over_seeds_equals_one_by_one(case):
 
 
 def test_state_keeps_its_sharding(case):
-    """From `init` on: a change would compile every step that follows anew."""
+    """From `init` on, since a change would recompile every later step."""
     mesh = mesh_of(AxisType.Auto)
     specs = {"heads": P("y"), "stack": P(None, "x", "y"), "w": P("x", "y")}
 
@@ -369,7 +369,7 @@ def test_state_keeps_its_sharding(case):
         strict=True,
     ):
         if not was.ndim:
-            continue  # optax's counts lie on one device at first.
+            continue  # optax's counts are on one device at first.
         name = jax.tree_util.keystr(path)
         assert was.sharding.is_equivalent_to(now.sharding, was.ndim), name
 
@@ -377,7 +377,7 @@ def test_state_keeps_its_sharding(case):
 def collectives(
     case: Case, slices: int | None, init_sees: bool = False, dense: bool = False
 ) -> set[str]:
-    """Those in the program that updates 16 layers, sharded over 8 devices."""
+    """Returns the collectives in an update of 16 layers, sharded over 8 devices."""
     mesh = jax.make_mesh((8,), ("layers",), axis_types=(AxisType.Auto,))
     params = random_tree({"stack": (16, 12, 8)})
     rank = {"rank": 8} if dense else {}  # It does not pay.
@@ -398,19 +398,19 @@ def collectives(
 
 
 def test_sharded_layers_are_walked_where_they_lie(case):
-    """With as many in flight as there are devices, each works on its own layers."""
+    """With as many slices at once as devices, each device computes its own layers."""
     assert not collectives(case, 8)
 
 
 @pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("dense", [False, True])
 def test_init_sees_that_layers_are_sharded(slices, dense):
-    """Then a slice has a layer of each device, whatever `slices_at_once` says."""
+    """Then a layer of each device is computed, whatever `slices_at_once` says."""
     assert not collectives(CASES["adam"], slices, init_sees=True, dense=dense)
 
 
 def test_the_search_for_collectives_finds_some():
-    """A layer at a time has to be fetched, where `init` saw layers on one device."""
+    """If `init` saw layers on one device, each layer has to be gathered."""
     assert "all-gather" in collectives(CASES["adam"], 1)
 
 
@@ -419,7 +419,7 @@ def test_the_search_for_collectives_finds_some():
 
 @pytest.mark.parametrize("name", CASES)
 def test_orbax_round_trip(name, tmp_path):
-    """Restored to the shapes that `init` announces, training goes on identically."""
+    """Restored into the shapes of `init`, training continues identically."""
     case = CASES[name]
     # A vector is dense, and an empty leaf has no state at all.
     shapes: dict[str, tuple[int, ...]] = {"w": (12, 8), "empty": (0, 4)}

@@ -1,4 +1,4 @@
-"""A decoder as nanodo builds, shards and checkpoints it, with our optimizers.
+"""A decoder that is built, sharded and checkpointed as in nanodo.
 
 Linen's `Partitioned` boxes that name mesh axes, `nn.get_sharding`, MultiSteps and
 Orbax's manager; heads are axes of their own, and the embedding is the head too.
@@ -74,7 +74,7 @@ NET = Decoder()
 
 @dataclasses.dataclass
 class Run:
-    """A jitted init and step of one optimizer, with the state's shardings."""
+    """A jitted init and step of one optimizer, and the state's shardings."""
 
     tx: optax.GradientTransformation
 
@@ -112,7 +112,7 @@ class Run:
 
 
 def batch(step):
-    """Each token has one that follows it, but for a tenth that are random."""
+    """Returns tokens that follow a fixed rule, except for a tenth that are random."""
     rng = np.random.default_rng(step)
     follows = np.random.default_rng(0).permutation(VOCABULARY)
     tokens = [rng.integers(0, VOCABULARY, 16)]

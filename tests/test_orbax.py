@@ -1,4 +1,4 @@
-"""Orbax takes parameters, factored state and data position from one mesh to another."""
+"""Orbax restores parameters, factored state and data position on another mesh."""
 
 import functools
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ OPTIMIZERS = {
 
 
 class Run(NamedTuple):
-    """All that a checkpoint holds."""
+    """Everything that a checkpoint has."""
 
     params: Any
     opt_state: Any
@@ -46,7 +46,7 @@ def make_optimizer(name: str) -> optax.GradientTransformation:
 
 
 def take_step(name: str, run: Run) -> Run:
-    """The position decides the gradients, as it does the batch of a real run."""
+    """The position decides the gradients, as it decides the batch of a real run."""
     grads = {leaf: jnp.asarray(x)[run.position] for leaf, x in GRADIENTS.items()}
     updates, opt_state = make_optimizer(name).update(grads, run.opt_state, run.params)
     params = optax.apply_updates(run.params, updates)
@@ -55,7 +55,7 @@ def take_step(name: str, run: Run) -> Run:
 
 @functools.cache
 def abstract_run(name: str, layout: str, devices: int) -> Run:
-    """Shapes, dtypes and where everything belongs."""
+    """Returns shapes, dtypes and shardings of a run."""
     mesh = jax.make_mesh(
         (devices,), ("x",), (AxisType.Auto,), devices=jax.devices()[:devices]
     )
@@ -85,7 +85,7 @@ def shardings_of(tree: Any) -> Any:
 
 @functools.cache
 def unsharded_runs(name: str) -> tuple[Run, Run]:
-    """After three steps, when all factors are full, and after four."""
+    """Returns runs after three steps, when all factors are full, and after four."""
     params = random_tree(SHAPES)
     run = Run(params, make_optimizer(name).init(params), jnp.zeros((), jnp.int32))
     step = jax.jit(functools.partial(take_step, name))

@@ -1,4 +1,4 @@
-"""The package as one installs it: built, and used where the checkout is not."""
+"""The built package, used outside of the checkout."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ print(importlib.metadata.version("lorapre-jax"))
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the sdist, and the wheel that is built from it."""
+    """Returns a folder with the sdist, and with the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
     subprocess.run([*build, "-t", "sdist"], cwd=ROOT, check=True, capture_output=True)

@@ -13,7 +13,7 @@ def layer(name: str) -> int:
 
 
 def imported(path: Path) -> list[str]:
-    """The parts of the package that a module imports from."""
+    """Returns the parts of the package that a module imports from."""
     nodes = ast.walk(ast.parse(path.read_text()))
     modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     parts = (module.split(".") for module in modules)

@@ -1,4 +1,4 @@
-"""Every page: its code as printed, its links, its commands, what it must name."""
+"""Every page: its code runs as printed, and its links and commands exist."""
 
 import importlib.util
 import re
@@ -104,7 +104,7 @@ def test_links_lead_somewhere(page):
 
 
 def lines_of_commands(page: str) -> list[str]:
-    """Indented lines that a shell would run, without their comments."""
+    """Returns the indented lines with shell commands, without their comments."""
     text = (ROOT / page).read_text().replace("\\\n", " ")
     found = re.findall(r"^    ((?:make|python -m|pip install) .*)$", text, re.MULTILINE)
     return [line.partition(" #")[0] for line in found]

@@ -1,4 +1,4 @@
-"""What must hold for every gradient, drawn by hypothesis over a few fixed shapes."""
+"""Properties that hold for every gradient, drawn by hypothesis for a few shapes."""
 
 import functools
 from typing import Any
@@ -47,13 +47,13 @@ names = st.sampled_from(sorted(TRANSFORMS))
 
 @functools.cache
 def updater(name):
-    """One compiled step per transform: hypothesis draws values, not programs."""
+    """Compiles one step per transform, since hypothesis draws values only."""
     return jax.jit(TRANSFORMS[name].update)
 
 
 @functools.cache
 def compiled(method, moment, shape, rank, dtype="float32"):
-    """The zero state and the compiled step of a method on one matrix."""
+    """Returns the zero state and the compiled step of a method on one matrix."""
     state = method.init((), *shape, rank, jnp.dtype(dtype), 0)
     step = jax.jit(getattr(method, moment))
     return state, lambda state, g, decay, t: step(
@@ -62,7 +62,7 @@ def compiled(method, moment, shape, rank, dtype="float32"):
 
 
 def in_a_span_of_columns(steps=300, p=12, q=8, seed=0):
-    """Gradients whose columns stay in one space of RANK dimensions; no more lasts."""
+    """Returns gradients whose columns stay in one space of RANK dimensions."""
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((steps, RANK, q))
     return (rng.standard_normal((p, RANK)) @ rows).astype(np.float32)
@@ -92,7 +92,7 @@ def test_muon_is_full_muon_where_columns_of_gradients_span_little(seed):
 
 @pytest.mark.parametrize("side", ["columns", "rows"])
 def test_what_lasts_is_held_whichever_side_it_is_on(side):
-    """All else about the gradients changes at every step."""
+    """Everything else about the gradients changes at every step."""
     grads = in_a_span_of_columns()
     noise = np.random.default_rng(1).standard_normal(grads.shape).astype(np.float32)
     grads = grads + 1e-3 * noise
@@ -177,7 +177,7 @@ TOO_LARGE = dict.fromkeys(TRANSFORMS, 3e38) | {"adam_paper": 1e20}
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_gradients_near_the_end_of_float32(name):
-    """As documented: nothing bounds them, and a clip before the transform mends it."""
+    """As documented, they overflow, and clipping before the transform helps."""
 
     def is_finite(size, limit=np.inf):
         signs = np.sign(normal(0, SHAPES[0], steps=6))
@@ -191,14 +191,14 @@ def test_gradients_near_the_end_of_float32(name):
 
 
 def test_so_it_is_of_adam():
-    """optax's, whose squares overflow sooner."""
+    """The same is true of optax's Adam, whose squares overflow sooner."""
     tx: Any = optax.scale_by_adam()
     _, state = tx.update(jnp.full(3, 1e20), tx.init(jnp.zeros(3)))
     assert not np.isfinite(state.nu).any()
 
 
 def test_what_follows_a_spike():
-    """As Algorithm 1 says of itself; `benchmarks/spike.py` has the figures."""
+    """As the docstring of Algorithm 1 says; `benchmarks/spike.py` has the figures."""
     grads = spike.gradients(30)
     assert spike.largest_update(spike.OPTIMIZERS["Algorithm 1"], grads) > 20
     assert spike.largest_update(spike.OPTIMIZERS["default"], grads) < 1
@@ -261,7 +261,7 @@ def test_apply_if_finite_keeps_the_state_and_other_leaves(name):
 
 
 def test_steady_directions_get_steps_of_one_size():
-    """Singular values of the gradient differ by 10, those of the update do not."""
+    """Singular values of the gradient differ tenfold, those of the update do not."""
     left = np.linalg.qr(np.random.default_rng(0).standard_normal((16, 3)))[0]
     right = scipy.linalg.hadamard(16)[1:4]
     grads = np.broadcast_to(left * [1, 0.3, 0.1] @ right, (200, 16, 16))
@@ -280,7 +280,7 @@ def test_steady_directions_get_steps_of_one_size():
 
 @pytest.mark.parametrize("directions", [1, 4])
 def test_few_directions_get_a_small_update(directions):
-    """Of root mean square sqrt(k / p): each has a step of its own."""
+    """Its root mean square is sqrt(k / p), since each direction has its own scale."""
     p, q = 64, 16
     rng = np.random.default_rng(0)
     left = np.linalg.qr(rng.standard_normal((p, directions)))[0]
@@ -294,7 +294,7 @@ def test_few_directions_get_a_small_update(directions):
 
 
 def test_rounding_is_no_direction():
-    """Of gradients of low rank; there the updates would have entries of size one."""
+    """Divided by its own size, rounding of low-rank gradients would become large."""
     grads = in_a_span_of_columns()
     tx = lp.scale_by_lorapre_adam(RANK + 1, min_dim_size_to_factor=1)
     assert lp.describe(tx, jnp.asarray(grads[0])).leaves[0].is_factored
@@ -312,7 +312,7 @@ def test_rounding_is_no_direction():
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 @pytest.mark.parametrize("moves", [True, False])
 def test_no_update_of_adam_exceeds_its_bound(moves, b2, second):
-    """Not among outliers either: one entry, or each time another, is far above all."""
+    """Not with outliers either, whether they are one entry or another each time."""
     rng = np.random.default_rng(0)
     grads = 1e-3 * rng.standard_normal((50, 32, 32), np.float32)
     rows, columns = rng.integers(32, size=(2, 50)) if moves else ([2], [7])
@@ -353,7 +353,7 @@ def test_full_rank_regression_is_the_dense_average(shape, seed, decay):
 
 
 def test_nothing_leaks_in_float32():
-    """Bases a little too short would shrink the average at every step."""
+    """Bases that are slightly too short would shrink the average at every step."""
     rng, decay = np.random.default_rng(0), 0.99
     method = lp.LowRank(residual_gain=0.0)
     state, step = compiled(method, "first_moment", (32, 32), 32)
@@ -383,7 +383,7 @@ def test_constant_magnitude_gives_its_square_at_every_step(method, rank, seed, d
 @hypothesis.given(seed=seeds, decay=st.sampled_from([0.9, 0.95, 0.999]))
 @hypothesis.settings(max_examples=10)
 def test_so_it_does_in_the_basis_of_the_left_factor(seed, decay):
-    """Parts with magnitudes of rank one; the floor adds to them, by 2 % at most."""
+    """Parts have magnitudes of rank one, to which the floor adds 2 % at most."""
     rng = np.random.default_rng(seed)
     along, rest = (
         rng.uniform(0.5, 1, (n, 1)) * rng.uniform(0.1, 1, 8) for n in (3, 12)
@@ -404,9 +404,9 @@ def test_so_it_does_in_the_basis_of_the_left_factor(seed, decay):
 
 @pytest.mark.parametrize("method", [lp.LowRank(), PAPER])
 def test_directions_that_died_come_back(method):
-    """After gradients that are zero, or but for one entry, factors find a target.
+    """After gradients with one entry or none, factors find a target.
 
-    The zeros are exact, so that no rounding error lies in the directions to be found.
+    The zeros are exact, so that no rounding error has a part in these directions.
     """
     rng = np.random.default_rng(0)
     first = np.zeros((12, 8))
@@ -424,10 +424,10 @@ def test_directions_that_died_come_back(method):
 @pytest.mark.parametrize(("i", "j"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_the_weights_of_a_gradient_add_up(gain, i, j, in_parts):
-    """To one for what the factors take up, and to the gain for what they do not.
+    """They add up to one in the factors, and to the gain for the residual.
 
-    Steady gradients fill the factors, of rank one. A small impulse that lies in one of
-    their two spaces, or in both, is taken up; one that lies in neither passes at once.
+    Steady gradients fill the factors, of rank one. A small impulse in one of their two
+    spaces, or in both, is taken up; an impulse in neither is passed on at once.
     """
     base, impulse = np.zeros((2, 12, 8))
     base[0, 0], impulse[i, j] = 10, 1e-2
@@ -449,7 +449,7 @@ def test_the_weights_of_a_gradient_add_up(gain, i, j, in_parts):
 
 @hypothesis.given(seeds, st.floats(0, 6), st.sampled_from([1, 4, 8]))
 def test_bases_are_orthonormal_or_empty(seed, decades, rank):
-    """Columns spread over six decades, some of them repeated."""
+    """For columns of norms over six decades, some of them repeated."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(40, 8)) * np.logspace(0, -decades, 8)
     x[:, rank:] = x[:, :1]  # Rank-deficient below 8.

@@ -38,7 +38,7 @@ def test_rows_come_back_by_their_key(tmp_path):
 
 
 def fake_losses(monkeypatch, loss):
-    """Runs that take no time; returns the rates that were run, in order."""
+    """Replaces runs by given losses; returns the rates that were run, in order."""
     ran = []
 
     def done(key, args):
@@ -261,7 +261,7 @@ def test_rows_of_other_texts_are_not_mixed(tmp_path):
 
 
 def test_a_finished_run_is_a_row_and_is_not_run_again(tmp_path, monkeypatch):
-    """With the rates of the condition, and on the texts of the other rows only."""
+    """It has the rates of the condition, and only the texts of the other rows."""
     ran = []
 
     def race(condition, texts="c4"):

@@ -1,4 +1,4 @@
-"""Runs of the race in benchmarks/quality, at a size where nothing is learned."""
+"""Runs of the race in benchmarks/quality, at a tiny size."""
 
 import dataclasses
 import itertools
@@ -104,7 +104,7 @@ def test_a_scaled_loss_only_scales_gradients(quick_compilation):
 
 
 def held_out(race):
-    """A batch."""
+    """Returns a held-out batch."""
     return next(iter(held_out_batches(PackedRows(race.texts.train, 8, pad=0), 2)))
 
 
@@ -130,7 +130,7 @@ def test_a_condition_may_have_smaller_batches(quick_compilation, monkeypatch):
 
 
 def test_no_document_is_in_both_splits(tmp_path, monkeypatch):
-    """Documents of one letter each, another for each."""
+    """Every document consists of a letter of its own."""
     letters = iter(string.ascii_letters)
     found = {}
 

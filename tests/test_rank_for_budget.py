@@ -1,4 +1,4 @@
-"""The largest rank in a budget: met, by the report, and not to be raised."""
+"""The largest rank in a budget fits, and the next rank does not."""
 
 import functools
 from fractions import Fraction
@@ -47,7 +47,7 @@ def report(rank, transform=lp.scale_by_lorapre_adam, **options):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_largest_that_fits(rule):
-    """Against trying all of them, from too little for rank one to more than enough."""
+    """Compares with trying all ranks, for budgets from too small to large."""
     options = RULES[rule]
     # The ranks change at these shares only.
     shares = sorted({Fraction(k, side) for side in SIDES for k in range(1, side + 1)})
@@ -126,7 +126,7 @@ def test_errors(nbytes, error, message):
 
 
 def test_errors_say_what_takes_most():
-    """Dense leaves are listed by size, at most four; without any, none are."""
+    """At most four dense leaves are listed, by size."""
     params = {f"b{i}": jax.ShapeDtypeStruct((i,), "float32") for i in range(1, 7)}
     params |= {"w": PARAMS["w"]}
     matrices = lp.select_matrices("w")

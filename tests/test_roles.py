@@ -1,4 +1,4 @@
-"""The selection of `matrices=None`, on leaves as frameworks name them."""
+"""What `matrices=None` selects, on leaves with the names of frameworks."""
 
 import re
 import warnings
@@ -21,7 +21,7 @@ BLOCKS = lp.RotatedRankOne()
 
 
 def tree(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries of shapes, or of `(shape, names)` in Linen's boxes."""
+    """Returns arrays for nested shapes, or Linen's boxes for `(shape, names)`."""
     nested: dict[str, Any] = {}
     for path, given in leaves.items():
         *keys, last = path.split("/")
@@ -383,7 +383,7 @@ def test_a_stack_of_which_nothing_is_known_is_named_with_the_code_to_paste():
 
 
 def test_what_is_not_known_is_said_once():
-    """`describe` and its like ask `init` again."""
+    """`describe` and similar functions call `init` again."""
     params = tree({"a": (5, 64, 128), "b": (64, 64)})
     tx = lp.scale_by_lorapre_adam(4, min_dim_size_to_factor=16)
     others = tree({"a": (7, 64, 128), "b": (64, 64)})
@@ -413,7 +413,7 @@ ALONE = {
 
 @pytest.mark.parametrize("leaves", [NAMED, BY_PATH, ALONE])
 def test_muon_gives_the_ends_to_adam(leaves):
-    """The two parts of the alias decide alike, though neither sees all leaves."""
+    """Both parts of the alias decide the same, though neither sees all leaves."""
     tx = lp.lorapre_muon(0.1, 4, min_dim_size_to_factor=16)
     params = tree(leaves)
     report = lp.describe(tx, params)
@@ -429,7 +429,7 @@ def test_muon_gives_the_ends_to_adam(leaves):
 
 
 def test_muon_goes_on_without_the_names_it_began_with():
-    """Flax's optimizers hand over boxed parameters at `init`, and arrays afterwards."""
+    """Flax's optimizers pass boxed parameters to `init`, and arrays afterwards."""
     leaves = {"a": ((3, 64, 128), ("layers", "embed", "mlp")), "b": ((64,), ("embed",))}
     boxed = jax.tree.map(lambda x: jnp.ones(x.shape), tree(leaves))
     tx = lp.lorapre_muon(0.1, 4, min_dim_size_to_factor=16)

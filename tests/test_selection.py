@@ -185,7 +185,7 @@ def test_selections_are_frozen_values():
 
 
 def test_patterns_are_compiled_once(monkeypatch):
-    """However many: `re` itself forgets all but the last 512."""
+    """Also many of them, since `re` itself forgets all but the last 512."""
     params: Any = {f"w{i}": struct(12, 8) for i in range(3)}
     patterns = [f"^{name}$" for name in params]
     matrices = lp.select_matrices(
@@ -227,7 +227,7 @@ def test_moment_without_factors_needs_no_rank_that_pays():
 
 
 def test_views_are_the_documented_reshape():
-    """Fused axes in the given order; the transform sees (batch, p, q) slices."""
+    """Axes are fused in the given order, and the transform sees (batch, p, q)."""
     leaf = np.random.default_rng(0).normal(size=(3, 4, 2, 5)).astype("float32")
     fused = lp.lorapre_ema(0.5, 2, matrices=lp.MatrixAxes(rows=(3, 1), columns=0))
     plain = lp.lorapre_ema(0.5, 2, matrices=lp.MatrixAxes(rows=1, columns=2))

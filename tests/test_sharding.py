@@ -1,4 +1,4 @@
-"""The state on meshes: where it lies, what crosses between devices, what comes out."""
+"""The state on meshes: its sharding, the traffic of an update, and the results."""
 
 import dataclasses
 from typing import Any
@@ -115,7 +115,7 @@ def test_what_was_never_placed_is_with_the_others():
 
 
 def test_two_views_of_one_leaf():
-    """Each transform's factors lie as its own matrices do."""
+    """The factors of each transform are sharded like its own matrices."""
     layout = dataclasses.replace(LAYOUTS["columns"], heads=P("tensor"))
     params = layout.shard(random_tree({"heads": (16, 8, 4)}), AUTO)
     tx = optax.chain(
@@ -213,7 +213,7 @@ def test_inside_shard_map_every_device_has_layers_of_its_own(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_inside_shard_map_the_batch_is_divided(name):
-    """Gradients are summed over devices; the state stays the same on all of them."""
+    """Gradients are summed over devices, and the state is the same on all of them."""
     tx = make(name, matrices=lp.MatrixAxes())
     params = random_tree({"w": SHAPES["w"]})
     rows = random_tree({"x": (32, 16)}, 1)["x"]
@@ -243,7 +243,7 @@ def test_inside_shard_map_the_batch_is_divided(name):
 
 
 def test_logical_axes_of_linen():
-    """`nn.logical_to_mesh_sharding` says where parameters lie; the state follows."""
+    """`nn.logical_to_mesh_sharding` shards the parameters, and the state like them."""
 
     class Mlp(nn.Module):
         @nn.compact

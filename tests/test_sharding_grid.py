@@ -46,7 +46,7 @@ def transforms(shardings: Any) -> dict[str, Any]:
 
 
 def shardings_on(sizes: dict[str, int], kind: AxisType, layout: Any) -> Any:
-    """Of every leaf; an axis that the mesh lacks shards nothing."""
+    """Returns the sharding of every leaf, without axes that the mesh does not have."""
     devices = jax.devices()[: math.prod(sizes.values())]
     types = (kind,) * len(sizes)
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
@@ -65,7 +65,7 @@ def shardings_on(sizes: dict[str, int], kind: AxisType, layout: Any) -> Any:
 
 
 def trajectory(tx: Any, shardings: Any | None) -> tuple[Any, Any]:
-    """The last updates and the state, on the host."""
+    """Returns the last updates and the state, on the host."""
     generator = np.random.default_rng(0)
     trees: list[Any] = [
         {n: generator.standard_normal(s, np.float32) for n, s in SHAPES.items()}
@@ -102,5 +102,5 @@ def test_as_on_one_device(name, sizes):
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest one, relative to the largest element of the array."""
+    """Returns the largest difference, relative to the largest element of the array."""
     return float(np.max(np.abs(found - expected)) / (np.max(np.abs(expected)) or 1.0))

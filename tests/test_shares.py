@@ -1,4 +1,4 @@
-"""Muon with each device's own share of the matrices to orthogonalise."""
+"""Muon with `param_shardings=`: each device orthogonalises its share of matrices."""
 
 import dataclasses
 import math
@@ -61,7 +61,7 @@ def test_trajectories_are_those_of_one_device(layout, moment, kind):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_whole_matrices_are_exchanged_and_nothing_is_gathered(layout):
-    """At most four times the share of a device, and what the factors reduce."""
+    """At most four times a device's share is sent, plus reductions of factors."""
     layout = LAYOUTS[layout]
     shardings = layout.shardings(LARGE, AUTO)
     tx = make("scale_by_muon", ns_steps=1, param_shardings=shardings)
@@ -74,7 +74,7 @@ def test_whole_matrices_are_exchanged_and_nothing_is_gathered(layout):
 
 
 def padded_share(layout, name) -> int:
-    """Elements of a leaf on one device, with whole matrices for all that share it."""
+    """Returns a leaf's elements per device if each device has whole matrices."""
     spec = layout.shardings(LARGE, AUTO)[name].spec
     *batch, p, q = (8, 64, 128) if name == "stack" else (64, 128)
     split = math.prod(
@@ -114,7 +114,7 @@ def test_half_precision_gradients_travel_as_such():
 
 
 def test_small_half_precision_gradients():
-    """The residual of a gradient is a small part of it: float16 would lose it."""
+    """The residual is a small part of the gradient, which float16 would lose."""
     layout = LAYOUTS["both"]
     shardings = layout.shardings(SHAPES, AUTO)
     tx = make("scale_by_muon", ns_steps=2, param_shardings=shardings)

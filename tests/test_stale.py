@@ -1,4 +1,4 @@
-"""Which results today's code would not make again: benchmarks/stale.py."""
+"""benchmarks/stale.py: which results today's code would not reproduce."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from benchmarks.quality.methods import METHODS
 
 @pytest.mark.parametrize("name", ["default/8", "default_muon/8"])
 def test_todays_fingerprints_are_of_this_code(name, quick_compilation):
-    """Also as XLA compiles it here: rounding makes no difference."""
+    """They agree within the tolerance, also with the rounding of this machine."""
     numbers = fingerprint.of(METHODS[name])
     assert not stale.fault(name, numbers, stale.today()), (
         f"{name} computes something else than before. If that is meant, "
@@ -28,7 +28,7 @@ def test_every_method_has_one():
 
 
 def test_every_ablation_has_its_own():
-    """As small as what it changes may be."""
+    """However small its effect is."""
     now = stale.today()
     for name in ABLATIONS:
         default = "default_muon/8" if name.startswith("muon") else "default/8"

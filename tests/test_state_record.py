@@ -1,4 +1,4 @@
-"""Restoring as another state than was saved: one error that lists what differs."""
+"""Restoring into another state than was saved: one error lists differences."""
 
 import json
 from fractions import Fraction
@@ -49,33 +49,39 @@ def test_the_same_fits():
     [
         (
             {"rank": 2},
-            ["square: rank 4 there, 2 here", "stack: rank 4 there, 2 here"],
+            ["square: rank 4 when saved, 2 now", "stack: rank 4 when saved, 2 now"],
         ),
-        ({"exclude": ["square"]}, ["square: rank 4 there, None here"]),
+        ({"exclude": ["square"]}, ["square: rank 4 when saved, None now"]),
         (
             {"axes": AXES | {"square": lp.MatrixAxes(1, 0)}},
-            ["square: matrices rows [0], columns [1] there, rows [1], columns [0]"],
+            [
+                "square: matrices rows [0], columns [1] when saved, "
+                "rows [1], columns [0] now"
+            ],
         ),
         (
             {"second_moment": lp.LowRank()},
-            ["square: moments [", "'RotatedRankOne'] there, [", "stack: moments ["],
+            ["square: moments [", "'RotatedRankOne'] when saved", "stack: moments ["],
         ),
         (
             {"params": PARAMS | {"square": jax.ShapeDtypeStruct((16, 4), jnp.float32)}},
-            ["square: shape [16, 16] there, [16, 4] here; rank 4 there, None here"],
+            [
+                "square: shape [16, 16] when saved, [16, 4] now; "
+                "rank 4 when saved, None now"
+            ],
         ),
         (
             {"params": PARAMS | {"bias": jax.ShapeDtypeStruct((9,), jnp.float32)}},
-            ["bias: shape [8] there, [9] here", "another model"],
+            ["bias: shape [8] when saved, [9] now", "another model"],
         ),
         (
             {"params": {n: x for n, x in PARAMS.items() if n != "bias"}},
-            ["bias: only there"],
+            ["bias: only in the saved state"],
         ),
     ],
 )
 def test_another_one_does_not(other, lines):
-    """Shapes agree in two of these."""
+    """In two of these cases all shapes are the same."""
     with pytest.raises(ValueError, match="of another optimizer or model") as error:
         lp.check_state_record(RECORD, state(**other))
     for line in [*lines, "lorapre_jax.convert_state(state, tx, params)"]:
@@ -85,7 +91,7 @@ def test_another_one_does_not(other, lines):
 
 
 def test_nor_do_methods_without_a_rank():
-    """Where only they tell that a leaf is dense here."""
+    """Only the methods tell here that a leaf is dense."""
     saved = lp.state_record(state(**DENSE_FIRST))
     with pytest.raises(ValueError, match=r"square: .*; moments \['Dense', 'RankOne'\]"):
         lp.check_state_record(saved, state(**DENSE_FIRST, exclude=["square"]))
@@ -95,13 +101,13 @@ def test_a_state_of_optax_does_not():
     adamw = jax.eval_shape(optax.adamw(1e-3).init, PARAMS)
     assert lp.state_record(adamw) == {}
     lp.check_state_record({}, adamw)
-    with pytest.raises(ValueError, match="stack: only here"):
+    with pytest.raises(ValueError, match="stack: not in the saved state"):
         lp.check_state_record(lp.state_record(adamw), state())
 
 
 @pytest.mark.parametrize("record", [None, {"step": 5}, {"1/0": {"square": {}}}])
 def test_what_is_no_record(record):
-    with pytest.raises(ValueError, match="is no record of a state"):
+    with pytest.raises(ValueError, match="is not a record of a state"):
         lp.check_state_record(record, state())
 
 
@@ -126,7 +132,7 @@ def test_a_part_of_a_chain_is_named():
     params = {"square": PARAMS["square"]}
     twice = jax.eval_shape(optax.chain(average, average).init, params)
     once = jax.eval_shape(optax.chain(average, optax.identity()).init, params)
-    with pytest.raises(ValueError, match="square \\(of '1' in the state\\): only here"):
+    with pytest.raises(ValueError, match=r"square \(in '1' of the state\): not in"):
         lp.check_state_record(lp.state_record(once), twice)
 
 

@@ -1,4 +1,4 @@
-"""By the TPU's own compiler, without a TPU (`make test-tpu`). Bounds, not counts."""
+"""Programs of the TPU's own compiler, without a TPU (`make test-tpu`)."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_a_training_step():
 
 
 def test_no_more_than_a_factor_crosses():
-    """A whole factor where one is gathered, else a part; never a part of a gradient."""
+    """At most a factor is gathered, and never a part of a gradient."""
     rank = 8
     mesh = layout.make_mesh("fsdp=2,tensor=2", tpu_compile.devices_of("v5e:2x2"))
     place = NamedSharding(mesh, P(None, "fsdp", "tensor"))

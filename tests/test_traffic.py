@@ -1,4 +1,4 @@
-"""What crosses between devices, read from the compiled program."""
+"""What an update sends between devices, read from the compiled program."""
 
 import math
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def largest_factor_shard(tx, layout: Layout) -> int:
-    """In elements, on one device."""
+    """Returns the number of elements of the largest factor shard on one device."""
     params = layout.shard(random_tree(LARGE), AUTO)
     is_pair = lambda node: hasattr(node, "left")  # noqa: E731
     pairs = filter(is_pair, jax.tree.leaves(tx.init(params), is_leaf=is_pair))
@@ -34,7 +34,7 @@ def largest_factor_shard(tx, layout: Layout) -> int:
 @pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "replicated"])
 @pytest.mark.parametrize("name", ["adam", "adam_paper", "ema"])
 def test_no_more_than_a_factor_crosses(name, layout):
-    """Reductions of (p/x, r), (r, q/y), (r, r) and less; nothing is gathered."""
+    """Only (p/x, r), (r, q/y), (r, r) and less are reduced, and nothing is gathered."""
     tx = make(name)
     found = collectives(compiled_update(tx, LAYOUTS[layout]))
     assert bool(found) == (layout != "layers")
@@ -44,7 +44,7 @@ def test_no_more_than_a_factor_crosses(name, layout):
 
 
 def test_the_sharded_axis_of_a_fused_side_is_named_first():
-    """Behind another one, no shard is a contiguous part of the side."""
+    """Otherwise a shard would not be a contiguous part of the side."""
     heads = {"heads": LARGE["heads"]}
     for columns in ((1, 2), (2, 1)):
         matrices = lp.select_matrices(axes={"heads": lp.MatrixAxes(0, columns)})
@@ -55,7 +55,7 @@ def test_the_sharded_axis_of_a_fused_side_is_named_first():
 
 @pytest.mark.parametrize("kind", ["muon", "dense"])
 def test_the_bound_on_traffic_can_be_broken(kind):
-    """By what does gather a matrix: full orthogonalisation, and optax's own Muon."""
+    """Full orthogonalisation and optax's Muon gather matrices, and break the bound."""
     axes = lp.MatrixAxes()
     ours = CASES["scale_by_muon"].make(rank=RANK, matrices=axes)
     theirs = optax.contrib.scale_by_muon(

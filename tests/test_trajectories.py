@@ -18,7 +18,7 @@ SHAPES = {"tall": (28, 12), "wide": (12, 28), "square": (20, 20)}
 
 
 def gradients(shape, seed=0, steps=STEPS):
-    """A persistent low-rank signal that drifts, in noise of full rank."""
+    """Returns a low-rank signal that drifts slowly, in noise of full rank."""
     rng = np.random.default_rng(seed)
     p, q = shape
     left, right = rng.normal(size=(p, 3)), rng.normal(size=(3, q))
@@ -33,7 +33,7 @@ def noise(q, rank=RANK, seed=SEED):
 
 
 def run(tx, grads, dtype, to_leaf=lambda x: x, to_matrix=lambda x: x):
-    """Updates of one leaf, and proof that it was factored."""
+    """Returns the updates of one leaf, after asserting that it is factored."""
     grads = [jnp.asarray(to_leaf(g), dtype) for g in grads]
     params = {"w": jnp.zeros_like(grads[0])}
     (leaf,) = lp.describe(tx, params).leaves
@@ -46,7 +46,7 @@ def run(tx, grads, dtype, to_leaf=lambda x: x, to_matrix=lambda x: x):
 
 
 def assert_close(updates, expected, bound):
-    """Every step's update, relative to that step's Frobenius norm."""
+    """Compares every step's update, relative to the step's Frobenius norm."""
     for step, (update, reference) in enumerate(zip(updates, expected, strict=True), 1):
         error = np.linalg.norm(update - reference) / np.linalg.norm(reference)
         assert error < bound, f"step {step}: relative error {error:.2e}"
@@ -211,7 +211,7 @@ def test_batch_and_fused_axes(slices_at_once):
 
 
 def test_bfloat16_gradients_and_parameters():
-    """Rounded inputs and outputs; the state in between is float32."""
+    """Inputs and outputs are rounded, and the state is float32."""
     shape = SHAPES["wide"]
     rounded = [np.asarray(jnp.asarray(g, "bfloat16"), float) for g in gradients(shape)]
     tx = lp.scale_by_lorapre_adam(RANK, min_dim_size_to_factor=1, seed=SEED)

@@ -1,4 +1,4 @@
-"""Versions: what pip is told, and the table in docs/limits.md."""
+"""Versions: the constraints for pip, and the table in docs/limits.md."""
 
 import re
 from pathlib import Path

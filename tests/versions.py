@@ -30,7 +30,7 @@ PACKAGES = ("jax", "jaxlib", "optax", "numpy", "flax", "orbax-checkpoint", "equi
 
 
 def lowest(project: Mapping[str, Any]) -> dict[str, str]:
-    """The lower bounds of a project and of its extras."""
+    """Returns the lower bounds of a project and of its extras."""
     extras = itertools.chain(*project["optional-dependencies"].values())
     requirements = [*project["dependencies"], *extras]
     found = (re.match(r"([\w-]+)(?:\[.*\])?>=([\w.]+)", x) for x in requirements)
@@ -42,7 +42,7 @@ def ours() -> dict[str, Any]:
 
 
 def installed(environment: str) -> dict[str, str]:
-    """Package to version, as an environment's files say; it is not started."""
+    """Returns the version of each package, from an environment's files."""
     folders = list((ROOT / environment).glob("lib/python*/site-packages"))
     if len(folders) != 1:
         target = environment.replace(".venv", "test", 1)
@@ -54,7 +54,7 @@ def installed(environment: str) -> dict[str, str]:
 
 
 def table(columns: Mapping[str, Mapping[str, str]]) -> str:
-    """A row for each package, a column for each environment."""
+    """Returns a table with a row for each package and a column for each environment."""
     lines = [["package", *columns], ["---"] * (1 + len(columns))]
     for package in ("Python", *PACKAGES):
         cells = [versions.get(package, "") for versions in columns.values()]
@@ -63,7 +63,7 @@ def table(columns: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def columns_of(page: str) -> dict[str, dict[str, str]]:
-    """What `table` was made from, read back from the text of a page."""
+    """Reads the contents of `table` from the text of a page."""
     header, _, *lines = (
         [cell.strip() for cell in line.strip("|\n").split("|")]
         for line in page.partition(BEGIN)[2].partition(END)[0].splitlines()

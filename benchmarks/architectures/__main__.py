@@ -1,11 +1,12 @@
-"""Do the optimizers hold outside the Llama? A mixer and a convolution net on digits.
+"""Compares the optimizers on a mixer and on a convolution network.
 
     python -m benchmarks.architectures
 
-Each optimizer at its own best learning rate, chosen on the validation split with seeds
-of their own; then fresh seeds, and the test split, which the search never saw. Leaves
-that are no matrices follow AdamW under every optimizer, at the rate that was best for
-AdamW on all leaves: rows differ in the rule for the matrices and its rate alone.
+Each optimizer has its own best learning rate, searched on the validation split with
+seeds of its own. The results are of fresh seeds on the test split, which the search
+never saw. Leaves that are not matrices are trained by AdamW under every optimizer, at
+the rate that was best for AdamW on all leaves. So rows differ only in the rule for the
+matrices and its rate.
 """
 
 import argparse
@@ -25,12 +26,12 @@ SEARCH_SEEDS, SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
 START = (2.0**-9, 2.0**-8, 2.0**-7)  # Where every search begins.
 REFERENCES = ("adamw", "muon")
 IN_THE_RACE = ("adamw", "muon", "default/8", "paper/8", "default_muon/8")
-"""The optimizers, as the race calls them."""
+"""The race's names for these rules."""
 Row = dict[str, Any]
 
 
 def dense_rate_of(architecture: Architecture, steps: int) -> float:
-    """The best rate of AdamW for all leaves together."""
+    """Returns the best rate of AdamW for all leaves together."""
     run = make_run(architecture, "adamw", steps)
     return best_rate("adamw", lambda rate: validation_loss(run, rate, rate), START)[0]
 
@@ -38,7 +39,7 @@ def dense_rate_of(architecture: Architecture, steps: int) -> float:
 def measure(
     architecture: Architecture, rule: str, dense_rate: float, steps: int
 ) -> Row:
-    """Search for the rate of the matrices, then the final runs."""
+    """Searches for the rate of the matrices, and returns the results of fresh seeds."""
     start = time.perf_counter()
     splits = digits()
     run = make_run(architecture, rule, steps)
@@ -89,7 +90,7 @@ def measure_all(name: str, steps: int) -> list[Row]:
 
 
 def shown(row: Row) -> Row:
-    """The row as it is printed: mean and standard deviation, mean and 95 % interval."""
+    """Returns the row for printing, with means, standard deviations and intervals."""
 
     def spread(losses: list[float]) -> str:
         return f"{np.mean(losses):.3f} ({np.std(losses, ddof=1):.3f})"

@@ -1,8 +1,9 @@
 """scikit-learn's digits, made harder: shifted by up to a pixel, in noise.
 
-Clean digits are soon all right, and then tell optimizers apart no longer. Every image
-that a network sees, in training and in evaluation, is shifted at random by -1, 0 or 1
-pixels along each axis and has normal noise added. Training never sees one twice.
+All clean digits are soon classified correctly, and then do not distinguish optimizers.
+Every image that a network sees, in training and in evaluation, is shifted at random by
+-1, 0 or 1 pixels along each axis and has normal noise added. Training never sees the
+same image twice.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 
-NOISE = 0.25  # Standard deviation; pixels without it lie in [-0.5, 0.5].
+NOISE = 0.25  # Standard deviation; pixels without it are in [-0.5, 0.5].
 TRAIN, VALIDATION = 1097, 300  # The other 400 images are the test split.
 
 
@@ -24,7 +25,7 @@ class Images(NamedTuple):
 
 @functools.cache
 def digits() -> dict[str, Images]:
-    """The splits "train", "validation" and "test", always the same."""
+    """Returns the splits "train", "validation" and "test", always the same."""
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     pixels = jnp.asarray(pixels[order].reshape(-1, 8, 8, 1) / 16 - 0.5, jnp.float32)
@@ -39,7 +40,7 @@ def digits() -> dict[str, Images]:
 
 
 def perturbed(key: jax.Array, images: Images) -> Images:
-    """Each image shifted (blank pixels come in) and with noise of its own."""
+    """Shifts each image, with blank pixels at the border, and adds noise to it."""
     shift_key, noise_key = jax.random.split(key)
     n, height, width, _ = images.pixels.shape
     starts = jax.random.randint(shift_key, (n, 2), 0, 3)
@@ -52,7 +53,7 @@ def perturbed(key: jax.Array, images: Images) -> Images:
 
 
 def batch_of(key: jax.Array, images: Images, size: int) -> Images:
-    """Images drawn with replacement, perturbed."""
+    """Returns perturbed images that are drawn with replacement."""
     pick_key, key = jax.random.split(key)
     picked = jax.random.randint(pick_key, (size,), 0, len(images.labels))
     return perturbed(key, Images(images.pixels[picked], images.labels[picked]))

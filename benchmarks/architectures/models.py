@@ -1,4 +1,4 @@
-"""Two small networks that are no transformers, as pure functions, and their matrices.
+"""Two small networks that are not transformers, as pure functions.
 
     images (b, 8, 8, 1) -> logits (b, 10)
 
@@ -20,7 +20,7 @@ Params = dict[str, Any]
 
 
 def _mlp(inner: nnx.Linear, outer: nnx.Linear, x: jax.Array) -> jax.Array:
-    # As plain matrices: twice as fast in the backward pass on CPUs.
+    # Plain matrices are twice as fast in the backward pass on CPUs.
     rows = x.reshape(-1, x.shape[-1])
     return outer(nnx.gelu(inner(rows))).reshape(x.shape)
 

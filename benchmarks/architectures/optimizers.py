@@ -91,7 +91,7 @@ def optimizer(
 
 
 def coverage(architecture: Architecture, rule: str) -> dict[str, float]:
-    """Share of the parameters that `rule` factors, and its state beside AdamW's.
+    """Returns the share of factored parameters, and the state as a share of AdamW's.
 
     Raises:
       AssertionError: No leaf is a matrix, or one of ours leaves a matrix dense.
@@ -104,7 +104,7 @@ def coverage(architecture: Architecture, rule: str) -> dict[str, float]:
     factored = {x.path for x in report.leaves if x.is_factored}
     wanted = matrices if rule.startswith("lorapre") else set()
     assert matrices, f"{architecture.matrices!r} matches no leaf."
-    assert factored == wanted, f"Factored otherwise than meant: {factored ^ wanted}."
+    assert factored == wanted, f"Not factored as intended: {factored ^ wanted}."
     sizes = {x.path: math.prod(x.shape) for x in report.leaves}
     share = sum(sizes[path] for path in factored) / sum(sizes.values())
     return {"factored share": share, "state ratio": report.ratio}

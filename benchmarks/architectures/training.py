@@ -1,4 +1,4 @@
-"""One run: so many steps at one rate, then cross-entropy on both sides of the split."""
+"""One run: steps at one peak rate, then the cross-entropy on both splits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ BATCH, WARMUP, DRAWS = 32, 0.1, 4
 
 
 class Losses(NamedTuple):
-    """Mean cross-entropy in nats at the end, `DRAWS` perturbations of every image."""
+    """Final mean cross-entropy in nats, over `DRAWS` perturbations of each image."""
 
     training: float
     held_out: float
@@ -27,11 +27,12 @@ Run = Callable[[Images, Images, float, float, int], Losses]
 
 
 def make_run(architecture: Architecture, rule: str, steps: int) -> Run:
-    """A run of `rule` for the matrices, and of AdamW at the dense rate for the rest.
+    """Returns a run of `rule` for the matrices, with AdamW for all other leaves.
 
-    Runs that share a seed share the initial parameters and every batch. Compiled once
-    for all rates and seeds. Steps are a Python loop, since XLA's CPU backend runs the
-    gradients of convolutions up to thirty times slower inside a `lax.scan`.
+    Runs that share a seed share the initial parameters and every batch. The run is
+    compiled once for all rates and seeds. Steps are a Python loop, since XLA's CPU
+    backend runs the gradients of convolutions up to thirty times slower inside a
+    `lax.scan`.
     """
 
     def transform(rates: Any) -> optax.GradientTransformationExtraArgs:
@@ -76,7 +77,7 @@ def final(architecture: Architecture, params: Params, images: Images) -> jax.Arr
 
 
 def schedule(peak: Any, steps: int) -> optax.Schedule:
-    """A linear rise, then a cosine to zero; the first update counts already."""
+    """Returns a linear warm-up and a cosine to zero; the first rate is not zero."""
     rise = max(1, round(WARMUP * steps))
 
     def rate(count: Any) -> jax.Array:

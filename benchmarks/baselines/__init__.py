@@ -1,2 +1,4 @@
-"""Published memory-saving optimizers, written from their papers' equations, as optax
-transforms of trees of matrices, to race against."""
+"""Published memory-saving optimizers to compare with, from their papers' equations.
+
+They are optax transforms of trees of matrices.
+"""

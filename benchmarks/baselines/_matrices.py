@@ -1,4 +1,4 @@
-"""What the baselines share: a per-matrix update mapped over a tree of matrices."""
+"""Functions of several baselines, such as mapping an update over matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -12,40 +12,41 @@ def check_matrices(params) -> None:
             raise ValueError(f"params{name} has shape {jnp.shape(leaf)}, not a matrix.")
 
 
-def map_matrices(update_one, updates, states, *rest):
-    """`update_one(g, state, *rest) -> (update, state)` over the leaves of `updates`.
+def map_matrices(update_one, updates, states, *trees):
+    """Maps `update_one(g, state, *others) -> (update, state)` over matrices.
 
-    `states` and `rest` have the structure of `updates`, with anything at its leaves.
+    `states` and `trees` have the structure of `updates`, with anything at its leaves.
     """
     leaves, tree = jax.tree.flatten(updates)
-    others = map(tree.flatten_up_to, (states, *rest))
+    others = map(tree.flatten_up_to, (states, *trees))
     pairs = [update_one(*leaf) for leaf in zip(leaves, *others, strict=True)]
     return tree.unflatten(u for u, _ in pairs), tree.unflatten(s for _, s in pairs)
 
 
 def wide_shape(x) -> tuple[int, int]:
-    """The shape of `x`, its smaller side first."""
+    """Returns the shape of `x` with its smaller side first."""
     p, q = sorted(x.shape)
     return p, q
 
 
 def oriented(update_one):
-    """`update_one`, which sees tall matrices transposed, so that p <= q.
+    """Returns `update_one` for matrices of any shape; it sees p <= q.
 
-    What projects columns then projects the smaller side of every matrix.
+    Tall matrices are transposed, so that a projection of columns is one of the smaller
+    side of every matrix.
     """
 
-    def update(g, state, *rest):
+    def update(g, state, *others):
         if g.shape[0] <= g.shape[1]:
-            return update_one(g, state, *rest)
-        direction, state = update_one(g.T, state, *rest)
+            return update_one(g, state, *others)
+        direction, state = update_one(g.T, state, *others)
         return direction.T, state
 
     return update
 
 
 def projector_of(g, old, due):
-    """The leading left singular vectors of `g` where `due`, else `old`, (p, r)."""
+    """Returns the leading left singular vectors of `g` if `due`, else `old`, (p, r)."""
 
     def refresh(old):
         return jnp.linalg.svd(g, full_matrices=False)[0][:, : old.shape[1]]
@@ -54,7 +55,7 @@ def projector_of(g, old, due):
 
 
 def adam_direction(g, mu, nu, count, b1, b2, eps):
-    """Adam's bias-corrected direction at step `count` (from 1), new `mu`, new `nu`."""
+    """Returns Adam's direction at step `count` (from 1), and the new `mu` and `nu`."""
     mu = b1 * mu + (1 - b1) * g
     nu = b2 * nu + (1 - b2) * jnp.square(g)
     t = count.astype(g.dtype)
@@ -63,9 +64,10 @@ def adam_direction(g, mu, nu, count, b1, b2, eps):
 
 
 def random_projection(key, draw, shape):
-    """The `draw`-th Gaussian `P` of a leaf's key, made anew wherever it is needed.
+    """Returns the `draw`-th Gaussian matrix of a leaf's key, which is not stored.
 
-    Its variance is one over its rows, so that `P.T @ P` is the identity on average.
+    Its variance is one over its number of rows p, so that the mean of `P.T @ P` is the
+    identity.
     """
     noise = jax.random.normal(jax.random.fold_in(key, draw), shape)
     return noise / jnp.sqrt(shape[0])

@@ -1,4 +1,4 @@
-"""APOLLO: the gradient itself, scaled as Adam scales its random projection.
+"""APOLLO: scales the gradient by the factors that Adam has for a random projection.
 
 Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance" (2024), arXiv 2412.05270.
 """
@@ -14,7 +14,7 @@ from benchmarks.baselines.fira import limit_growth, scaling_factor
 
 
 class MatrixState(NamedTuple):
-    """`2 r q + 1` numbers; Table 1 counts a seed besides, here the same for all."""
+    """`2 r q + 1` numbers. Table 1 also counts a seed, which here is one for all."""
 
     mu: jax.Array  # (r, q)
     nu: jax.Array  # (r, q)
@@ -23,18 +23,19 @@ class MatrixState(NamedTuple):
 
 class ApolloState(NamedTuple):
     count: jax.Array
-    matrices: optax.Params  # A `MatrixState` at every matrix.
+    matrices: optax.Params  # A `MatrixState` for every matrix.
 
 
 def scale_by_apollo(
     rank, b1=0.9, b2=0.999, eps=1e-8, update_proj_gap=200, limiter=1.01, seed=0
 ) -> optax.GradientTransformation:
-    """Algorithm 1 of the paper, without rate and weight decay: one factor a column.
+    """Algorithm 1 of the paper without learning rate and weight decay.
 
-    Column j of the gradient takes the factor that Adam gave column j of its Gaussian
-    projection (eq. 5). That is drawn anew every `update_proj_gap` steps, with Adam's
-    moments left as they are. The direction's norm grows by no more than the factor
-    `limiter` a step (eq. 4). Where p > q, the columns are rows.
+    Column j of the gradient is multiplied by the factor by which Adam scales column j
+    of its Gaussian projection (eq. 5). The projection is drawn anew every
+    `update_proj_gap` steps, and Adam's moments stay as they are. The norm of the
+    direction grows by a factor of `limiter` per step at most (eq. 4). If p > q, the
+    factors are those of rows.
     """
     return _scale_by_apollo(rank, b1, b2, eps, update_proj_gap, limiter, seed, 0, 1.0)
 
@@ -48,10 +49,10 @@ def scale_by_apollo_mini(
     seed=0,
     scale=128**0.5,
 ) -> optax.GradientTransformation:
-    """APOLLO-Mini (section 4.2): rank one, and one factor for all of a matrix.
+    """APOLLO-Mini (section 4.2): rank one, and one factor for each matrix.
 
     The factor shrinks with the root of the rank (eq. 9). `scale`, the paper's alpha,
-    makes up for that: `sqrt(128)` there, for all sizes.
+    compensates for that; it is `sqrt(128)` in the paper for all sizes.
     """
     return _scale_by_apollo(1, b1, b2, eps, update_proj_gap, limiter, seed, None, scale)
 

@@ -14,7 +14,7 @@ from benchmarks.baselines import _matrices
 
 
 class Moments(NamedTuple):
-    """For the r chosen columns of the basis: `2 r q` numbers and r indices."""
+    """Moments for the r chosen columns of the basis: `2 r q` numbers and r indices."""
 
     indices: jax.Array  # (r,)
     mu: jax.Array  # (r, q)
@@ -23,7 +23,7 @@ class Moments(NamedTuple):
 
 class DctAdamState(NamedTuple):
     count: jax.Array
-    moments: optax.Params  # A `Moments` at every matrix.
+    moments: optax.Params  # A `Moments` for every matrix.
 
 
 def scale_by_dct_adam(
@@ -31,11 +31,11 @@ def scale_by_dct_adam(
 ) -> optax.GradientTransformation:
     """The DCT-AdamW algorithm, without rate, weight decay and error feedback.
 
-    Every `update_gap` steps the `rank` columns of the basis are chosen anew: those
-    whose rows of `basis.T @ gradient` have the largest norm, of order 1 (the authors'
-    code) or 2 (the least error of the projection). The error feedback, optional in the
-    paper, would need a buffer of the size of the gradient, which it keeps in 8 bits;
-    here what the columns leave out of a gradient is lost.
+    Every `update_gap` steps, `rank` columns of the basis are chosen: those whose rows
+    of `basis.T @ gradient` have the largest norm, of order 1 (as in the authors' code)
+    or 2 (the least error of the projection). The error feedback is optional in the
+    paper and needs a buffer of the size of the gradient in 8 bits. It is not
+    implemented, so the part of a gradient outside of the chosen columns is lost.
     """
 
     def init_fn(params):
@@ -83,7 +83,7 @@ def scale_by_dct_adam(
 def dct_matrix(n):
     """The orthogonal DCT-III matrix, `sqrt(2/n) cos(i (2j+1) pi / 2n)`, row 0 / sqrt 2.
 
-    One for all layers of that size, recomputed in every step and never kept.
+    All layers of that size share one, which is recomputed in every step, not stored.
     """
     i, j = jnp.arange(n)[:, None], jnp.arange(n)
     angle = (i * (2 * j + 1) % (4 * n)) * (jnp.pi / (2 * n))
@@ -91,11 +91,12 @@ def dct_matrix(n):
 
 
 def rotate(moments, indices) -> Moments:
-    """The moments in the basis of the columns `indices`.
+    """Returns the moments in the basis of the columns `indices`.
 
-    The basis being orthogonal, the paper's rotation `R = Q_new.T @ Q_old` is one where
-    a column stays, else zero: what stays keeps its row and what is new starts at zero.
-    The paper's magnitudes of `R @ nu` change nothing.
+    Since the basis is orthogonal, the paper's rotation `Q_new.T @ Q_old` has a one for
+    each column that stays chosen, and zeros elsewhere. So these columns keep their
+    rows, and new columns start from zero. The paper also takes magnitudes after
+    rotating `nu`, which changes nothing.
     """
     same = indices[:, None] == moments.indices
     stays, source = same.any(axis=1, keepdims=True), same.argmax(axis=1)

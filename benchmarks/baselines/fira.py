@@ -1,4 +1,4 @@
-"""Fira: GaLore's Adam, and what its projection leaves out at Adam's scale.
+"""Fira: GaLore's Adam, with the residual of its projection at Adam's scale.
 
 Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
 Constraint?" (2024), arXiv 2410.01623.
@@ -24,7 +24,7 @@ class MatrixState(NamedTuple):
 
 class FiraState(NamedTuple):
     count: jax.Array
-    matrices: optax.Params  # A `MatrixState` at every matrix.
+    matrices: optax.Params  # A `MatrixState` for every matrix.
 
 
 def scale_by_fira(
@@ -33,9 +33,9 @@ def scale_by_fira(
     """Algorithm 1 of the paper, without its rates eta and alpha.
 
     The projector is that of the gradient at every `update_proj_gap`-th step (eq. 7).
-    The residual `G - P R` takes, column by column, the factor that Adam gave the column
-    of the projected gradient `R` (eq. 11), and its norm grows by no more than the
-    factor `limiter` a step (eq. 12).
+    Each column of the residual `G - P R` is multiplied by the factor by which Adam
+    scales that column of the projected gradient `R` (eq. 11). The norm of the
+    residual's part grows by a factor of `limiter` per step at most (eq. 12).
     """
 
     def init_fn(params):
@@ -72,15 +72,15 @@ def scale_by_fira(
 
 
 def scaling_factor(adapted, g, eps, axis=None):
-    """What the optimizer did to the norm of `g`, over an axis or over all of it."""
+    """Returns how the optimizer scaled the norm of `g`, over an axis or all entries."""
     return jnp.linalg.norm(adapted, axis=axis) / (jnp.linalg.norm(g, axis=axis) + eps)
 
 
 def limit_growth(update, before, limiter):
-    """`update`, its norm at most `limiter` times `before`, and that norm.
+    """Limits the norm of `update` to `limiter` times `before`; returns that norm too.
 
-    Nothing is limited where `before` is zero, as at the first step: else what starts
-    from zero would stay there.
+    There is no limit if `before` is zero, as at the first step. Otherwise an update
+    that starts from zero would stay zero.
     """
     norm = jnp.linalg.norm(update)
     limited = jnp.where(before > 0, jnp.minimum(norm, limiter * before), norm)

@@ -1,4 +1,4 @@
-"""Flora: Adafactor with momentum, the momentum kept in a random projection.
+"""Flora: Adafactor with a momentum that is kept in a random projection.
 
 Hao et al., "Flora: Low-Rank Adapters Are Secretly Gradient Compressors" (2024), arXiv
 2402.03293.
@@ -23,11 +23,11 @@ def scale_by_flora(
 ) -> optax.GradientTransformation:
     """Adafactor, the paper's base optimizer, with momentum by Flora.
 
-    Adafactor's factored second moment (`p + q` numbers) divides the gradient, Flora
-    averages the quotients, and the average is clipped at the root mean square
-    `clipping_threshold`: the order of the authors' code. Adafactor's relative step
-    (`optax.scale_by_param_block_rms`) is a matter of the rate, and left to the caller.
-    An update needs `params`, as it does for `optax.scale_by_factored_rms`.
+    The order of operations is that of the authors' code. Adafactor's factored second
+    moment (`p + q` numbers) divides the gradient, Flora averages the quotients, and the
+    average is clipped at the root mean square `clipping_threshold`. Adafactor's
+    relative step (`optax.scale_by_param_block_rms`) belongs to the rate, and is the
+    caller's. An update needs `params`, as it does for `optax.scale_by_factored_rms`.
     """
     return optax.chain(
         optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1),
@@ -39,8 +39,9 @@ def scale_by_flora(
 def flora_momentum(rank, b1=0.9, interval=1000, seed=0) -> optax.GradientTransformation:
     """Algorithm 2 of the paper: the moving average of `P @ g`, read as `P.T @ average`.
 
-    The Gaussian `P` is drawn anew every `interval` steps, kappa in the paper, and the
-    average goes from the old projection to the new one by way of the full space.
+    The Gaussian `P` is drawn anew every `interval` steps (kappa in the paper). The
+    average is then mapped to the full space by the old projection, and projected by the
+    new one.
     """
 
     def init_fn(params):

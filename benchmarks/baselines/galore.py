@@ -1,8 +1,8 @@
-"""GaLore: Adam in the leading subspace of a gradient's smaller side.
+"""GaLore: Adam in the leading subspace of a gradient, along its smaller side.
 
 Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection"
-(2024), arXiv 2403.03507. `optax.contrib.galore` projects the larger side, which keeps
-less state, and less of a gradient.
+(2024), arXiv 2403.03507. `optax.contrib.galore` projects the larger side, so it has
+less state and captures less of a gradient.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def scale_by_galore(
     """Algorithm 2 of the paper, without its rate eta and scale alpha.
 
     The projector is that of the gradient at every `update_proj_gap`-th step; Adam's
-    moments go on through the change.
+    moments are not changed with it.
     """
 
     def init_fn(params):

@@ -1,4 +1,4 @@
-"""MLorc-AdamW: both momenta kept as randomised singular value decompositions.
+"""MLorc-AdamW: both moments are kept as randomised singular value decompositions.
 
 Shen et al., "MLorc: Momentum Low-rank Compression for Memory Efficient Large Language
 Model Adaptation" (2025), arXiv 2506.01897.
@@ -39,10 +39,10 @@ def scale_by_mlorc(
 ) -> optax.GradientTransformation:
     """The MLorc-AdamW algorithm, without its rate and weight decay.
 
-    A step rebuilds both momenta from their factors, lifts the negative entries of the
-    second one (`lift_negatives`), moves both by the full gradient as Adam does, takes
-    its direction from these uncompressed momenta, and keeps of each its randomised SVD
-    of rank `rank`, from a fresh sketch of `rank + oversampling` columns.
+    A step computes both moments from their factors, lifts the negative entries of the
+    second one (`lift_negatives`), and updates both with the full gradient as Adam does.
+    The direction comes from these uncompressed moments. The state is the randomised SVD
+    of each, of rank `rank`, from a fresh sketch of `rank + oversampling` columns.
     """
 
     def init_fn(params):
@@ -78,21 +78,21 @@ def scale_by_mlorc(
 
 
 def lift_negatives(nu):
-    """Puts the mean magnitude of the negative entries in the place of each of them."""
+    """Replaces each negative entry by the mean magnitude of all negative entries."""
     negative = nu < 0
     magnitude = -jnp.sum(jnp.where(negative, nu, 0)) / jnp.maximum(jnp.sum(negative), 1)
     return jnp.where(negative, magnitude, nu)
 
 
 def randomized_svd(a, sketch, rank) -> Factors:
-    """Halko et al. (2011): the SVD of `a` within the range of `a @ sketch`, cut off."""
+    """Returns the truncated SVD of `a` in the range of `a @ sketch` (Halko et al.)."""
     basis, _ = jnp.linalg.qr(a @ sketch)
     u, s, vt = jnp.linalg.svd(basis.T @ a, full_matrices=False)
     return Factors((basis @ u)[:, :rank], s[:rank], vt[:rank])
 
 
 def draw_sketches(seed, count, tree, columns):
-    """Two standard normal matrices for each of `tree`, new ones at each step."""
+    """Draws two standard normal matrices for each of `tree`, new ones at each step."""
     key = jax.random.fold_in(jax.random.key(seed), count)
 
     def draw(x, key):

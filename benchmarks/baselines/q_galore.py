@@ -1,4 +1,4 @@
-"""Q-GaLore: Adam in a gradient's leading subspace, whose basis is kept in four bits.
+"""Q-GaLore: Adam in a gradient's leading subspace, with a basis in four bits.
 
 Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive
 Low-Rank Gradients" (2024), arXiv 2407.08296.
@@ -16,7 +16,7 @@ BLOCK = 256  # The paper's block size.
 
 
 class Int4(NamedTuple):
-    """`scale * (code - zero)` in blocks of 256, the last one filled up with zeros."""
+    """`scale * (code - zero)` in blocks of 256, the last of them padded with zeros."""
 
     codes: jax.Array  # uint8 (blocks, 128), two codes a byte
     scale: jax.Array  # float32 (blocks, 1)
@@ -26,7 +26,7 @@ class Int4(NamedTuple):
 class MatrixState(NamedTuple):
     projector: Int4  # Leading left singular vectors of a gradient, (p, r).
     gap: jax.Array  # Steps between refreshes of the projector.
-    streak: jax.Array  # Refreshes in a row that found the subspace much the same.
+    streak: jax.Array  # Refreshes in a row with a stable subspace.
     mu: jax.Array  # (r, q)
     nu: jax.Array  # (r, q)
 
@@ -41,11 +41,11 @@ def scale_by_q_galore(
 ) -> optax.GradientTransformation:
     """GaLore with the quantised projector and the lazy refreshes of Q-GaLore.
 
-    A refresh finds the subspace much the same if the leading singular vectors, old and
-    new, have a cosine above `cos_threshold` up to sign; at the `patience`-th such one
-    in a row, and at each further one, that matrix doubles its gap (never, if the
-    threshold is 2). The paper's 8 bits for weights and Adam's moments are left out; its
-    factor on the direction (0.25) is the caller's, as the rate is.
+    At a refresh, the subspace is stable if the cosine of the old and the new leading
+    singular vector is above `cos_threshold` up to sign. At the `patience`-th stable
+    refresh in a row, and at each further one, the matrix doubles its gap (never, if the
+    threshold is 2). The 8-bit weights and moments of the paper are not implemented. The
+    paper's factor on the direction (0.25) is the caller's, as the rate is.
     """
 
     def init_fn(params):
@@ -92,7 +92,7 @@ def scale_by_q_galore(
 
 
 def quantize(x) -> Int4:
-    """Uniform quantisation by blocks: the codes 0 to 15 span their entries and zero."""
+    """Quantises blocks uniformly; codes 0 to 15 span their entries and zero."""
     blocks = jnp.pad(x.ravel(), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
     low = jnp.minimum(blocks.min(axis=1, keepdims=True), 0)
     scale = (jnp.maximum(blocks.max(axis=1, keepdims=True), 0) - low) / 15
@@ -104,7 +104,7 @@ def quantize(x) -> Int4:
 
 
 def dequantize(x: Int4, shape) -> jax.Array:
-    """The matrix of that shape, within half a `scale` of what was quantised."""
+    """Returns the matrix of that shape, within half a `scale` of the original."""
     codes = jnp.stack([x.codes & 15, x.codes >> 4], axis=-1).reshape(-1, BLOCK)
     values = x.scale * (codes.astype(jnp.float32) - x.zero)
     return values.ravel()[: shape[0] * shape[1]].reshape(shape)

@@ -1,1 +1,1 @@
-"""Optimizers raced on one model and one token stream, results kept as data."""
+"""The race: optimizers on the same models and token streams, with results as data."""

@@ -1,7 +1,7 @@
-"""One mechanism at a time, away from the default, at an eighth of the width.
+"""Ablations: the default with one thing changed, at rank width / 8.
 
-The ladder from Algorithm 1 to the default has rows in results/archive. Its rungs lost
-and are no part of the library any more; the commit that each row names still has them.
+The steps from Algorithm 1 to the default have rows in results/archive. Their code is no
+longer in the library; the commit that each row names has it.
 """
 
 from types import ModuleType
@@ -27,7 +27,7 @@ from lorapre_jax._numerics import online_regression
 
 GAINS = (0.5, 1.4, 2.0)
 _HIGH = (1e-3, 2e-3, 4e-3)
-# Without factors there is no basis but that of the entries.
+# Without factors, the only basis is that of the entries.
 _DENSE_M: dict[str, Any] = {
     "first_moment": lp.Dense(),
     "second_moment": lp.RankOne(),
@@ -47,9 +47,9 @@ def _muon(**fields: Any) -> Method:
 
 
 def _with(module: ModuleType, **values: Any) -> Method:
-    """The default while these names of a private module are something else.
+    """The default with other values of these names of a private module.
 
-    They are fixed in the library: there is nothing that a user would gain by them.
+    They are constants in the library, since a user would gain nothing by changing them.
     """
 
     def rule(width: int, b2: float) -> optax.GradientTransformation:
@@ -65,7 +65,7 @@ def _with(module: ModuleType, **values: Any) -> Method:
 
 
 class _FromRandomDirections(lp.LowRank):
-    """The left factor starts as a random basis; the first gradient gives the right."""
+    """A left factor that starts as a random basis, not from the first gradient."""
 
     def init(self, batch, p, q, rank, dtype, seed):
         noise = jax.random.normal(jax.random.key(seed), (p, rank), dtype)
@@ -74,7 +74,7 @@ class _FromRandomDirections(lp.LowRank):
 
 
 def _along_the_width(width: int, b2: float) -> optax.GradientTransformation:
-    """The left factor's directions are those of the width in both."""
+    """In both leaves, the axis of the width forms the rows of the left factor."""
     axes = {
         "^embed/": lp.MatrixAxes(rows=-1, columns=-2),
         "^head/": lp.MatrixAxes(rows=-2, columns=-1),
@@ -87,7 +87,7 @@ def _along_the_width(width: int, b2: float) -> optax.GradientTransformation:
 
 ABLATIONS: dict[str, Method] = {
     **{f"gain {gain}": _adam(first_moment=_gain(gain)) for gain in GAINS},
-    # A residual with more weight does much of what a basis of its own does.
+    # With `RankOne()`, a larger gain helps, as does the basis of the left factor.
     **{
         f"rank one, gain {gain}": _adam(
             first_moment=_gain(gain), second_moment=lp.RankOne()
@@ -97,7 +97,7 @@ ABLATIONS: dict[str, Method] = {
     "v factored": _adam(second_moment=lp.LowRank()),
     "v dense": _adam(second_moment=lp.Dense()),
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
-    # What has no argument.
+    # Constants, which no argument changes.
     "no floor under v": _with(methods, FLOOR=0.0),
     "no bounds on quotients": _with(
         adam_module, unbiased_decay=lambda decay, count, dtype: jnp.ones((), dtype)
@@ -114,7 +114,7 @@ ABLATIONS: dict[str, Method] = {
     "m dense": _adam(**_DENSE_M),
     "bfloat16 factors": _adam(factor_dtype="bfloat16"),
     "bfloat16 factors, twice the rank": Method(ours(4, factor_dtype="bfloat16"), _HIGH),
-    # Embedding and head factored too, otherwise than in `default_all/8`.
+    # Embedding and head factored in other ways than in `default_all/8`.
     "embeddings, v along the factor": Method(
         ours(8), _HIGH, embeddings=ours(8, second_moment=lp.RotatedRankOne())
     ),

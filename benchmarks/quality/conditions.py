@@ -1,4 +1,4 @@
-"""What a run may be put through besides the plain race."""
+"""The conditions under which methods race: the plain one, and harder ones."""
 
 import dataclasses
 from typing import Any
@@ -15,19 +15,19 @@ LOW_RANK = 8
 class Condition:
     b2: float = 0.95
     rate_factor: float = 1.0
-    """Of all learning rates."""
+    """All learning rates are multiplied by it."""
     spike: float = 1.0
-    """What every 100th gradient is multiplied by."""
+    """Every 100th gradient is multiplied by it."""
     param_dtype: str = "float32"
     low_rank: bool = False
-    """Gradients of the matrices projected to rank 8, always the same span of rows."""
+    """Whether the rows of the matrices' gradients are projected on one 8-D space."""
     loss_scale: float = 1.0
     rows: int | None = None
-    """Rows of a batch; None: the scale's."""
+    """Rows of a batch; None means those of the scale."""
     clip_norm: float | None = 1.0
 
     def alter(self, grads: dict[str, jax.Array], step: jax.Array):
-        """The gradients that the rules see."""
+        """Returns the gradients that the rules see."""
         if self.low_rank:
             grads = {path: _project(path, g) for path, g in grads.items()}
         if self.spike != 1.0:

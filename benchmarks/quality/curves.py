@@ -1,4 +1,4 @@
-"""The race as a figure."""
+"""Draws the race as a figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +15,10 @@ from benchmarks.quality.summary import Rows
 def plot(
     known: Rows, names: Mapping[str, str], times: Mapping[str, float], path: Path
 ) -> None:
-    """Held-out loss against step, bytes of all state and, if timed, seconds.
+    """Draws held-out loss against step, bytes of all state and, if timed, seconds.
 
-    Of the first seed and of the methods with a name; the best comes first in the
-    legend. A line through the states joins the ranks of `lorapre_adamw`.
+    The figure has the first seed of the methods with a name; the best comes first in
+    the legend. A line in the panel of states joins the ranks of `lorapre_adamw`.
     """
     panels = 3 if times else 2
     figure = Figure(figsize=(4 * panels + 2, 4), layout="constrained")
@@ -34,7 +34,7 @@ def plot(
             "color": f"C{number % 10}",
             "label": names[key.method].replace("`", ""),
         }
-        # The colours come round: then dashes, and other points, tell methods apart.
+        # Colours repeat after ten methods; then dashes and markers differ.
         dashes, point = (("-", "o"), ("--", "^"), (":", "s"))[number // 10 % 3]
         at, losses = np.asarray(row["curve"]).T
         steps.plot(at, losses, dashes, marker=point, markersize=3, **style)

@@ -23,7 +23,7 @@ SCALE = "a"
 FIGURE = rows.FOLDER / "front_page.png"
 
 FULL_MEMORY = {"muon": "`optax.contrib.muon`", "adamw_b1_0.5": "AdamW, b1 = 0.5"}
-"""Peers that keep a dense moment of every matrix, beside AdamW."""
+"""Peers that keep a dense moment of every matrix, as AdamW does."""
 LOW_RANK = {
     "fira/4": "Fira",
     "galore/4": "`optax.contrib.galore`",
@@ -35,7 +35,7 @@ LOW_RANK = {
     "mlorc/8": "MLorc",
     "dct/4": "DCT basis",
 }
-"""Peers that keep a moment of low rank."""
+"""Peers that keep moments of low rank."""
 OURS = {
     "default_all/8": "`lorapre_adamw`",
     "default_all/32": "`lorapre_adamw`",
@@ -54,11 +54,14 @@ POINTS = {
     "default_all/32": ("lorapre_adamw, width/32", (8, -3), "left"),
     "default_muon/8": ("lorapre_muon, width/8", (6, -13), "center"),
 }
-"""The figure's: label, where it is in points from its point, and how aligned."""
+"""By method in the figure: its label, the label's offset in points, its alignment."""
 
 
 def front_table(by_method: Mapping[str, Line], times: Mapping[str, float]) -> str:
-    """Six rows: AdamW, the best two of its peers, and three of ours."""
+    """Returns six rows: AdamW, two peers and three of ours.
+
+    The peers are the best of each kind.
+    """
 
     def best(names: Mapping[str, str]) -> str:
         return min(names, key=lambda method: by_method[method].loss)
@@ -127,7 +130,7 @@ def draw(by_method: Mapping[str, Line], path: Path) -> Axes:
 
 
 def committed() -> dict[str, Line]:
-    """By method: what raced under plain conditions at the README's scale."""
+    """Returns the plain race at the README's scale, by method."""
     known = rows.read(rows.FOLDER / f"table_{SCALE}.jsonl")
     return {line.key.method: line for line in summary(plain_only(known))}
 

@@ -1,4 +1,4 @@
-"""Runs on every core: one worker process a core, each run once and kept as a row."""
+"""Executes runs in one worker process per core, and stores each as a row."""
 
 import argparse
 import functools
@@ -25,10 +25,10 @@ def _race(scale: str, split: Any, condition: str, method: str, data, cache) -> A
 
 
 def done(key: Key, args: argparse.Namespace) -> rows.Row:
-    """The row of `key`, from the file or run now."""
+    """Returns the row of `key` from the file; runs it first if it is not there."""
     known = rows.read(args.out)
     if key not in known:
-        commit = _record.commit()  # Before the run: a later one is not what ran.
+        commit = _record.commit()  # Before the run, since a later one did not run.
         race = _race(
             key.scale, key.split, key.condition, key.method, args.data, args.cache
         )
@@ -54,9 +54,9 @@ def run_all(
     arguments: Sequence[tuple[Any, ...]],
     args: argparse.Namespace,
 ) -> None:
-    """`task(*each)` in worker processes, each on a core of its own.
+    """Calls `task(*each)` in worker processes, each on a core of its own.
 
-    Scale (c) has one worker, on what JAX finds, and all the cores.
+    Scale (c) has one worker with all cores, on the devices that JAX finds.
     """
     context = multiprocessing.get_context("spawn")
     free = sorted(os.sched_getaffinity(0))
@@ -66,7 +66,7 @@ def run_all(
         cores.put(core)
     pinned = {}
     if args.scale != "c":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Read where JAX is imported.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX reads it when imported.
         pinned = {"initializer": _pin, "initargs": (cores,)}
     with ProcessPoolExecutor(workers, context, **pinned) as pool:
         futures: list[Future[Any]] = [pool.submit(task, *each) for each in arguments]
@@ -79,18 +79,18 @@ def _pin(cores: Any) -> None:
 
 
 def texts_parser(doc: str | None) -> argparse.ArgumentParser:
-    """What every command asks for: the scale, and where its texts are."""
+    """Returns a parser of the options of every command: the scale and its texts."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", choices=("a", "b", "c"), default="a")
-    parser.add_argument("--data", type=Path, help="holds c4/ and text/")
+    parser.add_argument("--data", type=Path, help="folder with c4/ and text/")
     parser.add_argument("--cache", type=Path, default=Path("runs/quality"))
     return parser
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options of the commands that append rows."""
+    """Returns a parser of the options of the commands that append rows."""
     parser = texts_parser(doc)
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--steps", type=int, help="default: the scale's")

@@ -1,9 +1,9 @@
-"""20,000 steps of a small model: do the factors drift?
+"""Follows the factors over 20,000 steps of a small model.
 
     python -m benchmarks.quality.long_run --data DIR
 
-Logged along the run: loss, norm and condition of the factored first moments, and how
-far the left factors are from orthonormal, `max |L^T L - I|`.
+The rows have the loss, the norm and the condition of the factored first moments, and
+how far the left factors are from orthonormal, `max |B^T B - I|`.
 """
 
 import dataclasses
@@ -67,9 +67,9 @@ def follow(race: Race, name: str, steps: int, log_every: int) -> list[dict]:
 
 
 def _health(race: Race, state) -> dict[str, float | None]:
-    """Over all matrices: the largest norm and condition, the worst orthogonality.
+    """Returns the largest norm, condition and orthogonality error of all matrices.
 
-    None without factors.
+    They are None without factors.
     """
     pairs = [
         x

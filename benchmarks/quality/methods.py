@@ -1,6 +1,6 @@
-"""Who races: each method's rule for the matrices, as a direction without a rate.
+"""The methods of the race: each one's rule for the matrices, without a learning rate.
 
-All else is the race's and the same for all: schedule, clipping, and Adam with one
+Everything else is the same for all methods: schedule, clipping, and Adam with one
 common rate for the embedding, the head and the norms, unless `Method` says otherwise.
 """
 
@@ -24,25 +24,25 @@ from benchmarks.baselines.q_galore import scale_by_q_galore
 B1, B2 = 0.9, 0.95
 MUON_BETA = 0.95
 MUON_RMS = 0.2
-"""Root mean square of Muon's update: about that of Adam's."""
+"""Root mean square of Muon's update, which is about that of Adam's."""
 REFRESH = 100
 """Steps between two projections of the methods that keep one."""
 
 Rule = Callable[[int, float], optax.GradientTransformation]
-"""Width of the model and b2, to the direction of descent, sign not flipped."""
+"""From the model's width and b2 to a transform whose updates are to be subtracted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     matrices: Rule
     rates: tuple[float, ...]
-    """Where the search for the matrices' peak rate begins, in steps of a factor 2."""
+    """Peak rates of the matrices that the search begins with, in factors of two."""
     embeddings: Rule | None = None
-    """For the embedding and the head; None: Adam."""
+    """The rule for the embedding and the head; None means Adam."""
     dense_factor: float | None = None
-    """The dense rate as a multiple of the matrices'; None: the common dense rate."""
+    """Ratio of the dense rate to the matrices'; None means the common dense rate."""
     rate_of: str | None = None
-    """The method whose best rate it takes; None: it is searched itself."""
+    """The method whose best rate it has; None means that its own is searched."""
 
 
 def adam(width: int, b2: float) -> optax.GradientTransformation:
@@ -51,7 +51,7 @@ def adam(width: int, b2: float) -> optax.GradientTransformation:
 
 
 def stacked(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on stacks of the leaves that have one shape: less to compile."""
+    """Applies `inner` to stacks of leaves of one shape, so that it compiles faster."""
 
     def stack(leaves: Mapping[str, Any]) -> dict[str, Any]:
         shapes: dict[str, list[Any]] = {}
@@ -149,14 +149,14 @@ def _galore(share: int) -> Rule:
 
 
 def _adafactor(width: int, b2: float) -> optax.GradientTransformation:
-    """optax's, with absolute steps as all others have."""
+    """optax's Adafactor, with absolute steps as in all other methods."""
     del width, b2
     rule = optax.adafactor(1.0, multiply_by_parameter_scale=False)
     return optax.chain(rule, optax.scale(-1.0))
 
 
 def rank_one(share: int) -> Rule:
-    """The second moment in the basis of the entries."""
+    """LoRA-Pre Adam with `RankOne()` second moments."""
     return ours(share, second_moment=lp.RankOne())
 
 
@@ -190,7 +190,7 @@ METHODS: dict[str, Method] = {
     # One rate for all parameters, as published; then matrices at a quarter of it.
     "paper/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=1),
     "paper_0.25/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3), dense_factor=4),
-    # All else at the common rate; 0.25 is then a rate like any other.
+    # All other leaves at the common rate; a factor of 0.25 then changes nothing else.
     "paper_common/8": Method(paper(8), (2.5e-4, 5e-4, 1e-3)),
     **{
         f"default/{share}": Method(
@@ -202,7 +202,7 @@ METHODS: dict[str, Method] = {
     },
     **{f"rank_one/{share}": Method(rank_one(share), _ADAM_RATES) for share in _SHARES},
     "paper_muon/8": Method(our_muon(8, moment=lp.AlgorithmOne()), _MUON_RATES),
-    # Embedding and head factored too, with second moments of entries.
+    # Embedding and head factored too, with `RankOne()` second moments.
     **{
         f"default_all/{share}": Method(
             ours(share),

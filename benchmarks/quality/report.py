@@ -1,12 +1,12 @@
-"""The rows as Markdown tables and curves, beside the rows.
+"""Writes the rows as Markdown tables and curves into the folder of the rows.
 
     python -m benchmarks.quality.report --scale a
 
-The page begins with the table of docs/results/loss.md. Differences are to
-AdamW on the same seed and text (the same rows in the same order); their 95 % interval
-is Student's, over seeds. Times are those of timing.py. With `--rows`, of rows made
-elsewhere: without times, searched rates and ablations, which are this folder's. With
-`--against METHOD` only the differences to that method are printed, and nothing written.
+The page begins with the table of docs/results/loss.md. Differences are to AdamW on the
+same seed and text (the same rows in the same order); their 95 % interval is Student's,
+over seeds. Times are those of timing.py. With `--rows FILE` the page is about the rows
+of that file alone, without times, searched rates and ablations. `--against METHOD` only
+prints the differences to that method, and writes nothing.
 """
 
 import argparse
@@ -59,11 +59,11 @@ RESULTS_PAGE = {
     "paper_common/8": ("Algorithm 1, embedding at the common rate", "width / 8"),
     "paper_0.25/8": ("Algorithm 1, `update_scale=0.25`", "width / 8"),
 }
-"""The methods of docs/results/loss.md, by their names and ranks there."""
+"""The methods in docs/results/loss.md, with their names and ranks there."""
 
 
 def results_page(known: Rows, times: Mapping[str, float]) -> str:
-    """The table there: fewer methods and columns, the losses' spread in brackets."""
+    """Returns the table of docs/results/loss.md, with fewer methods and columns."""
     lines = [line for line in summary(known) if line.key.method in RESULTS_PAGE]
     counts = {len(line.losses) for line in lines}
     table, stale = [], stale_methods(known)
@@ -86,7 +86,7 @@ def results_page(known: Rows, times: Mapping[str, float]) -> str:
 
 
 def _rate(line: Line) -> str:
-    """What a user sets: where a method multiplies it for the matrices, that before."""
+    """Returns the rate that a user sets, before a method multiplies it for matrices."""
     tied = METHODS[line.key.method].dense_factor is not None
     mantissa, exponent = f"{line.key.dense_rate if tied else line.key.rate:.2e}".split(
         "e"
@@ -99,7 +99,7 @@ def _share(ratio: float) -> str:
 
 
 def _time(line: Line, times: Mapping[str, float]) -> dict[str, str]:
-    """A step's, in units of AdamW's; no column where nothing was timed."""
+    """Returns the time of a step in units of AdamW's; nothing if none was timed."""
     if not times:
         return {}
     seconds = times.get(line.key.method)
@@ -108,7 +108,7 @@ def _time(line: Line, times: Mapping[str, float]) -> dict[str, str]:
 
 
 def all_methods(known: Rows, times: Mapping[str, float]) -> str:
-    """Everything that raced, under the names of methods.py, and how large it all is."""
+    """Returns the table of all methods, and the number of parameters."""
     sizes = next(iter(known.values()))["params"]
     total = sum(sizes.values())
     share, stale = f"{sizes['matrices'] / total:.1%}", stale_methods(known)
@@ -134,7 +134,7 @@ def all_methods(known: Rows, times: Mapping[str, float]) -> str:
 
 
 def against(known: Rows, reference: str) -> str:
-    """Every method beside this one, on the seeds that both have."""
+    """Returns the differences to a method, on the seeds that both have."""
     return _record.table(
         [
             {
@@ -149,14 +149,14 @@ def against(known: Rows, reference: str) -> str:
 
 
 def _dense_rate(scale: str, rate: float | None) -> str:
-    """That of the embedding, the head and the norms, where it is not the common one."""
+    """Returns the rate of embedding, head and norms, if it is not the common one."""
     if rate is None:
         return "tied"
     return "" if rate == DENSE_RATES[scale] else f"{rate:.3g}"
 
 
 def all_rates(known: Rows, scale: str) -> str:
-    """Loss at every rate that was tried, and how wide the valley is."""
+    """Returns the loss at every rate that was tried, and the range of good rates."""
     table, stale = [], stale_methods(known)
     for (method, dense_rate), losses in sorted(
         searched(known).items(), key=lambda item: item[0][0]
@@ -174,13 +174,13 @@ def all_rates(known: Rows, scale: str) -> str:
 
 
 def conditions(found: Mapping[str, Mapping[str, Sequence[float]]], known: Rows) -> str:
-    """A line a condition: mean held-out losses, and how far they are from AdamW's."""
+    """Returns a line per condition: mean losses, and their differences to AdamW's."""
     table = []
     methods = sorted({method for losses in found.values() for method in losses})
     for condition, losses in found.items():
         base = losses[REFERENCE]
         line: dict[str, Any] = {"condition": condition, "seeds": len(base)}
-        line |= dict.fromkeys(methods, "")  # Not all raced.
+        line |= dict.fromkeys(methods, "")  # Some did not race.
         for method, seeds in losses.items():
             line[method] = f"{statistics.fmean(seeds):.4f}"
             if method != REFERENCE:
@@ -192,9 +192,10 @@ def conditions(found: Mapping[str, Mapping[str, Sequence[float]]], known: Rows) 
 
 
 def page(table: Rows, scale: str, file: str | None = None) -> str:
-    """Markdown: tables, and which of their rows are stale (`benchmarks/stale.py`).
+    """Returns a Markdown page of tables, with stale rows marked (see `stale.py`).
 
-    `file` is the name of one that is not the committed table's; None: that.
+    Args:
+      file: Name of the file that the rows are from; None means the committed table.
     """
     times = {} if file else seconds_a_step(scale)
     plain = plain_only(table)
@@ -216,7 +217,7 @@ def page(table: Rows, scale: str, file: str | None = None) -> str:
 
 
 def _options(known: Rows, scale: str) -> str:
-    """Of the command that makes these rows again, besides `--data` and `--out`."""
+    """Returns the command's options for these rows, except `--data` and `--out`."""
     methods = {key.method for key in known}
     options = f" --methods {' '.join(sorted(methods))}"
     rates = {k.dense_rate for k in known if METHODS[k.method].dense_factor is None}
@@ -236,7 +237,7 @@ def _section(title: str, known: Rows, table: str) -> str:
 
 
 def stale_methods(known: Rows) -> dict[str, str]:
-    """The methods with rows that today's code would not make again, and why."""
+    """Returns the methods with rows that today's code would not make, and why."""
     now = today()
     counts: dict[str, Counter[str]] = {}
     for key, row in known.items():

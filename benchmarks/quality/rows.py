@@ -1,7 +1,7 @@
-"""Finished runs, one JSON object a line: the only thing that is kept.
+"""Finished runs, as one JSON object per line. Nothing else is stored of a run.
 
-A run is named by its key; one that is in the file is not run again, so that every
-command here can be interrupted and goes on where it stopped.
+A run is identified by its key. A run that is in the file is not run again, so every
+command can be interrupted and then continues where it stopped.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ Split = Literal["choose", "report"]
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a run is; `Row` adds what came of it."""
+    """Identifies a run; its `Row` has the results too."""
 
     scale: str
     split: Split
-    """Texts and seeds to choose methods and rates on, or to report."""
+    """Which texts and seeds: those to choose methods and rates, or those to report."""
     condition: str
     method: str
     rate: float
@@ -45,7 +45,7 @@ def read(path: Path) -> dict[Key, Row]:
 
 
 def append(path: Path, key: Key, result: Row) -> None:
-    """One write of one line: rows of several processes never mix."""
+    """Appends one line in one write, so that lines of several processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({**dataclasses.asdict(key), **result}) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -56,19 +56,19 @@ def append(path: Path, key: Key, result: Row) -> None:
 
 
 def check_texts(path: Path, known: Mapping[Key, Row], key: Key, digest: str) -> None:
-    """Raises SystemExit if rows that `key` is compared with are of other texts."""
+    """Raises SystemExit if the rows to compare `key` with are of other texts."""
     alike = of(known, scale=key.scale, split=key.split)
     if {row.get("texts", digest) for _, row in alike} - {digest}:
         raise SystemExit(f"{path} has rows of other texts; choose another file (--out)")
 
 
 def loss_of(row: Row) -> float:
-    """Held-out loss in nats; infinite where the run diverged."""
+    """Returns the held-out loss in nats, which is infinite if the run diverged."""
     return math.inf if row["loss"] is None else row["loss"]
 
 
 def of(rows: Mapping[Key, Row], **fields: Any) -> list[tuple[Key, Row]]:
-    """The rows whose keys have these values."""
+    """Returns the rows whose keys have these values."""
     wanted: Iterable[tuple[str, Any]] = fields.items()
     return [
         (key, row)

@@ -27,14 +27,14 @@ Leaves = dict[str, jax.Array]
 
 
 class State(NamedTuple):
-    params: Leaves  # By path, as are the groups of them that the rules see.
+    params: Leaves  # By path, as in the groups of leaves that the rules see.
     rules: dict[str, Any]
     step: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """Everything that the runs of one method under one condition share."""
+    """What the runs of one method under one condition have in common."""
 
     scale: Scale
     method: Method
@@ -68,17 +68,17 @@ class Race:
             )
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
-        # As all rules see gradients: in float32, so that all keep their state in it.
+        # Rules see gradients in float32, so their states are initialised in it.
         wide = {path: leaf.astype(jnp.float32) for path, leaf in params.items()}
         rules = {name: rule.init(pick(wide, name)) for name, rule in self.rules.items()}
         return State(params, rules, jnp.zeros((), jnp.int32))
 
     def tree(self, params: Leaves) -> Any:
-        """The model's own tree; the paths were made from it, in its order."""
+        """Returns the model's tree; the paths were made from it, in its order."""
         return jax.tree.unflatten(self.structure, list(params.values()))
 
     def apply(self, state: State, grads: Leaves, rates: Mapping[str, Any]) -> State:
-        """Every group moved against its rule's direction, at the group's rate."""
+        """Subtracts from every group its rule's direction times the group's rate."""
         params, rules = dict(state.params), {}
         grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
         directions: Any
@@ -92,7 +92,7 @@ class Race:
         return State(params, rules, state.step + 1)
 
     def gradient(self, params: Leaves, batch: Batch) -> tuple[jax.Array, Leaves]:
-        """Mean loss of a batch without padding, and its gradient, both scaled."""
+        """Returns the scaled mean loss of a batch without padding, and its gradient."""
 
         def loss(params: Leaves) -> jax.Array:
             tree = self.tree(params)
@@ -126,7 +126,7 @@ class Race:
         return lambda params: evaluate(self.tree(params))
 
     def run(self, rate: float, dense_rate: float, seed: int, steps: int) -> dict:
-        """The result's fields; a run that diverged ends there, with loss None."""
+        """Returns the fields of a row; a run that diverges stops, with loss None."""
         state = self.init(seed)
         start = time.perf_counter()
         peaks = {"matrices": rate, "embeddings": dense_rate, "norms": dense_rate}

@@ -22,19 +22,19 @@ from examples.llama.data.tokenizers import (
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """One row of the comparison: a Llama, its tokens and how long it trains."""
+    """A scale of the race: a Llama, its tokens and the length of training."""
 
     model: ModelConfig
     folder: str
-    """Of the text, below the data folder."""
+    """The folder of the text, below the data folder."""
     vocab_size: int | None
-    """Pieces of a SentencePiece model of the training text; None: bytes."""
+    """Pieces of a SentencePiece model of the training text; None means bytes."""
     steps: int
     batch_size: int
     seq_len: int
     held_out_tokens: int = 65_536
     train_characters: int = 40_000_000
-    """The beginning of each training text is enough."""
+    """How much of the training text is used, from its beginning."""
 
 
 SCALES = {
@@ -54,7 +54,7 @@ SCALES = {
         batch_size=16,
         seq_len=128,
     ),
-    # The published 60M model and batch; 4 % of its steps, for want of text.
+    # The published 60M model and batch, with 4 % of its steps for lack of text.
     "c": Scale(
         ModelConfig(
             width=512,
@@ -75,7 +75,7 @@ SCALES = {
 
 
 class Texts(NamedTuple):
-    """Token streams, each (length,) integers; held-out ones by name."""
+    """Token streams, each (length,) integers, with held-out ones by name."""
 
     train: np.ndarray
     held_out: dict[str, np.ndarray]
@@ -83,7 +83,7 @@ class Texts(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Of all tokens: losses on other texts are not comparable."""
+        """A digest of all tokens, since losses on other texts are not comparable."""
         found = hashlib.sha256(self.train.tobytes())
         for tokens in self.held_out.values():
             found.update(tokens.tobytes())
@@ -91,10 +91,10 @@ class Texts(NamedTuple):
 
 
 def load_texts(scale: Scale, data: Path | None, split: Split, cache: Path) -> Texts:
-    """The tokens of one split; no document is in both.
+    """Returns the tokens of one split. No document is in both splits.
 
-    Held-out text is the validation text of `data`'s folder, and of the other folder
-    ("text" or "c4"); without `data`, all is Python's own library.
+    Held-out texts are the validation texts of the scale's folder in `data` and of the
+    other folder ("text" or "c4"). Without `data`, all text is Python's own library.
     """
     half = 0 if split == "choose" else 1
     folder = data and data / scale.folder
@@ -127,19 +127,19 @@ def _beginning(texts: list[str], characters: int) -> list[str]:
 
 
 def read_texts(folder: Path | None, split: documents.Split) -> list[str]:
-    """Of a folder laid out as C4 is, or of Python's own library."""
+    """Returns the texts of a folder with C4's layout, or of Python's own library."""
     return list(text.read_texts(text.open_source(DataConfig(folder)), split))
 
 
 def token_stream(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All texts, an end of text after each, (length,) uint16."""
+    """Returns all texts with an end of text after each, (length,) uint16."""
     return np.concatenate(list(with_ends(texts, tokenizer))).astype(np.uint16)
 
 
 def _sentencepiece(
     texts: list[str], vocab_size: int, cache: Path
 ) -> SentencePieceTokenizer:
-    """Byte-fallback BPE pieces of these texts; 2 ends a text."""
+    """Returns a byte-fallback BPE tokenizer of these texts; token 2 ends a text."""
     digest = hashlib.sha256()
     for each in texts:
         digest.update(each.encode())

@@ -1,10 +1,10 @@
-"""Each method's best learning rate, on the seeds and texts kept for choosing.
+"""Searches each method's best learning rate, on the seeds and texts for choosing.
 
     python -m benchmarks.quality.search --scale a --data DIR
 
-A grid in factors of 2 grows until the best rate lies inside it. Rows go to
-results/quality/search_<scale>.jsonl; what is there is not run again. `--ablations`
-does the same for ablations.py, into results/quality/ablations_<scale>.jsonl.
+A grid in factors of 2 grows until the best rate is inside it. Rows go to
+results/quality/search_<scale>.jsonl; runs with a row there are not run again.
+`--ablations` does the same for ablations.py, with ablations_<scale>.jsonl.
 """
 
 import argparse
@@ -23,7 +23,7 @@ DENSE_RATES = {"a": 4e-3, "b": 1.6e-2, "c": 2e-3}
 
 
 def search(method: str, seed: int, args: argparse.Namespace) -> None:
-    """The rates that were asked for, or as many as it takes to bracket the best one."""
+    """Runs the rates that were given, or as many as it takes to bracket the best."""
 
     def score(rate: float) -> float:
         return rows.loss_of(jobs.done(key_of(method, rate, seed, args), args))
@@ -49,9 +49,10 @@ def best_rate(
     method: str,
     dense_rate: float | None = None,
 ) -> Key:
-    """The key with the least mean loss over the searched seeds.
+    """Returns the key with the least mean loss over the searched seeds.
 
-    Others than the common dense rate may have been tried; None: that one.
+    Args:
+      dense_rate: The dense rate of the runs; None means the common one.
     """
     losses: dict[tuple[float, float], list[float]] = {}
     keys = {}

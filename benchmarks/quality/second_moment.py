@@ -2,9 +2,10 @@
 
     python -m benchmarks.quality.second_moment --data DIR
 
-AdamW trains; the others only look at its gradients. Quantiles of `v_hat` over the exact
-one, over all entries of the matrices, at some steps. `RotatedRankOne()` estimates the
-squares of `B^T g` and of the residual R, so its exact ones are their averages.
+AdamW trains, and the other methods only see its gradients. The rows have quantiles of
+the ratio of the estimated second moment to the exact one, over all entries of the
+matrices, at some steps. `RotatedRankOne()` estimates the second moments of `B^T g` and
+of the residual R, so it is compared with the exact averages of their squares.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ from examples.llama.data.rows import PackedRows
 SHARE = 8  # Of the width: the rank.
 STEPS = (1, 3, 10, 30, 100, 300)
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-EXACT = lp.Dense()  # Its state is an array like the gradient.
+EXACT = lp.Dense()  # Its state is an array of the gradient's shape.
 ESTIMATES = {
     "RankOne()": lp.RankOne(),
     "LowRank()": lp.LowRank(),
@@ -39,7 +40,7 @@ RULES = ("adamw", "default/8", "rank_one/8", "v factored", "paper/8")
 
 
 def start(g: jax.Array, rank: int) -> dict[str, Any]:
-    """Every estimate's state of one matrix."""
+    """Returns the state of every estimate for one matrix."""
     methods = {**ESTIMATES, "first": FIRST, "rotated": ROTATED}
     states: dict[str, Any] = {
         name: method.init((), *g.shape, rank, jnp.float32, 0)
@@ -50,15 +51,17 @@ def start(g: jax.Array, rank: int) -> dict[str, Any]:
 
 
 def look(states: dict[str, Any], g: jax.Array, count: jax.Array):
-    """Every estimate's root of `v_hat` beside the exact one; the new states."""
-    mu, along, rest = FIRST.split_moment(states["first"], g, B1, count, 0)
-    (v, w), nu = ROTATED.rotated_moment(states["rotated"], g, along, rest, B2, count)
+    """Returns pairs of the estimated and the exact root, and the new states."""
+    mu, components, residual = FIRST.split_moment(states["first"], g, B1, count, 0)
+    (root_v, root_w), nu = ROTATED.rotated_moment(
+        states["rotated"], g, components, residual, B2, count
+    )
     exact, after = {}, {"first": mu, "rotated": nu}
-    for name, x in {"g": g, "B^T g": along, "R": rest}.items():
+    for name, x in {"g": g, "B^T g": components, "R": residual}.items():
         exact[name], after[name] = EXACT.second_moment(states[name], x, B2, count, 0)
     found = {
-        "RotatedRankOne(), B^T g": (v, exact["B^T g"]),
-        "RotatedRankOne(), R": (w, exact["R"]),
+        "RotatedRankOne(), B^T g": (root_v, exact["B^T g"]),
+        "RotatedRankOne(), R": (root_w, exact["R"]),
     }
     for name, method in ESTIMATES.items():
         root, after[name] = method.second_moment(states[name], g, B2, count, 0)
@@ -67,7 +70,7 @@ def look(states: dict[str, Any], g: jax.Array, count: jax.Array):
 
 
 def ratios(pairs) -> np.ndarray:
-    """`v_hat` over the exact one, all entries in a row."""
+    """Returns the ratios of estimated to exact second moments, of all entries."""
     columns = ([np.ravel(x) for x in side] for side in zip(*pairs, strict=True))
     root, exact = (np.concatenate(column).astype(np.float64) for column in columns)
     # Where all gradients were zero there is nothing to estimate.

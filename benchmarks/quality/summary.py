@@ -1,4 +1,4 @@
-"""What the rows say: means, spreads, paired differences, valleys."""
+"""Summarises rows: means, spreads, paired differences, ranges of good rates."""
 
 import dataclasses
 import math
@@ -21,10 +21,10 @@ class Line:
     """One method, over its seeds."""
 
     key: Key
-    """Of one of its rows: method and rates, which all share."""
+    """The key of one of its rows; method and rates are the same in all."""
     losses: Sequence[float]
     differences: Sequence[float]
-    """To the reference's loss on the same seed, which has the same rows in order."""
+    """Differences to the reference's loss on the same seed, with the same batches."""
     others: Mapping[str, float]
     """Mean losses on other texts."""
     matrix_state: float
@@ -37,13 +37,13 @@ class Line:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over seeds; None of one, or where a run diverged."""
+        """Standard deviation over seeds; None for one seed, or if a run diverged."""
         several = len(self.losses) > 1 and math.isfinite(self.loss)
         return statistics.stdev(self.losses) if several else None
 
 
 def summary(known: Rows, reference: str = REFERENCE) -> list[Line]:
-    """A line a method, the best first; differences and states are to the reference's.
+    """Returns a line per method, the best first, compared with the reference.
 
     Raises:
       SystemExit: A method has rows of two rates, or there is no reference.
@@ -88,7 +88,7 @@ def _line(runs: Mapping[int, tuple[Key, Row]], base: Mapping[int, Row]) -> Line:
 
 
 def interval(differences: Sequence[float], digits: int = 4) -> str:
-    """Mean, and from three on the half-width of Student's 95 % interval."""
+    """Returns the mean, and for three or more the half-width of the 95 % interval."""
     if not differences:
         return ""
     if not all(map(math.isfinite, differences)):
@@ -100,9 +100,9 @@ def interval(differences: Sequence[float], digits: int = 4) -> str:
 
 
 def searched(known: Rows) -> dict[tuple[str, float | None], dict[float, float]]:
-    """By method and dense rate: mean loss over seeds at every rate that was tried.
+    """Returns the mean loss at every rate, by method and dense rate.
 
-    The dense rate is None where the method ties it to the rate.
+    The dense rate is None if the method ties it to the rate.
     """
     found: dict[tuple[str, float | None], dict[float, list[float]]] = {}
     for key, row in known.items():
@@ -117,10 +117,10 @@ def searched(known: Rows) -> dict[tuple[str, float | None], dict[float, float]]:
 
 
 def valley(losses: Mapping[float, float], depth: float = 0.05) -> str:
-    """Ratio of the ends of the rates within `depth` nats of the best.
+    """Returns the ratio of the highest to the lowest rate within `depth` nats.
 
-    Between tried rates the loss is taken as linear in the logarithm of the rate; where
-    the range goes on beyond the tried ones, the ratio is a lower bound.
+    Between tried rates the loss is interpolated linearly in the logarithm of the rate.
+    If the range extends beyond the tried rates, the ratio is a lower bound.
     """
     rates = np.log(sorted(losses))
     values = np.minimum([losses[r] for r in sorted(losses)], 1e3)
@@ -131,10 +131,11 @@ def valley(losses: Mapping[float, float], depth: float = 0.05) -> str:
 
 
 def under_conditions(table: Rows) -> dict[str, dict[str, list[float]]]:
-    """By condition and method: held-out losses, seed by seed.
+    """Returns held-out losses by condition and method, seed by seed.
 
-    Of the methods that raced under any but the plain one, each time those that did, on
-    the seeds that all of these have; empty if there is only one condition.
+    It has the methods that raced under another condition than the plain one. A
+    condition has the seeds on which all of its methods raced. The result is empty if
+    there is only one condition.
 
     Raises:
       SystemExit: A method has rows of two rates, or the reference did not race.

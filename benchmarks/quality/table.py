@@ -1,9 +1,9 @@
-"""Every method at its best searched rate, on fresh seeds and other texts.
+"""Runs every method at its best searched rate, on fresh seeds and other texts.
 
     python -m benchmarks.quality.table --scale a --data DIR
 
-Rows go to results/quality/table_<scale>.jsonl; what is there is not run again.
-`--main` is the short form: six methods, what `make bench-quality` reruns.
+Rows go to results/quality/table_<scale>.jsonl; runs with a row there are not run again.
+`--main` runs only the six methods of `make bench-quality`.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Seconds of a training step, all methods side by side in one process on one core.
+"""Times a training step of all methods, in one process on one core.
 
     python -m benchmarks.quality.timing --scale a
 
-The seconds in the rows of the other commands come from machines that did other work at
-the same time; the report takes its times from here. Nothing else may run beside it.
-Means over as many steps as two projections of a method are apart: one is among them.
+The report takes its times from here, because the other commands run on machines that do
+other work at the same time. Nothing else may run at the same time as this command.
+Times are means over as many steps as there are between two projections of a method, so
+that each mean has one projection.
 """
 
 import os
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def _steps(run: list[Any], batches: Any, steps: int) -> float:
-    """Seconds of one of these steps; the last one's state is the run's new one."""
+    """Takes these steps, and returns the seconds of one of them."""
     race, state, _ = run
     rates = dict.fromkeys(race.rules, np.float32(1e-3))
     start = time.perf_counter()

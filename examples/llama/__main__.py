@@ -1,4 +1,4 @@
-"""Begins with little, so that Ctrl-C has its words before JAX is imported."""
+"""The entry point, which handles Ctrl-C before it imports JAX."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def _end_now(arguments: list[str]) -> None:
-    """A module that begins would take an exception for an error of its own."""
+    """Ends at once; a module being imported would take an exception for its own."""
     print(interrupted(arguments), flush=True)
     os._exit(Code.INTERRUPTED)
 

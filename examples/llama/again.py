@@ -1,17 +1,17 @@
-"""What is told after a command that has not come to its end.
+"""What is printed after a command that did not finish.
 
-It needs nothing that takes time to import: Ctrl-C may come as early as that.
+This module imports nothing that takes time, since Ctrl-C may come early.
 """
 
 from collections.abc import Sequence
 
 
 def again(arguments: Sequence[str]) -> str:
-    """What is told after the command ``arguments`` has not come to its end."""
+    """Returns what to print after the command ``arguments`` did not finish."""
     goes_on = arguments[:1] == ["train"] and "--dry-run" not in arguments
     return " Run the same command again to go on." if goes_on else ""
 
 
 def interrupted(arguments: Sequence[str]) -> str:
-    """The words for Ctrl-C."""
+    """Returns the message for Ctrl-C."""
     return f"Interrupted.{again(arguments)}"

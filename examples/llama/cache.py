@@ -1,8 +1,8 @@
-"""What attention keeps of earlier tokens, so that a later one costs one pass.
+"""The cache of keys and values, with which a new token costs one pass.
 
 Rows of different lengths fill the same slots together: a shorter row begins in a later
-slot, and what stands before its beginning is never looked at. Shapes as in ``model``,
-and t slots.
+slot, and slots before its beginning are never attended to. Shapes are as in ``model``,
+with t slots.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from examples.llama.config import ModelConfig
 
 
 class KeysValues(NamedTuple):
-    """Of one layer, (b, t, k, e) each; keys are turned by their positions already."""
+    """Keys and values of one layer, (b, t, k, e) each; keys are already rotated."""
 
     keys: jax.Array
     values: jax.Array
@@ -23,14 +23,14 @@ class KeysValues(NamedTuple):
     def with_new(
         self, keys: jax.Array, values: jax.Array, slot: jax.Array
     ) -> "KeysValues":
-        """The new ones, (b, s, k, e), stand in the slots from ``slot`` on."""
+        """Returns them with new ones, (b, s, k, e), in the slots from ``slot`` on."""
         new = KeysValues(keys, values)
         put = jax.lax.dynamic_update_slice_in_dim
         return jax.tree.map(lambda old, part: put(old, part, slot, 1), self, new)
 
 
 class Cache(NamedTuple):
-    """Of all layers: stacked, or a list, as the model's parameters are."""
+    """Keys and values of all layers: stacked or a list, as the parameters are."""
 
     layers: Any  # KeysValues
     begin: jax.Array  # (b,) int32, slot of each row's first token
@@ -38,7 +38,7 @@ class Cache(NamedTuple):
 
     @staticmethod
     def empty(config: ModelConfig, begin: jax.Array, slots: int) -> "Cache":
-        """For rows that begin in the slots ``begin`` (b,)."""
+        """Returns an empty cache for rows that begin in the slots ``begin`` (b,)."""
         shape = (len(begin), slots, config.kv_heads, config.head_dim)
         axes = ("batch", None, "heads", None)
 
@@ -53,12 +53,12 @@ class Cache(NamedTuple):
         return Cache(layers, begin, jnp.zeros((), jnp.int32))
 
     def positions(self, count: int) -> jax.Array:
-        """(b, count) float32: places in their rows of the next ``count`` tokens."""
+        """Returns (b, count) float32: positions in their rows of the next tokens."""
         slots = self.filled + jnp.arange(count)
         return (slots - self.begin[:, None]).astype(jnp.float32)
 
     def visible(self, count: int) -> jax.Array:
-        """(b, 1, count, t) bool: the slots that each of these tokens looks at."""
+        """Returns (b, 1, count, t) bool: the slots that each new token attends to."""
         slots = jnp.arange(jax.tree.leaves(self.layers)[0].shape[-3])
         causal = slots <= self.filled + jnp.arange(count)[:, None]
         return (causal & (slots >= self.begin[:, None, None]))[:, None]

@@ -19,17 +19,17 @@ _SUFFIX = "-unfinished"  # In `damaged`, of one whose saving was interrupted.
 
 
 class SaveFailed(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
 class DamagedCheckpoint(ValueError):
-    """No checkpoint of the run is what was saved."""
+    """The files of every checkpoint of the run differ from what was saved."""
 
 
 def newest(workdir: Path) -> Path:
-    """The last checkpoint there that is what was saved; a run may be at work on more.
+    """Returns the last good checkpoint; a run may be writing more.
 
-    Raises ``DamagedCheckpoint``, also where there is none.
+    Raises ``DamagedCheckpoint``, also if there is none.
     """
     steps = _steps(workdir.resolve() / "checkpoints")
     digests = Digests(workdir.resolve() / "digests")
@@ -98,13 +98,13 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Of all that ``save`` was given, or that were there before."""
+        """The last step of all that were saved before or passed to ``save``."""
         return self._manager.latest_step()
 
     def last_good(self) -> Path | None:
-        """The folder of the last one that is safe on disk, once all is written.
+        """Waits, and returns the folder of the last checkpoint that is safe on disk.
 
-        On several hosts all of them ask.
+        On several hosts, all of them must call it.
         """
         hosts.on_first(self._finish_writing)
         sealed = map(self.path, reversed(self._digests.steps()))
@@ -118,13 +118,13 @@ class Checkpoints:
         return self._folder / str(step)
 
     def save(self, step: int, state: Any) -> None:
-        """Begin to write ``state``, a pytree of arrays; nothing if it is there.
+        """Starts to write ``state``, a pytree of arrays, unless it is saved already.
 
         The arrays may be donated at once: by then accelerators have copied them to the
         host. A CPU lends its own buffers to the writer, and JAX gives the results of a
         donation fresh memory where a buffer is lent.
 
-        Raises ``SaveFailed`` also where the save before this one did not succeed.
+        Raises ``SaveFailed`` also if the save before this one failed.
         """
         if step == self.latest_step:
             return
@@ -140,16 +140,16 @@ class Checkpoints:
             self._sealing = self._sealer.submit(self._seal, step)
 
     def wait(self) -> None:
-        """Until all that was given to ``save`` is safe on disk."""
+        """Waits until everything passed to ``save`` is safe on disk."""
         with self._failure_named():
             self._manager.wait_until_finished()
             if self._sealing:
                 self._sealing.result()
 
     def restore(self, abstract_state: Any) -> Any:
-        """The latest state, with the shapes, dtypes and shardings asked for.
+        """Returns the latest state, with the given shapes, dtypes and shardings.
 
-        Raises ``ValueError`` where that is the state of another optimizer or model.
+        Raises ``ValueError`` if it is the state of another optimizer or model.
         """
         metadata = self._manager.metadata(self.latest_step)
         lp.check_state_record(metadata.custom_metadata, abstract_state)
@@ -158,7 +158,7 @@ class Checkpoints:
         )
 
     def _seal(self, step: int) -> None:
-        """Write the digests, once Orbax has committed."""
+        """Writes the digests after Orbax's commit."""
         self._manager.wait_until_finished()
         self._digests.seal(self.path(step))
         for old in set(self._digests.steps()) - set(self._manager.all_steps()):
@@ -176,7 +176,7 @@ class Checkpoints:
             ) from error
 
     def _begin(self) -> list[str]:
-        """Tell good checkpoints from others, which are moved; see ``set_aside``."""
+        """Moves checkpoints that are not good; see ``set_aside``."""
         steps = _steps(self._folder)
         self._require_history(steps)
         lines = self._set_aside(steps)
@@ -185,7 +185,7 @@ class Checkpoints:
         return lines
 
     def _require_history(self, steps: list[Path]) -> None:
-        """A run whose checkpoints are somewhere else is not a new one."""
+        """Raises an error if a run has lost all of its checkpoints."""
         log = self._folder.with_name("metrics.jsonl")
         has_log = log.exists() and log.stat().st_size > 0
         is_gone = not self._folder.exists() and has_log
@@ -224,7 +224,7 @@ class Checkpoints:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """By the number of steps."""
+    """Returns the folders of checkpoints by number of steps."""
     names = re.compile(r"0|[1-9][0-9]*")
     steps = [path for path in folder.glob("*") if names.fullmatch(path.name)]
     return sorted(steps, key=lambda path: int(path.name))

@@ -1,4 +1,4 @@
-"""The command line: what can be asked for, and how the settings come together."""
+"""The command line: its commands, and how settings are combined."""
 
 import argparse
 import dataclasses
@@ -28,14 +28,14 @@ PROGRAM = "python -m examples.llama"
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Pretrain. The same command again goes on with an interrupted run."""
+    """Pretrain. The same command resumes an interrupted run."""
 
     config: Config = dataclasses.field(default_factory=Config)
     recipe: tyro.conf.Suppress[dict[str, Setting]] = dataclasses.field(
         default_factory=dict
     )
     dry_run: bool = False
-    """Print the plan, compute nothing."""
+    """Print the plan, and compute nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +57,24 @@ class Eval:
     data: Path | None = None
     """Folder of *validation*.json.gz (none: the run's own text)."""
     eval_tokens: int | None = None
-    """Held-out tokens to predict (none: as many as the run does)."""
+    """Held-out tokens to predict (none: as many as in the run)."""
     seq_len: int | None = None
-    """Tokens per row that are predicted (none: as many as the run does)."""
+    """Predicted tokens per row (none: as many as in the run)."""
     batch_size: int | None = None
-    """Rows at a time, over all devices (none: as many as the run's steps)."""
+    """Rows at once, over all devices (none: as many as in a step of the run)."""
     skip_bad_lines: bool = False
-    """Leave out lines without a document, and say how many and where."""
+    """Skip lines without a document, and say how many and where."""
     mesh: str | None = None
     """Devices along data, fsdp and tensor (none: all along data)."""
     distributed: str | None = None
-    """As for train: one job of several processes."""
+    """One job of several processes, as for train."""
 
     def __post_init__(self) -> None:
         expand_home(self, "workdir", "data")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those that are not to be the run's own, by their dotted names."""
+        """Settings that differ from the run's, by their dotted names."""
         names = ("eval_tokens", "seq_len", "batch_size")
         given = {f"data.{name}": getattr(self, name) for name in names}
         given = {name: value for name, value in given.items() if value is not None}
@@ -87,20 +87,20 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Text from a run's last checkpoint."""
+    """Generate text from a run's last checkpoint."""
 
     workdir: tyro.conf.Positional[Path]
     """Folder of the run."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to go on with; may be given several times (none: a new document)."""
+    """Text to continue; may be given several times (none: a new document)."""
     max_new_tokens: int = 64
-    """Tokens to add at most; the end of a text ends it before."""
+    """Most tokens to add; an end of text stops earlier."""
     temperature: float = 0.0
-    """Of the distribution that tokens are drawn from (0: the likeliest one always)."""
+    """Temperature of sampling (0: always the likeliest token)."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens alone that have this much of the probability."""
+    """Sample only from the likeliest tokens that together have this probability."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of sampling."""
 
     def __post_init__(self) -> None:
         expand_home(self, "workdir")
@@ -113,9 +113,9 @@ class Import:
     source: tyro.conf.Positional[Path]
     """A Hugging Face folder (config.json, *.safetensors), or a GGUF file."""
     workdir: tyro.conf.Positional[Path]
-    """New folder; train --init-from takes it."""
+    """New folder, for train --init-from."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which the parameters are kept."""
+    """Dtype of the stored parameters."""
     scan_layers: bool = True
     """Stack the layers' parameters, as train does by default."""
 
@@ -132,7 +132,7 @@ class Export:
     target: tyro.conf.Positional[Path]
     """New folder, for transformers' from_pretrained."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the files (none: the parameters' own)."""
+    """Dtype of the files (none: that of the parameters)."""
 
     def __post_init__(self) -> None:
         expand_home(self, "workdir", "target")
@@ -148,14 +148,14 @@ _CONFIG = tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
 
 
 def kind_of(arguments: list[str]) -> type[Command] | None:
-    """Which command is asked for; None where it is not told, or there is no such."""
+    """Returns the name of the command; None if it is missing or unknown."""
     return _KINDS.get(arguments[0]) if arguments else None
 
 
 def parse(arguments: list[str]) -> Command:
-    """What is asked for; prints help or what is wrong, and exits, where it must.
+    """Parses the command line; prints help or an error and exits if necessary.
 
-    Raises ``ValueError`` where a file that is named is not what it should be.
+    Raises ``ValueError`` if a file that is named is invalid.
     """
     # One command alone once it is known: errors then name its settings, no union's.
     kind = kind_of(arguments)
@@ -173,7 +173,7 @@ def parse(arguments: list[str]) -> Command:
 def _of_a_run(
     kind: type[Train] | type[Describe], arguments: list[str], program: str
 ) -> Train | Describe:
-    """With the settings of the defaults, the file and the options, checked at last."""
+    """Returns the command with checked settings from defaults, file and options."""
     defaults = _defaults(arguments)
     start = unchecked(kind)()
     given = tyro.cli(
@@ -199,7 +199,7 @@ def _of_a_run(
 
 
 class _Defaults(NamedTuple):
-    """What some options and the file ask for, and the other options."""
+    """The defaults that some options and the file set, and the other options."""
 
     values: dict[str, Any]  # By the settings' names.
     recipe: dict[str, Setting]
@@ -224,7 +224,7 @@ def _defaults(arguments: list[str]) -> _Defaults:
 
 
 def _defaults_parser() -> argparse.ArgumentParser:
-    """Of the options that the defaults of all others hang on."""
+    """Returns a parser of the options that decide the defaults of all others."""
     parser = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="9m")
     parser.add_argument("--recipe", choices=RECIPES)

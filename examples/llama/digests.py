@@ -1,4 +1,4 @@
-"""What the checkpoints of a run were when they were saved: SHA-256 of every file."""
+"""SHA-256 digests of every file of a run's checkpoints when they were saved."""
 
 import dataclasses
 import json
@@ -26,20 +26,20 @@ class Digests:
         self._folder = folder
 
     def begin(self) -> None:
-        """Make the folder, and give the run a name if it has none."""
+        """Makes the folder, and gives the run a name if it has none."""
         run = self._run() or uuid.uuid4().hex
         self._folder.mkdir(parents=True, exist_ok=True)
         files.clear_unfinished(self._folder)
         files.write(self._folder / _RUN, run + "\n")
 
     def steps(self) -> list[int]:
-        """In order; what else is in the folder is not ours."""
+        """The steps with digests, in order; other files are ignored."""
         names = re.compile(r"(0|[1-9][0-9]*)\.json")
         found = [path for path in self._folder.glob("*") if names.fullmatch(path.name)]
         return sorted(int(path.stem) for path in found)
 
     def seal(self, checkpoint: Path) -> None:
-        """Write those of a checkpoint that is complete."""
+        """Writes the digests of a checkpoint that is complete."""
         step = int(checkpoint.name)
         digest = _Digest(self._run() or "", step, files.digests(checkpoint))
         text = json.dumps(dataclasses.asdict(digest), indent=2)
@@ -49,7 +49,7 @@ class Digests:
         self._file(step).unlink(missing_ok=True)
 
     def fault(self, checkpoint: Path, is_newest: bool) -> str:
-        """Why it is not what was saved; empty where it is."""
+        """Returns why a checkpoint is not what was saved; empty if it is."""
         step, run = int(checkpoint.name), self._run()
         file = self._file(step)
         if not file.exists():
@@ -73,7 +73,7 @@ class Digests:
         return self._folder / f"{step}.json"
 
     def _run(self) -> str | None:
-        """Its name, by its file or else the newest digests; None: there was no run."""
+        """The run's name, from its file or the newest digests; None without a run."""
         file = self._folder / _RUN
         try:
             name = file.read_text().strip() if file.exists() else ""
@@ -86,7 +86,7 @@ class Digests:
 
 
 def _read(file: Path) -> _Digest | None:
-    """None where it cannot be read."""
+    """Returns a file's content; None if it cannot be read."""
     try:
         digest = _Digest(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):

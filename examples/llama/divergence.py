@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found, told, and never saved."""
+"""Finds numbers that are not finite, so that they are never saved."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -59,17 +59,17 @@ def check_record(record: Mapping[str, float], skipped_at_most: int) -> None:
 
 
 def are_finite(tree: Any) -> Any:
-    """A tree like it, of () bool."""
+    """Returns a tree of () bools: whether each leaf is finite."""
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """() bool."""
+    """Returns whether all leaves are finite, () bool."""
     return jnp.stack(jax.tree.leaves(are_finite(tree))).all()
 
 
 def not_so(found: Any) -> list[str]:
-    """Paths of the leaves of ``found`` that are false."""
+    """Returns the paths of the leaves of ``found`` that are false."""
     leaves = jax.tree_util.tree_leaves_with_path(found)
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -79,9 +79,9 @@ def not_so(found: Any) -> list[str]:
 
 
 def make_finite_check(replicated: Sharding) -> Callable[[int, Any], None]:
-    """``check(step, state)``: raise ``NotFinite``, with the paths of the leaves.
+    """Returns ``check(step, state)``, which raises ``NotFinite`` with paths of leaves.
 
-    On several hosts all of them raise.
+    On several hosts, all of them raise.
     """
 
     find = jax.jit(are_finite, out_shardings=replicated)

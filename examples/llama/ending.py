@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 
 class Code(enum.IntEnum):
-    """What the process returns; between 64 and 78 as sysexits.h has them."""
+    """Exit codes; those between 64 and 78 are as in sysexits.h."""
 
     DONE = 0
     REFUSED = 1  # bad data, or not this run's
@@ -29,10 +29,10 @@ class Code(enum.IntEnum):
 
 
 def again_if_dropped(hook: Callable[[Any], object], dropped: Any) -> None:
-    """For `sys.unraisablehook`: the signal once more whose exception Python dropped.
+    """A `sys.unraisablehook` that sends a signal again if Python dropped it.
 
-    So it does in finalizers and in callbacks of the garbage collection, and JAX has
-    both. What else is dropped goes to ``hook``.
+    Python drops exceptions in finalizers and in callbacks of the garbage collector, and
+    JAX has both. Other exceptions go to ``hook``.
     """
     signum = getattr(dropped.exc_type, "signum", None)  # `stop.Terminated`
     if issubclass(dropped.exc_type, KeyboardInterrupt):
@@ -49,18 +49,18 @@ _to_do: list[Callable[[], object]] = []
 
 
 def before_end(work: Callable[[], object]) -> None:
-    """`end_now` does ``work`` first, which must not wait for the main thread."""
+    """Registers work that `end_now` does first, without the main thread."""
     _to_do.append(work)
 
 
 def forget(work: Callable[[], object]) -> None:
-    """It is done, or not to be done any more."""
+    """Removes work that is done or no longer needed."""
     with contextlib.suppress(ValueError):
         _to_do.remove(work)
 
 
 def end_now(message: str, code: int) -> NoReturn:
-    """End the process from any thread, with ``message`` on the terminal.
+    """Ends the process from any thread, with ``message`` on the terminal.
 
     The main thread may be in a computation with a process that is gone. No exception
     reaches it there, and all that JAX does at a regular end would wait in the same way.

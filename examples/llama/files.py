@@ -25,7 +25,7 @@ class BadFile(ValueError):
 def require_regular(path: Path) -> None:
     """Raise ``BadFile`` for a device or a pipe, which may never end, also by a link.
 
-    Raises ``OSError`` where nothing is there, or a folder.
+    Raises ``OSError`` if there is nothing or a folder.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -34,7 +34,7 @@ def require_regular(path: Path) -> None:
 
 
 def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
-    """All of a file that others may have written: a regular one, of so many bytes."""
+    """Returns the content of a regular file from elsewhere, up to a number of bytes."""
     require_regular(path)
     with path.open("rb") as file:
         content = file.read(largest + 1)
@@ -44,7 +44,7 @@ def read_bytes(path: Path, largest: int = _LARGEST) -> bytes:
 
 
 def read_text(path: Path, largest: int = _LARGEST) -> str:
-    """The text in such a file."""
+    """Returns the text in such a file."""
     try:
         return read_bytes(path, largest).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -52,7 +52,7 @@ def read_text(path: Path, largest: int = _LARGEST) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in such a file."""
+    """Returns the JSON object in such a file."""
     text = read_text(path)
     try:
         found = json.loads(text)
@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """All of it or nothing, also when the machine stops.
+    """Writes all of a file or nothing, also if the machine stops.
 
     Several processes may write the same file: the last one's stays.
     """
@@ -82,9 +82,9 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """With those that it is in; nothing where it is there.
+    """Makes a folder and its parents, unless they exist.
 
-    Raises ``ValueError`` where a file is in its place, or in that of one of those.
+    Raises ``ValueError`` if there is a file in the place of one of them.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Errors of the system name ``path``, also those of writing, which name no file."""
+    """Adds ``path`` to errors of the system that name no file, such as in writing."""
     try:
         yield
     except OSError as error:
@@ -106,7 +106,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what ``write`` leaves in ``folder`` when it is killed, and no more."""
+    """Removes only what ``write`` leaves in ``folder`` when it is killed."""
     for part in folder.glob("*.part"):
         if _PART.search(part.name) and part.is_file():
             part.unlink(missing_ok=True)
@@ -114,9 +114,9 @@ def clear_unfinished(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``folder`` when all is well, and else is removed.
+    """Yields a folder to fill, which becomes ``folder``, or is removed after an error.
 
-    Raises ``FileExistsError`` where ``folder`` is there already.
+    Raises ``FileExistsError`` if ``folder`` exists already.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; give another name")
@@ -130,7 +130,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 by path below ``folder``, of every file."""
+    """Returns the SHA-256 of every file below ``folder``, by path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():

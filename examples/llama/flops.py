@@ -25,7 +25,7 @@ _PEAK_TFLOPS = {
 
 
 def per_token(config: ModelConfig, params: Any, seq_len: int) -> float:
-    """Forward and backward, of one token: 6 for every weight it is multiplied by, and
+    """Returns the FLOPs of one token: 6 for every weight that it is multiplied by, and
     12 s d for the attention of a layer (PaLM, arXiv 2204.02311, appendix B).
 
     The embedding is looked up, not multiplied, and what is computed again to save
@@ -38,7 +38,7 @@ def per_token(config: ModelConfig, params: Any, seq_len: int) -> float:
 
 
 def peak(devices: Sequence[Any], tflops: float | None = None) -> float | None:
-    """Of all `devices` together, per second: `tflops` for each, or what is known."""
+    """Returns the peak of all `devices` together, with `tflops` for each if given."""
     if tflops is None:
         kind = devices[0].device_kind
         names = [name for name in _PEAK_TFLOPS if kind.startswith(name)]
@@ -51,7 +51,7 @@ def peak(devices: Sequence[Any], tflops: float | None = None) -> float | None:
 def seconds_at_peak(
     model: ModelConfig, params: Any, data: DataConfig, tflops: float | None
 ) -> float | None:
-    """Of a training step on all devices; None where their peak is not known."""
+    """Returns the seconds of a step at the devices' peak; None if that is unknown."""
     at_peak = peak(jax.devices(), tflops)
     if at_peak is None:
         return None

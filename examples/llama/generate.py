@@ -1,4 +1,4 @@
-"""Text goes on: tokens after prompts, by a trained model."""
+"""Generates tokens after prompts with a trained model."""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ def generate(
     key: jax.Array | None = None,
     end_of_text: tuple[int, ...] = (),
 ) -> list[np.ndarray]:
-    """What the model says after each prompt, (length,) int32, without the prompt.
+    """Returns the tokens after each prompt, (length,) int32, without the prompt.
 
-    The rows are worked on together and end one by one: at an ``end_of_text``, which is
+    The rows are computed together and end one by one: at an ``end_of_text``, which is
     left out, or after ``max_new_tokens``. The same arguments give the same tokens. The
     tokens of a row do not depend on the other rows, except by rounding and, with a
     temperature, by the row's place among them.
@@ -110,14 +110,14 @@ def _generate(
     begin: jax.Array,
     keys: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens (b, n) and how many of each row count.
+    """Returns tokens (b, n) and how many of each row count.
 
     The prompts (b, s) end together and begin at ``begin`` (b,).
     """
     batch, length = prompts.shape
 
     def extended(now: _Progress, tokens: jax.Array) -> _Progress:
-        """One column more, after all of ``tokens`` (b, s)."""
+        """Returns ``tokens`` (b, s) with one more column."""
         logits, cache = model.extend(params, tokens, now.cache)
         chosen = choose(logits, _folded(keys, now.count), sampling)
         ended = jnp.isin(chosen, jnp.asarray(end_of_text, jnp.int32))
@@ -147,7 +147,7 @@ _folded = jax.vmap(jax.random.fold_in, in_axes=(0, None))
 
 
 def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """A token (b,) int32 for each row of ``logits`` (b, v), with a key for each."""
+    """Returns a token (b,) int32 for each row of ``logits`` (b, v), with its key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -157,9 +157,9 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    """(b, v) bool: the fewest tokens whose probabilities together reach ``top_p``.
+    """Returns (b, v) bool: the fewest tokens whose probabilities reach ``top_p``.
 
-    Of equally likely ones the first.
+    Of equally likely tokens, it takes the first.
     """
     order = jnp.argsort(-logits, axis=-1)
     likeliest_first = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)

@@ -16,7 +16,7 @@ LossAndGrads = Callable[[Any, Batch], tuple[jax.Array, Any]]
 def make_loss_and_grads(
     model: PureLlama, micro_batch_size: int | None = None, z_loss: float = 0.0
 ) -> LossAndGrads:
-    """``loss_and_grads(params, batch)``: the mean over the targets that count.
+    """Returns ``loss_and_grads(params, batch)``, means over targets that count.
 
     The gradient includes the penalty of ``z_loss``; the loss that is returned does not.
 
@@ -56,6 +56,6 @@ def make_loss_and_grads(
 
 
 def _divide(x: jax.Array, rows: int) -> jax.Array:
-    """(b, s) to (b / m, m, s). Each part has as many rows of every device."""
+    """Splits (b, s) into (b / m, m, s), with rows of every device in each part."""
     parts = x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
     return layout.constrain(parts, None, "batch", None)

@@ -26,11 +26,11 @@ others: Peers | None = None
 
 
 class FirstFailed(ValueError):
-    """The first process has stopped, and tells why."""
+    """The first process has stopped; the message says why."""
 
 
 def parse_job(text: str) -> dict[str, Any]:
-    """`"auto"`, or `"host:port,processes,own number"`, for `jax.distributed`."""
+    """Parses `"auto"` or `"host:port,processes,own number"` for `jax.distributed`."""
     if text == _AUTO:
         return {}
     match = re.fullmatch(r"([^,]+):(\d+),(\d+),(\d+)", text)
@@ -48,7 +48,7 @@ def parse_job(text: str) -> dict[str, Any]:
 
 
 def join(text: str) -> None:
-    """Before anything else asks JAX for its devices."""
+    """Joins the job; call it before anything else asks JAX for devices."""
     global others
     job = parse_job(text)
     address = job.get("coordinator_address", "")
@@ -81,9 +81,9 @@ def is_first() -> bool:
 
 
 def on_first(work: Callable[[], Any]) -> Any:
-    """What `work` returns, done by the first process while the others wait; None there.
+    """Calls `work` on the first process while others wait; returns its result or None.
 
-    Where it raises an error there, the others raise ``FirstFailed``.
+    If it raises an error there, the others raise ``FirstFailed``.
     """
     result, error = None, None
     if is_first():
@@ -101,14 +101,14 @@ def on_first(work: Callable[[], Any]) -> Any:
 
 
 def from_first(value: bool) -> bool:
-    """What the first process says, on all of them at the same time."""
+    """Returns the first process's value on all processes, at the same time."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def check_same(text: str, what: str) -> None:
-    """On all processes."""
+    """Raises an error unless the value is the same on all processes."""
     if jax.process_count() > 1:
         code = np.frombuffer(hashlib.sha256(text.encode()).digest()[:4], np.int32)
         if len(np.unique(multihost_utils.process_allgather(code))) > 1:
@@ -116,7 +116,7 @@ def check_same(text: str, what: str) -> None:
 
 
 def rows_here(count: int, by_row: Sharding) -> list[int]:
-    """Which of `count` rows the devices of this process hold, in order."""
+    """Returns which of `count` rows are on this process's devices, in order."""
     mine: Any = by_row.addressable_devices_indices_map((count,))
     return sorted({row for index in mine.values() for row in _range(index, count)})
 
@@ -124,7 +124,7 @@ def rows_here(count: int, by_row: Sharding) -> list[int]:
 def place_rows(
     part: np.ndarray, rows: Sequence[int], count: int, by_row: Sharding
 ) -> jax.Array:
-    """(count, ...) on all devices; `part` has the `rows` that this process holds."""
+    """Returns (count, ...) on all devices; `part` has the `rows` of this process."""
 
     def of_device(index: Any) -> np.ndarray:
         places = np.searchsorted(rows, _range(index, count))

@@ -1,4 +1,4 @@
-"""Which mesh axis divides what: one table for the model's axes, one for the mesh's."""
+"""Which mesh axes shard the axes of parameters and activations."""
 
 import contextlib
 import math
@@ -34,7 +34,7 @@ _RULES: dict[str | None, tuple[str, ...]] = {
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"fsdp=4,tensor=2"` to sizes of all mesh axes; the ones not named are 1."""
+    """Parses `"fsdp=4,tensor=2"` to sizes of all mesh axes, 1 if not named."""
     sizes, given = dict.fromkeys(MESH_AXES, 1), set[str]()
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
@@ -52,7 +52,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str | None, devices: Sequence[Any]) -> Mesh:
-    """A mesh of all `devices`, as `text` says; None: all divide the batch."""
+    """Returns a mesh of all `devices`; with None, all of them shard the batch."""
     sizes = parse_mesh(text or f"data={len(devices)}")
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
@@ -64,7 +64,7 @@ def make_mesh(text: str | None, devices: Sequence[Any]) -> Mesh:
 
 
 def abstract_mesh(text: str | None, devices: int) -> AbstractMesh:
-    """The same for planning, of devices that need not be here."""
+    """Returns the same mesh for planning, without its devices."""
     sizes = parse_mesh(text or f"data={devices}")
     types = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
@@ -75,14 +75,14 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def row_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the rows of a batch are divided."""
+    """Returns the number of shards of the rows of a batch."""
     return _parts(mesh, _RULES["batch"])
 
 
 def by_row(
     mesh: Mesh | AbstractMesh, batch_size: int, micro_batch_size: int | None = None
 ) -> NamedSharding:
-    """Of a batch whose first axis is its rows, so many of them computed at once."""
+    """Returns the sharding of a batch by rows, so many of them computed at once."""
     parts, rows = row_parts(mesh), micro_batch_size or batch_size
     if rows % parts:
         name = "micro_batch_size" if micro_batch_size else "data.batch_size"
@@ -94,17 +94,17 @@ def by_row(
 
 
 def use(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Within it, and a traced function, `constrain` divides over `mesh`."""
+    """A context in which `constrain` shards over `mesh` in traced functions."""
     if mesh is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x`, its axes divided as the table says; `x` itself where no mesh is in use.
+    """Returns `x` sharded as the table says, or unchanged if no mesh is in use.
 
-    Left to the compiler, activations follow the parameters: divided by features and
-    gathered by rows, so that every device holds the whole batch.
+    Without it, the compiler would shard activations like parameters, by features, and
+    gather rows, so that every device would hold the whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -119,7 +119,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
-    """A tree like `params`, arrays or abstract values, of `NamedSharding`s."""
+    """Returns a tree of `NamedSharding`s for `params`, arrays or abstract values."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, _spec(_wanted(path, leaf), leaf.shape, mesh))
@@ -128,7 +128,7 @@ def param_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
 
 
 def exceptions(mesh: Mesh | AbstractMesh, params: Any) -> list[str]:
-    """Where the sizes do not allow what the table asks for, one line for each leaf."""
+    """Returns a line for each leaf whose sizes do not allow the table's sharding."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         wanted = _wanted(path, leaf)
@@ -136,7 +136,7 @@ def exceptions(mesh: Mesh | AbstractMesh, params: Any) -> list[str]:
         if spec != PartitionSpec(*wanted):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             asked = PartitionSpec(*wanted)
-            lines.append(f"{name} {leaf.shape} lies as {spec}, not as {asked}")
+            lines.append(f"{name} {leaf.shape} is sharded as {spec}, not as {asked}")
     return lines
 
 
@@ -145,7 +145,7 @@ def _parts(mesh: Mesh | AbstractMesh, names: Sequence[str]) -> int:
 
 
 def _wanted(path: Any, leaf: Any) -> list[tuple[str, ...]]:
-    """The mesh axes of each axis of a leaf, by the tables."""
+    """Returns the mesh axes of each axis of a leaf, by the tables."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = next((x for p, x in _LOGICAL_AXES.items() if re.search(p, name)), None)
     if axes is None:
@@ -159,7 +159,7 @@ def _spec(
     shape: Sequence[int],
     mesh: Mesh | AbstractMesh,
 ) -> PartitionSpec:
-    """As wanted; mesh axes that do not divide their own axis divide another more.
+    """Returns the spec; a mesh axis whose size does not divide its axis shards another.
 
     The feed-forward width of the 1B model, 5461 = 43 x 127, is such an axis.
     """

@@ -50,7 +50,7 @@ class Holder(NamedTuple):
 
 
 class Link(NamedTuple):
-    """Of the chain."""
+    """One link of the chain."""
 
     folder: Path
     holder: Holder
@@ -58,10 +58,10 @@ class Link(NamedTuple):
 
 
 class Lock:
-    """Within it, this process, the first of its job, has ``workdir`` for its own.
+    """A context in which this process, the first of its job, owns ``workdir``.
 
-    Raises ``WorkdirInUse`` where another one has. One of the same machine counts as
-    long as it runs, one elsewhere as long as it gives signs of life.
+    Raises ``WorkdirInUse`` if another process owns it. One of the same machine counts
+    as long as it runs, one elsewhere as long as it gives signs of life.
     """
 
     def __init__(self, workdir: Path):
@@ -94,7 +94,7 @@ class Lock:
         threading.Thread(target=self._give_signs, daemon=True).start()
 
     def _take_as(self, part: Path) -> None:
-        """Rename ``part`` to be the end of the chain, unless a living one is there."""
+        """Renames ``part`` to the end of the chain, unless a process holds that."""
         place, now = part, (part / _HOLDER).stat().st_mtime
         for _ in range(_ATTEMPTS):
             chain = _chain(self._workdir)
@@ -163,9 +163,9 @@ class Lock:
 
 
 def require_free(workdir: Path) -> None:
-    """Raise ``WorkdirInUse`` as ``Lock`` does; for all processes, before they meet.
+    """Raises ``WorkdirInUse`` as ``Lock`` does, on all processes before they connect.
 
-    Else those of one job might meet those of the other, which ends both.
+    Otherwise processes of two jobs might connect to each other, which ends both.
     """
     chain = _chain(workdir)
     if chain:
@@ -175,7 +175,7 @@ def require_free(workdir: Path) -> None:
 
 
 def _chain(workdir: Path) -> list[Link]:
-    """From the first to the one that holds the lock; empty where nobody does."""
+    """Returns the chain up to the holder of the lock; empty without a holder."""
     chain: list[Link] = []
     while link := _read(_next(workdir, chain)):
         if link.holder.id in [before.holder.id for before in chain]:
@@ -185,7 +185,7 @@ def _chain(workdir: Path) -> list[Link]:
 
 
 def _next(workdir: Path, chain: list[Link]) -> Path:
-    """The folder that makes the chain longer by one."""
+    """Returns the folder of the next link of the chain."""
     return workdir / (f"{_NAME}.{chain[-1].holder.id}" if chain else _NAME)
 
 
@@ -239,7 +239,7 @@ def _this_process() -> Holder:
 
 
 def _machine() -> str:
-    """The boot and, of containers, the space of process ids; empty but on Linux."""
+    """Identifies the boot and the space of process ids; empty except on Linux."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -252,7 +252,7 @@ class Process(NamedTuple):
 
 
 def _look_up(pid: int) -> Process:
-    """Of this machine."""
+    """Looks up a process of this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""What each command does, and how its outcome is told."""
+"""What each command does, and how its outcome is reported."""
 
 import contextlib
 import os
@@ -43,7 +43,7 @@ _LESS_MEMORY = {
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code. In a job of several processes, one that fails ends here."""
+    """Returns the exit code. In a job of several, a failed process ends here."""
     try:
         code = _outcome(arguments, Terminal())
     except BrokenPipeError:
@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _outcome(arguments: list[str], console: Console) -> int:
-    """The exit code; how it comes is told."""
+    """Returns the exit code, and prints the reason."""
     try:
         command = commands.parse(arguments)
     except ValueError as error:

@@ -82,22 +82,22 @@ class MetricsLog:
             self._board.write(record)
 
     def sync(self) -> None:
-        """Wait for the disk: then the log outlasts the machine, as checkpoints do."""
+        """Waits for the disk, so that the log survives a crash, as checkpoints do."""
         if self._file and self._board:
             with files.named(self._path):
                 os.fsync(self._file.fileno())
             self._board.sync()
 
     def value(self, name: str, step: int | None) -> float | None:
-        """Of a step; None where it was not logged."""
+        """Returns a value of a step; None if it was not logged."""
         found = (r[name] for r in self.records if r["step"] == step and name in r)
         return next(found, None)
 
 
 class TensorBoard:
-    """Events of the steps after ``start_step``; any that are there already are hidden.
+    """Writes events of steps after ``start_step``, and hides earlier ones.
 
-    They are written here and now. The thread in which tensorboardX likes to do it ends
+    They are written in this thread. The thread in which tensorboardX would do it ends
     when the disk is full, and the run would wait for it forever. (clu.metric_writers
     imports TensorFlow for it, and has no log that goes on where a checkpoint is.)
     """
@@ -131,12 +131,12 @@ class TensorBoard:
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats per token; infinite where a run has diverged."""
+    """Returns the perplexity of a loss in nats per token, or infinity."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def plot_losses(records: Iterable[Record], title: str, path: Path) -> None:
-    """Training and held-out loss against the step, as PNG."""
+    """Draws training and held-out loss against the step, as PNG."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(
@@ -165,7 +165,7 @@ def _line(record: Record) -> str:
 
 
 def _read(path: Path) -> tuple[list[Record], list[int]]:
-    """The records, and the numbers of lines that hold none."""
+    """Returns the records, and the numbers of lines without one."""
     records, bad = [], []
     if not path.exists():
         return records, bad

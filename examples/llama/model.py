@@ -62,7 +62,7 @@ def _linear(fan_in: int, fan_out: int, config: ModelConfig, rngs: nnx.Rngs) -> L
 
 
 def _by_row(x: jax.Array) -> jax.Array:
-    """(b, s, d), divided by its rows alone."""
+    """Returns (b, s, d) sharded by rows only."""
     return layout.constrain(x, "batch", None, None)
 
 
@@ -88,7 +88,7 @@ def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> Tables:
 
 
 def rotate(x: jax.Array, tables: Tables) -> jax.Array:
-    """Turn feature pairs (i, i + e/2) of ``x`` (b, s, h, e) by their position."""
+    """Rotates feature pairs (i, i + e/2) of ``x`` (b, s, h, e) by their position."""
     cos, sin = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
@@ -96,7 +96,7 @@ def rotate(x: jax.Array, tables: Tables) -> jax.Array:
 
 
 class Place(NamedTuple):
-    """Where the tokens at hand stand: the same for all layers."""
+    """The positions of the current tokens, the same for all layers."""
 
     tables: Tables
     slot: Any = None  # () int32, of the first of them in a cache
@@ -106,7 +106,7 @@ class Place(NamedTuple):
 class Attention(nnx.Module):
     """Causal self-attention; query head i reads kv head i // (h / k).
 
-    Given keys and values of earlier tokens, it returns them with the new ones.
+    Given keys and values of earlier tokens, it also returns them with the new ones.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -195,21 +195,21 @@ class Llama(nnx.Module):
         return self.logits(self.features(tokens))
 
     def features(self, tokens: jax.Array) -> jax.Array:
-        """(b, s) int32 to what the head reads, (b, s, d)."""
+        """Returns the head's inputs, (b, s, d), for tokens (b, s) int32."""
         positions = jnp.arange(tokens.shape[-1], dtype=jnp.float32)
         x, _ = self._through_layers(tokens, Place(self._tables(positions)), None)
         return self.norm(x)
 
     def logits(self, features: jax.Array) -> jax.Array:
-        """(b, s, d) to (b, s, v) float32."""
+        """Returns logits (b, s, v) float32 for features (b, s, d)."""
         head = self._tied_head if self.config.tie_embeddings else self.head
         logits = layout.constrain(head(features), "batch", None, "vocab")
         return logits.astype(jnp.float32)
 
     def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits (b, v) after the last of ``tokens`` (b, s), which follow the cache's.
+        """Returns logits (b, v) after ``tokens`` (b, s), which follow the cache's.
 
-        The cache must have slots left for them.
+        The cache must have enough free slots.
         """
         count = tokens.shape[-1]
         tables = self._tables(cache.positions(count))
@@ -222,14 +222,14 @@ class Llama(nnx.Module):
         return rotary_tables(positions, self.config.head_dim, self.config.rope_base)
 
     def _tied_head(self, features: jax.Array) -> jax.Array:
-        """As one product of two matrices, like ``Linear``."""
+        """Computes one product of two matrices, like ``Linear``."""
         logits = self.embed.attend(features.reshape(-1, features.shape[-1]))
         return logits.reshape(*features.shape[:-1], -1)
 
     def _through_layers(
         self, tokens: jax.Array, place: Place, kept: Any
     ) -> tuple[jax.Array, Any]:
-        """Features (b, s, d) before the last norm, and the cache's layers."""
+        """Returns features (b, s, d) before the last norm, and the cache's layers."""
 
         def through(x: jax.Array, block: Block, kept: KeysValues | None):
             return block(x, place, kept)

@@ -1,7 +1,7 @@
 """The optimizers to compare, made from one configuration.
 
-All share schedule, clipping and weight decay, and treat the embedding, the head and
-the norms alike: by Adam's moments. Only the rule for the matrices differs.
+All share schedule, clipping and weight decay, and train the embedding, the head and
+the norms by Adam. Only the rule for the matrices differs.
 """
 
 import re
@@ -50,7 +50,7 @@ class _Given(NamedTuple):
 def make_optimizer(
     config: OptimizerConfig, steps: int, param_shardings: Any | None = None
 ) -> optax.GradientTransformation:
-    """The named optimizer behind global-norm clipping, for a run of ``steps``.
+    """Returns the named optimizer after clipping by the global norm, for ``steps``.
 
     With ``param_shardings`` every device orthogonalises its share of the matrices for
     lorapre_muon.
@@ -63,7 +63,7 @@ def make_optimizer(
 
 
 def clip(norm: float) -> optax.GradientTransformation:
-    """By the global norm, which bfloat16 gradients would add up in bfloat16."""
+    """Clips by the global norm, which is summed in float32, unlike optax's."""
     by_norm = optax.clip_by_global_norm(norm)
 
     def update(grads: Any, _: Any) -> Any:
@@ -77,7 +77,7 @@ def clip(norm: float) -> optax.GradientTransformation:
 def schedules(
     config: OptimizerConfig, steps: int
 ) -> tuple[optax.Schedule, optax.Schedule]:
-    """Learning rates of the matrices, and of all else."""
+    """Returns the learning rates of the matrices and of all other leaves."""
     defaults = DEFAULT_RATES[config.name]
     matrices = config.learning_rate or defaults.matrices
     dense = config.dense_learning_rate or defaults.dense
@@ -88,7 +88,7 @@ def schedules(
 
 
 def schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
-    """Linear rise over ``warmup * steps`` steps, then a cosine to a tenth of it."""
+    """Returns a warm-up over ``warmup * steps`` steps, then a cosine to a tenth."""
     rise = round(warmup * steps)
     return optax.warmup_cosine_decay_schedule(
         # The first update counts already: it takes the first stair, not zero.
@@ -105,13 +105,13 @@ def _patterns(config: OptimizerConfig) -> list[str]:
 
 
 def _selection(*patterns: str) -> Any:
-    """The last two axes of each chosen leaf; a leading layer axis is a batch."""
+    """Selects the last two axes of each chosen leaf; an axis of layers is batch."""
     axes = lp.MatrixAxes(rows=-2, columns=-1)
     return lp.select_matrices(include=patterns, axes=axes)
 
 
 def _matching(patterns: list[str], params: Any) -> Any:
-    """Tree of bools: which leaves of ``params`` have a path like that."""
+    """Returns a tree of bools: which leaves of ``params`` have such a path."""
 
     def chosen(path: Any, _: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -121,7 +121,7 @@ def _matching(patterns: list[str], params: Any) -> Any:
 
 
 def _is_matrix(config: OptimizerConfig, params: Any) -> Any:
-    """Which leaves the matrix rule takes."""
+    """Returns which leaves the rule for matrices takes."""
     return _matching(_patterns(config), params)
 
 
@@ -169,7 +169,7 @@ def _lorapre_muon(config: OptimizerConfig, given: _Given) -> Any:
 
 
 def _moments(config: OptimizerConfig, *names: str) -> dict[str, Any]:
-    """None of the arguments, or all of them as the paper has them."""
+    """Returns no arguments, or those of the paper's moments."""
     if config.algorithm == "default":
         return {}
     return dict.fromkeys(names, lp.AlgorithmOne())
@@ -203,9 +203,9 @@ def _galore(config: OptimizerConfig, given: _Given) -> Any:
 
 
 def _with_dense_adam(matrix_rule: Any, config: OptimizerConfig, given: _Given) -> Any:
-    """``matrix_rule`` for the matrices and plain Adam for everything else.
+    """Returns ``matrix_rule`` for the matrices with plain Adam for all other leaves.
 
-    Their own fallbacks are not used: muon's is Nesterov Adam, and galore's holds
+    Their own fallbacks are not used: muon's is Nesterov Adam, and galore's has
     zero-size arrays, which Orbax does not save.
     """
     dense_rule = optax.adam(given.dense_rate, b1=config.b1, b2=config.b2)
@@ -213,7 +213,7 @@ def _with_dense_adam(matrix_rule: Any, config: OptimizerConfig, given: _Given) -
 
 
 def _divided(patterns: list[str], rules: dict[Any, Any]) -> Any:
-    """The first of two rules for the leaves that match, the second for all others."""
+    """Returns the first rule for the leaves that match, the second for all others."""
     inside, outside = rules
 
     def labels(params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One page about a run, for people."""
+"""Writes one page about a run."""
 
 import base64
 import dataclasses
@@ -31,7 +31,7 @@ _STYLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """One page about the run in ``workdir``, for people, and the loss curve on it."""
+    """The page about the run in ``workdir``, with its loss curve."""
 
     workdir: Path
     title: str  # Of the curve.
@@ -47,7 +47,7 @@ class Page:
         return self.workdir / "loss.png"
 
     def write(self, records: Sequence[Record], results: Mapping[str, str]) -> None:
-        """Both files, by the first process.
+        """Writes both files, on the first process.
 
         Args:
           records: The run's log.

@@ -1,4 +1,4 @@
-"""Whether all processes of a job are there: each is connected to the first one.
+"""Notices if a process of a job ends: each is connected to the first one.
 
 The kernel closes the connections of a process that dies, however it dies, and answers
 for one that is merely slow. So an end is noticed at once, and a compilation that takes
@@ -40,9 +40,9 @@ _SECONDS_TO_FINISH = 120
 
 
 class Peers:
-    """The connections to the others, on the first process; on others, to that one.
+    """The first process's connections to all others, or another's to the first.
 
-    Made on all processes of a job at the same time.
+    It must be made on all processes of a job at the same time.
 
     Args:
       host: Of the first process; empty where that is not known.
@@ -77,7 +77,7 @@ class Peers:
             self._end_all(*self._failure)
 
     def code_of_first(self) -> int:
-        """With which the first process, which has failed, ends.
+        """Returns the code with which the first process, which has failed, ends.
 
         It may have a checkpoint to finish before it says so. A process that ended
         before it would be taken for the cause.
@@ -87,7 +87,7 @@ class Peers:
         return self._failure[1]
 
     def leave(self, code: int) -> None:
-        """Say that this process ends with ``code``, and part from the others.
+        """Tells the others that this process ends with ``code``, and disconnects.
 
         Returns only after an end to which all come; else nobody can be waited for.
         """
@@ -150,7 +150,7 @@ class Peers:
         self._is_connected.set()
 
     def _follow(self, connection: socket.socket, lines: TextIO, name: str) -> None:
-        """Until the other process ends, which is called ``name``."""
+        """Waits until the other process, called ``name``, ends."""
         _probe(connection)
         self._connections.append(connection)
         self._is_connected.set()
@@ -193,7 +193,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _shared(value: Any) -> Any:
-    """What the first process has, on all of them."""
+    """Returns the first process's value on all processes."""
     text = json.dumps(value).encode()
     size = np.int32(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     content = np.frombuffer(text.ljust(size)[:size], np.uint8)
@@ -201,7 +201,7 @@ def _shared(value: Any) -> Any:
 
 
 def _listener() -> socket.socket:
-    """On any free port, of all addresses."""
+    """Listens on a free port of all addresses."""
     if socket.has_dualstack_ipv6():
         family = socket.AF_INET6
         return socket.create_server(("", 0), family=family, dualstack_ipv6=True)
@@ -209,7 +209,7 @@ def _listener() -> socket.socket:
 
 
 def _own_addresses() -> list[str]:
-    """As others may know them."""
+    """Returns addresses by which others may know this machine."""
     name = socket.gethostname()
     found = [name]
     with contextlib.suppress(OSError):
@@ -218,7 +218,7 @@ def _own_addresses() -> list[str]:
 
 
 def _probe(connection: socket.socket) -> None:
-    """Let the kernel ask whether the other machine is there while nothing is sent."""
+    """Lets the kernel probe whether the other machine answers while nothing is sent."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _PROBES.items():
         if hasattr(socket, name):  # Not everywhere; there the kernel's own values hold.

@@ -1,4 +1,4 @@
-"""What a run will take, from abstract values alone."""
+"""The plan of a run, from abstract values alone."""
 
 import math
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ def plan(
     devices: int,
     every_leaf: bool = False,
 ) -> str:
-    """Lines for people. Nothing is allocated or compiled.
+    """Returns the plan's lines. Nothing is allocated or compiled.
 
-    Raises ``ValueError`` where the mesh does not divide the rows.
+    Raises ``ValueError`` if the mesh cannot shard the rows evenly.
 
     Args:
       config: The run. With a mesh, it is for that many devices, wherever they are.
@@ -76,7 +76,7 @@ def plan(
 def _per_device(
     model: PureLlama, state: TrainState, mesh: Any, data: DataConfig, micro: int
 ) -> dict[str, int]:
-    """Bytes, of batches in parts of ``micro`` rows."""
+    """Returns bytes on each device, for batches in parts of ``micro`` rows."""
 
     def nbytes(tree: Any, dtype: Any = None) -> int:
         return sum(
@@ -95,11 +95,11 @@ def _per_device(
     }
     if micro < data.batch_size:
         rows["sums of gradients, float32"] = nbytes(state.params, jnp.float32)
-    return rows | {"in all, but for the update's temporaries": sum(rows.values())}
+    return rows | {"total, without the update's temporaries": sum(rows.values())}
 
 
 def _kept_of_a_row(model: PureLlama, params: Any, seq_len: int, parts: int) -> int:
-    """Bytes that the backward pass of one more row takes from the forward pass."""
+    """Returns the bytes that the backward pass needs for one more row."""
 
     def residuals(params: Any, tokens: Any) -> list[jax.Array]:
         loss = lambda params: model.losses(params, tokens, tokens).mean()  # noqa: E731

@@ -1,4 +1,4 @@
-"""A run made ready: where it stands, and its compiled functions."""
+"""Prepares a run: its state and its compiled functions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -55,7 +55,7 @@ def prepare(
     checkpoints: Checkpoints,
     console: Console,
 ) -> Run:
-    """From its last checkpoint, or new."""
+    """Prepares a run from its last checkpoint, or a new one."""
     say(console, *checkpoints.set_aside)
     if checkpoints.latest_step == 0:
         raise RunMismatch(
@@ -132,7 +132,7 @@ def restored(
     abstract: TrainState,
     check_finite: Callable[[int, TrainState], None],
 ) -> TrainState:
-    """Of the last checkpoint; ``DamagedCheckpoint`` where it is not finite."""
+    """Restores the last checkpoint; ``DamagedCheckpoint`` if it is not finite."""
     state, step = checkpoints.restore(abstract), checkpoints.latest_step or 0
     try:
         check_finite(step, state)
@@ -151,7 +151,7 @@ def text_of_run(
     resumed: bool,
     console: Console,
 ) -> Text:
-    """Known to be that of the run, before any of it is tokenised."""
+    """Opens the text, and checks that it is the run's before tokenising it."""
     if resumed:
         record.check_same()  # already before the data is read, which may take long
     text = open_text(data, console)

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees while a run goes on."""
+"""The display of a run."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ from examples.llama.terminal import say
 def opening(
     what: str, vocab_size: int, workdir: Path, start: int, last_step: int
 ) -> list[str]:
-    """What begins, or goes on after ``start`` steps."""
+    """Returns the line about a run that starts, or resumes after ``start`` steps."""
     if start >= last_step:
         return [f"All {start} steps of {workdir} are done already."]
     goes = f"going on after step {start} of" if start else "new run in"
@@ -30,7 +30,7 @@ def opening(
 def extension(
     optimizer: OptimizerConfig, steps: int, extend_to: int | None
 ) -> list[str]:
-    """How a run of ``steps`` goes on, where it does."""
+    """Returns the line about a run that is extended, if it is."""
     if extend_to is None:
         return []
     rate, _ = schedules(optimizer, steps)
@@ -41,7 +41,7 @@ def extension(
 
 
 def untraced(profile: str | None, start: int) -> list[str]:
-    """Whether steps that were to be traced come before those that are left."""
+    """Returns a line if steps to trace are done already."""
     if profile is None or parse_steps(profile)[0] > start:
         return []
     return [

@@ -19,7 +19,7 @@ Params = dict[str, Any]
 class PureLlama:
     """The model as pure functions over a plain nested dict of arrays.
 
-    On a ``mesh`` they are for tracing alone, and divide activations as ``layout`` says.
+    On a ``mesh`` they must be traced, and shard activations as ``layout`` says.
     """
 
     def __init__(
@@ -35,30 +35,30 @@ class PureLlama:
         self._graph = nnx.graphdef(abstract)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters; ``jax.eval_shape`` of it gives shapes alone."""
+        """Returns fresh parameters, or their shapes under ``jax.eval_shape``."""
         return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=key))))
 
     def apply(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """Logits (b, s, v) float32 of ``tokens`` (b, s)."""
+        """Returns logits (b, s, v) float32 of ``tokens`` (b, s)."""
         with layout.use(self.mesh):
             return nnx.merge(self._graph, params)(tokens)
 
     def empty_cache(self, begin: jax.Array, slots: int) -> Cache:
-        """For rows of at most ``slots`` tokens, which begin in slots ``begin`` (b,)."""
+        """Returns a cache for rows that begin in slots ``begin`` (b,)."""
         with layout.use(self.mesh):
             return Cache.empty(self._config, begin, slots)
 
     def extend(
         self, params: Params, tokens: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Logits (b, v) float32 after ``tokens`` (b, s), which follow the cache's."""
+        """Returns logits (b, v) after ``tokens`` (b, s), which follow the cache's."""
         with layout.use(self.mesh):
             return nnx.merge(self._graph, params).extend(tokens, cache)
 
     def losses(self, params: Params, inputs: Any, targets: Any) -> jax.Array:
-        """Cross-entropy in nats of each target, (b, s) float32; tokens (b, s) int32.
+        """Returns the cross-entropy in nats of each target, (b, s) float32.
 
-        Only ``loss_chunk`` positions of each row have their logits in memory at once;
+        The logits of only ``loss_chunk`` positions of each row are in memory at once;
         the backward pass computes them again.
         """
         return self.penalised_losses(params, inputs, targets, 0.0)[0]
@@ -66,10 +66,10 @@ class PureLlama:
     def penalised_losses(
         self, params: Params, inputs: Any, targets: Any, z_loss: float
     ) -> tuple[jax.Array, jax.Array]:
-        """The same, with and without ``z_loss`` times a penalty.
+        """Returns the losses with and without ``z_loss`` times a penalty.
 
-        That is the squared log of the softmax's denominator, which it keeps near one
-        (PaLM, arXiv 2204.02311, section 5).
+        The penalty is the squared log of the softmax's denominator, which it keeps near
+        one (PaLM, arXiv 2204.02311, section 5).
         """
         with layout.use(self.mesh):
             model = nnx.merge(self._graph, params)

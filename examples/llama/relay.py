@@ -1,4 +1,4 @@
-"""A way to JAX's coordinator that stays open when the coordinator is gone.
+"""A connection to JAX's coordinator that stays open if the coordinator ends.
 
 JAX's runtime watches its connection to the first process. When that closes, it aborts
 with a trace a millisecond later, which `Peers` would have to outrun. So the connection
@@ -17,7 +17,7 @@ _SECONDS_TO_CONNECT = 300
 
 
 def relay(address: str) -> str:
-    """What to call instead of ``address``, host:port."""
+    """Starts a relay; returns the address to use instead of ``address``, host:port."""
     host, _, port = address.rpartition(":")
     listener = socket.create_server(("127.0.0.1", 0))
     in_background(_accept, listener, (host.strip("[]"), int(port)))
@@ -25,7 +25,7 @@ def relay(address: str) -> str:
 
 
 def in_background(work: Callable[..., None], *args: Any) -> threading.Thread:
-    """Until the process ends."""
+    """Runs work in a thread until the process ends."""
     thread = threading.Thread(target=work, args=args, daemon=True)
     thread.start()
     return thread

@@ -1,4 +1,4 @@
-"""From a step's metrics to the log and the display, without making the device wait."""
+"""Writes metrics to log and display without making the device wait."""
 
 import time
 from collections import deque
@@ -36,7 +36,7 @@ class Reporter:
         self._held_back: dict[str, Any] = {}
 
     def trained(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take in the metrics of ``step``, write those of the step before.
+        """Takes the metrics of ``step``, and writes those of the step before.
 
         Raises ``NotFinite`` if the run must not go on after those; so does ``flush``.
         """
@@ -44,7 +44,7 @@ class Reporter:
         self._write(before)
 
     def evaluated(self, step: int, held_out_loss: float) -> None:
-        """Add the held-out loss (nats per token) to the record of ``step``."""
+        """Adds the held-out loss (nats per token) to the record of ``step``."""
         self._held_back |= {
             "step": step,
             "held_out_loss": held_out_loss,
@@ -53,7 +53,7 @@ class Reporter:
         self._stopwatch.pause()
 
     def flush(self) -> None:
-        """Write what is held back, as before a checkpoint or at the end."""
+        """Writes the last step's metrics, before a checkpoint or at the end."""
         before, self._held_back = self._held_back, {}
         self._write(before)
         self._log.sync()
@@ -77,21 +77,21 @@ class Reporter:
 
 
 class Speed(NamedTuple):
-    """A second's worth."""
+    """The speed of training, per second."""
 
     steps: float
     tokens: float
 
 
 class Stopwatch:
-    """Speed over the last steps, without the pauses between them."""
+    """Measures speed over the last steps, without the pauses between them."""
 
     def __init__(self, window: int = 20) -> None:
         self._laps: deque[tuple[float, float]] = deque(maxlen=window)
         self._last: float | None = None
 
     def step_done(self, tokens: float) -> Speed | None:
-        """None as long as no step has been timed from end to end."""
+        """Returns the speed; None before a whole step was timed."""
         now = time.perf_counter()
         if self._last is not None:
             self._laps.append((now - self._last, tokens))
@@ -102,5 +102,5 @@ class Stopwatch:
         return Speed(len(self._laps) / seconds, tokens / seconds)
 
     def pause(self) -> None:
-        """Leave out what lies before the next step: evaluating, saving, compiling."""
+        """Excludes the time until the next step: evaluating, saving, compiling."""
         self._last = None

@@ -1,4 +1,4 @@
-"""Which run lives in a folder: ``config.yaml``, its settings, and ``data.json``."""
+"""The record of a run in its folder: ``config.yaml`` and ``data.json``."""
 
 import dataclasses
 import json
@@ -32,21 +32,21 @@ _KINDS: dict[str, Any] = {
 
 
 class RunMismatch(ValueError):
-    """The folder holds a run with other settings or other data."""
+    """The folder has a run with other settings or other data."""
 
 
 class DamagedRecord(ValueError):
-    """A file about the run is not as it was written; the message names it."""
+    """A file of the record is damaged; the message names it."""
 
 
 class RunRecord(NamedTuple):
-    """What one would record of a run in ``workdir``."""
+    """The record of a run in ``workdir``."""
 
     workdir: Path
     settings: Mapping[str, Any]  # All of them, in groups, as JSON has them.
 
     def check_same(self, data: Mapping[str, Any] | None = None) -> None:
-        """Raise ``RunMismatch`` unless these settings go on with the run that is there.
+        """Raises ``RunMismatch`` unless these settings can resume the run there.
 
         Without ``data`` only the settings are compared, which needs no data.
         """
@@ -69,7 +69,7 @@ class RunRecord(NamedTuple):
             )
 
     def require_own(self) -> None:
-        """Raise ``RunMismatch`` where a new run would take away files of others.
+        """Raises ``RunMismatch`` if a new run would remove files that are not a run's.
 
         It removes the tokenizer of a run that never got anywhere. Where no run has
         been, as in a Hugging Face folder, that is somebody else's.
@@ -82,7 +82,7 @@ class RunRecord(NamedTuple):
             )
 
     def write(self, data: Mapping[str, Any]) -> None:
-        """Write what later runs are compared with.
+        """Writes the record that later runs are compared with.
 
         Args:
           data: What tells its data from others, JSON values by name.
@@ -99,16 +99,16 @@ class RunRecord(NamedTuple):
 
 
 def record_weights(workdir: Path, model: ModelConfig, data: Mapping[str, Any]) -> None:
-    """The same for imported weights, which have a model but no settings of a run."""
+    """Records imported weights, which have a model but no settings of a run."""
     files.write(workdir / _SETTINGS, file.dump({"model": as_groups(model)}))
     files.write(workdir / _DATA, json.dumps(data, indent=2) + "\n")
 
 
 def settings_of(workdir: Path) -> dict[str, Any]:
-    """In groups, that of the model complete.
+    """Returns the settings in groups, with that of the model complete.
 
-    Raises ``RunMismatch`` where no run lives there, ``DamagedRecord`` where it is not
-    known any more which.
+    Raises ``RunMismatch`` if there is no run, and ``DamagedRecord`` if it is not
+    known which run it is.
     """
     path = _existing(workdir, _SETTINGS)
     try:
@@ -123,7 +123,7 @@ def settings_of(workdir: Path) -> dict[str, Any]:
 
 
 def model_of(workdir: Path) -> ModelConfig:
-    """Raises as ``settings_of`` does."""
+    """Returns the model; raises as ``settings_of`` does."""
     groups = settings_of(workdir)
     try:
         values = typed(Config, {"model": groups["model"]})
@@ -135,7 +135,7 @@ def model_of(workdir: Path) -> ModelConfig:
 
 
 def defaults_of(folder: Path) -> dict[str, Any]:
-    """Settings that the parameters there ask for, by their dotted names."""
+    """Returns the settings that the parameters there need, by their dotted names."""
     values = flat({"model": dataclasses.asdict(model_of(folder))})
     tokenizer = saved_file(folder)
     if tokenizer is not None:
@@ -145,7 +145,7 @@ def defaults_of(folder: Path) -> dict[str, Any]:
 
 
 def config_of(workdir: Path) -> Config:
-    """The settings of a run, its tokenizer the one that it has kept.
+    """Returns the settings of a run, with the tokenizer that it has saved.
 
     Of imported weights, the default settings with their model and tokenizer. Raises as
     ``settings_of`` does, and ``ValueError`` for settings that no run can have.
@@ -161,7 +161,7 @@ def config_of(workdir: Path) -> Config:
 
 
 def data_of(workdir: Path) -> dict[str, Any]:
-    """What ``RunRecord.write`` was given. Raises as ``settings_of`` does."""
+    """Returns what ``RunRecord.write`` was given; raises as ``settings_of`` does."""
     path = _existing(workdir, _DATA)
     try:
         data = files.read_json(path)

@@ -21,7 +21,7 @@ from examples.llama.pure import PureLlama
 
 
 class Skipped(NamedTuple):
-    """Steps that were not applied, for something in them was not finite."""
+    """Counts of steps that were not applied because something was not finite."""
 
     in_a_row: jax.Array  # () int32, up to the last step
     in_all: jax.Array  # () int32
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 def begun(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Before the first step."""
+    """Returns the state before the first step."""
     zero, in_a_row, in_all = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(params, tx.init(params), zero, Skipped(in_a_row, in_all))
 
@@ -51,7 +51,7 @@ def init_state(
 def state_from(
     params: Any, tx: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """A new state around ``params``, in the dtypes and places of ``abstract``."""
+    """Returns a new state for ``params``, with dtypes and shardings of ``abstract``."""
     dtypes = jax.tree.map(lambda x: x.dtype, abstract.params)
 
     def begin(params: Any) -> TrainState:
@@ -65,7 +65,7 @@ def state_from(
 def abstract_state(
     model: PureLlama, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state on ``mesh``."""
+    """Returns shapes, dtypes and shardings of the state on ``mesh``."""
 
     def place(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(
@@ -89,7 +89,7 @@ def assemble(
     steps: int,
     mesh: Mesh | AbstractMesh,
 ) -> tuple[optax.GradientTransformation, TrainState]:
-    """The optimizer of a run of ``steps``, and its abstract state on ``mesh``."""
+    """Returns the optimizer of a run of ``steps``, and the abstract state."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = layout.param_shardings(mesh, shapes)
     tx = make_optimizer(optimizer, steps, shardings)
@@ -99,7 +99,7 @@ def assemble(
 def sum_and_count(
     model: PureLlama, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss in nats summed over the targets that count, and how many they are."""
+    """Returns the loss in nats summed over the targets that count, and their number."""
     losses = model.losses(params, batch.inputs, batch.targets)
     return jnp.sum(losses * batch.mask), jnp.sum(batch.mask)
 
@@ -111,7 +111,7 @@ def make_train_step(
     logged: Mapping[str, optax.Schedule] | None = None,
     skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """``step(state, batch) -> (state, metrics)``.
+    """Returns ``step(state, batch) -> (state, metrics)``.
 
     The new state is sharded as ``abstract`` says. The given one is donated: its memory
     becomes that of the new one. Metrics also have the values of schedules to be
@@ -153,7 +153,7 @@ def make_train_step(
 def _unless_nonfinite(
     new: TrainState, old: TrainState, metrics: Mapping[str, jax.Array]
 ) -> TrainState:
-    """``new``, or ``old`` with one step more that was skipped."""
+    """Returns ``new``, or ``old`` with one more skipped step."""
     good = all_finite((metrics["train_loss"], metrics["grad_norm"], *new[:2]))
     params, opt_state = jax.tree.map(
         lambda x, y: jnp.where(good, x, y), new[:2], old[:2]
@@ -167,7 +167,7 @@ def _unless_nonfinite(
 def make_diagnosis(
     loss_and_grads: LossAndGrads, replicated: Sharding
 ) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
-    """``diagnose(state, batch) -> numbers``, from the state that a step starts from.
+    """Returns ``diagnose(state, batch) -> numbers``, for the state before a step.
 
     The gradients are computed once more, so that the training step is the same program
     whether or not anyone looks. Of stacked layers it is the mean, of the condition the
@@ -193,7 +193,7 @@ def make_evaluation(
     batches: Sequence[Batch],
     replicated: Sharding | None = None,
 ) -> Callable[[Any], float]:
-    """``evaluate(params)``: the exact mean loss in nats over all tokens of ``batches``.
+    """Returns ``evaluate(params)``, the exact mean loss over all tokens of ``batches``.
 
     Sums are added up in float64 and divided once by the number of real tokens;
     averaging the batches' means would give a short last batch too much weight.

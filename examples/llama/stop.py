@@ -1,6 +1,6 @@
-"""Reasons to save and stop before the end: SIGTERM, or the time that was given.
+"""Reasons to save and stop early: SIGTERM, or the time limit.
 
-Several processes hear of it by JAX's own preemption service. A single one has none: it
+Several processes learn of it by JAX's preemption service. A single one has none: it
 needs `jax.distributed`.
 """
 
@@ -18,7 +18,7 @@ from examples.llama import hosts
 
 
 class Stopped(Exception):
-    """The run saved and stopped, as it was asked to.
+    """The run saved and stopped because it was told to.
 
     Attributes:
       in_time: Whether it was for the time limit, not a signal from outside.
@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM came where there is nothing to save; as Ctrl-C, it is no `Exception`."""
+    """SIGTERM came when there was nothing to save; like Ctrl-C, not an `Exception`."""
 
     signum = signal.SIGTERM
 
@@ -41,9 +41,9 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Within it, but not within a `StopRequest`, SIGTERM raises ``Terminated``.
+    """A context in which SIGTERM raises ``Terminated``, except in a `StopRequest`.
 
-    By itself it would end the process without a word, and leave the run's lock.
+    By default it would end the process silently, and leave the run's lock.
     """
 
     def receive(*_: Any) -> None:
@@ -57,7 +57,7 @@ def terminable() -> Iterator[None]:
 
 
 class StopRequest:
-    """Within it, SIGTERM only makes ``received`` true, and so does the time limit.
+    """A context in which SIGTERM or the time limit only make ``received`` true.
 
     A scheduler sends SIGTERM before it takes the machine away. At the time limit, the
     first of several processes sends it to itself: so there is one way for all hosts to
@@ -82,7 +82,7 @@ class StopRequest:
             self._timer.daemon = True
 
     def received(self, step: int) -> bool:
-        """Of several processes, all hear of it at the same step."""
+        """Whether to stop; several processes learn of it at the same step."""
         if jax.process_count() > 1 and not self._received:
             # JAX's own runtime has caught the signal, on whatever host it came.
             self._received = multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,4 @@
-"""Text on the terminal as it is, whatever is in it."""
+"""Prints text on the terminal as it is, without markup."""
 
 from typing import NoReturn
 
@@ -6,9 +6,9 @@ from rich.console import Console
 
 
 class Terminal(Console):
-    """Raises ``BrokenPipeError`` where what reads the output is gone.
+    """Raises ``BrokenPipeError`` if the reader of the output has ended.
 
-    Rich would end the process there, with the code of bad data.
+    Rich would end the process with the exit code of bad data.
     """
 
     def on_broken_pipe(self) -> NoReturn:
@@ -16,6 +16,6 @@ class Terminal(Console):
 
 
 def say(console: Console, *lines: str) -> None:
-    """Each on a line of its own; brackets and colons have no meaning in them."""
+    """Prints each text on its own line; brackets and colons are not markup."""
     for line in lines:
         console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

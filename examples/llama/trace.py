@@ -1,4 +1,4 @@
-"""A profile of chosen steps."""
+"""Profiles chosen steps."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from examples.llama.config import parse_steps
 
 
 class Trace:
-    """Within it, writes what the devices do in `steps` ("10:13") below `folder`.
+    """A context that writes a trace of `steps` ("10:13") below `folder`.
 
-    For XProf, TensorBoard's profile plugin or Perfetto. Without `steps`, nothing.
+    XProf, TensorBoard's profile plugin and Perfetto read it. No `steps`, no trace.
     """
 
     def __init__(self, steps: str | None, folder: Path):
@@ -20,7 +20,7 @@ class Trace:
         self._running = False
 
     def before(self, step: int, state: Any) -> None:
-        """Each step; the devices finish `state` where the trace begins or ends."""
+        """Call this before each step; waits for `state` if the trace begins or ends."""
         if self._running != (step in self._steps):
             jax.block_until_ready(state)
             self._switch()

@@ -1,4 +1,4 @@
-"""A whole run: new, or gone on with from its last checkpoint."""
+"""A whole run, new or resumed from its last checkpoint."""
 
 import contextlib
 import time
@@ -26,7 +26,7 @@ from examples.llama.trace import Trace
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run has to say."""
+    """The results of a finished run."""
 
     held_out_loss: float  # nats per token
     held_out_perplexity: float
@@ -38,7 +38,7 @@ class Result:
     already_finished: bool
 
     def lines(self) -> dict[str, str]:
-        """For people, by name."""
+        """Returns the results as text, by name."""
         return {
             "held-out loss": f"{self.held_out_loss:.4f} nats per token",
             "perplexity": f"{self.held_out_perplexity:.3f}",
@@ -51,7 +51,7 @@ class Result:
 
 
 def train(config: Config, console: Console | None = None) -> Result:
-    """Train until ``config.last_step``; what was done in ``workdir`` is not redone."""
+    """Trains until ``config.last_step``, or resumes the run in ``workdir``."""
     started = time.monotonic()
     console = (console or Console()) if hosts.is_first() else Console(quiet=True)
     # What the devices do not allow is refused before anything is done.
@@ -119,14 +119,14 @@ def train(config: Config, console: Console | None = None) -> Result:
 
 
 def seconds_left(minutes: float | None, started: float) -> float | None:
-    """Of the time limit, which also counts what comes before the first step."""
+    """Returns what remains of the time limit, which includes preparation."""
     if minutes is None:
         return None
     return 60 * minutes - (time.monotonic() - started)
 
 
 class Due(NamedTuple):
-    """At which steps something is done besides training.
+    """The steps at which something is done besides training.
 
     (clu.periodic_actions imports TensorFlow, by way of its metric writers.)
     """
@@ -158,9 +158,9 @@ def run_steps(
     stop: StopRequest,
     trace: Trace,
 ) -> None:
-    """To the end, or until ``stop``; then raise ``Stopped``.
+    """Runs to the end, or until ``stop``; then raises ``Stopped``.
 
-    Raises ``NotFinite`` where the run has diverged.
+    Raises ``NotFinite`` if the run has diverged.
     """
     state = run.state
     factored = any(leaf.is_factored for leaf in run.memory.leaves)

@@ -1,4 +1,4 @@
-"""What one does with a model that is there: measure it, and let it write."""
+"""Evaluates a trained model, and generates text with it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 def evaluate(
     workdir: Path, other: Mapping[str, Any], mesh: str | None, console: Console
 ) -> Measured:
-    """The loss of each token of the held-out text, from those before it in its row.
+    """Measures the loss of the tokens of the held-out text.
 
     Args:
       workdir: Of the run.
@@ -69,7 +69,7 @@ def go_on(
     sampling: Sampling,
     seed: int,
 ) -> list[tuple[str, str]]:
-    """Each prompt, and what the model has to say after it; without one, a new text."""
+    """Yields each prompt with the generated text; without a prompt, a new text."""
     weights = load_params(workdir)
     tokenizer = weights.tokenizer()
     ends = weights.stops or (tokenizer.end_of_text,)
@@ -98,7 +98,7 @@ def go_on(
 def continuation(
     tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int] | np.ndarray
 ) -> str:
-    """The text of ``after`` where it stands.
+    """Returns the text of ``after`` in its context.
 
     Alone it might lose the space that it begins with, as SentencePiece takes that one
     for its own.

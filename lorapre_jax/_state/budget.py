@@ -77,7 +77,7 @@ def rank_for_budget(
     if not factored:
         raise ValueError(
             "rank_for_budget: no leaf is factored, so there is no rank to choose. "
-            f"Dense are {_largest(least.leaves)}."
+            f"These leaves are dense: {_largest(least.leaves)}."
         )
     if least.total_bytes > nbytes:
         raise ValueError(_too_little(nbytes, least))
@@ -100,11 +100,12 @@ def _too_little(nbytes: int, least: Report) -> str:
         f"rank_for_budget: the budget is {nbytes:,} bytes, but at rank one the state "
         f"takes {least.total_bytes:,}, {in_dense:,} of them for dense leaves"
     )
-    return f"{text}: {_largest(dense)}." if dense else f"{text}."
+    named = f": {_largest(dense)}" if dense else ""
+    return f"{text}{named}. Raise the budget, or factor more leaves."
 
 
 def _largest(leaves: Iterable[LeafReport], most: int = 4) -> str:
     by_size = sorted(leaves, key=lambda leaf: -leaf.nbytes)
-    rest = f" and {len(by_size) - most} more" if len(by_size) > most else ""
+    more = f" and {len(by_size) - most} more" if len(by_size) > most else ""
     named = (f"'{x.path}' ({x.nbytes:,}; {x.why_dense})" for x in by_size[:most])
-    return ", ".join(named) + rest
+    return ", ".join(named) + more

@@ -1,25 +1,17 @@
 """Carries the moments of a running optimizer over into the state of another."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from lorapre_jax._leaves.fit import check_all_fit
-from lorapre_jax._leaves.moments import (
-    StoredMoment,
-    replace_moment,
-    stored_moments,
-)
-from lorapre_jax._leaves.plan import has_plan
-from lorapre_jax._moments.factors import open_boxes
-from lorapre_jax._moments.methods import Dense
+from lorapre_jax._leaves.moments import replace_moment
+from lorapre_jax._state.held_moments import holds_moments, moment_fields, moments_in
+from lorapre_jax._state.old_state import OldState, read_old_state
 from lorapre_jax._state.translate import Moment, forget_programs, translated
-from lorapre_jax._trees.boxes import unboxed
 from lorapre_jax._trees.paths import named_leaves
 from lorapre_jax._trees.sharding import known_sharding, replicated
 
@@ -107,136 +99,30 @@ def convert_state(
     """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, params))):
         raise TypeError("convert_state cannot be traced: call it outside jit and vmap.")
-    check_all_fit(state)
-    # NumPy's arrays, as Flax's `from_bytes` returns them, are on no device.
-    state = jax.tree.map(
-        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, state
-    )
-    nodes = named_leaves(state, is_leaf=_keeps_moments)
-    old = _Old({}, dict(nodes), {"first": b1, "second": b2})
-    for node in (node for _, node in nodes if _keeps_moments(node)):
-        for moment in _moments(node).values():
-            if (moment.path, moment.order) in old.moments:
-                raise ValueError(
-                    f"Leaf '{moment.path}': the state keeps two {moment.order} "
-                    "moments. Convert the parts of the chain one by one."
-                )
-            old.moments[moment.path, moment.order] = moment
-    for moment in old.moments.values():
-        if jnp.shape(moment.count) != ():
-            raise ValueError(
-                f"Leaf '{moment.path}': the state's count has shape "
-                f"{jnp.shape(moment.count)}, as under `vmap`. Convert one at a time."
-            )
-    counts = {int(moment.count): moment.path for moment in old.moments.values()}
-    if len(counts) > 1:
-        steps = (f"'{path}' {count}" for count, path in sorted(counts.items()))
-        raise ValueError(
-            "Parts of the state have taken different numbers of steps: leaf "
-            f"{', '.join(steps)}. Convert them one by one."
-        )
+    old = read_old_state(state)
     fresh = new_tx.init(params)
-    _report_new(fresh, old)
-    everywhere = replicated(filter(None, map(known_sharding, jax.tree.leaves(params))))
+    _warn_of_new_leaves(fresh, old)
+    decays = {"first": b1, "second": b2}
     try:
         carried = [
-            _filled(node, old) if _keeps_moments(node) else old.same(name, node)
-            for name, node in named_leaves(fresh, is_leaf=_keeps_moments)
+            _filled(node, old, decays)
+            if holds_moments(node)
+            else old.counterpart(name, node)
+            for name, node in named_leaves(fresh, is_leaf=holds_moments)
         ]
     finally:
         forget_programs()
-    structure = jax.tree.structure(fresh, is_leaf=_keeps_moments)
+    structure = jax.tree.structure(fresh, is_leaf=holds_moments)
     whole = jax.tree.unflatten(structure, carried)
     # Fresh buffers, so that both states can be donated.
+    everywhere = replicated(filter(None, map(known_sharding, jax.tree.leaves(params))))
     return jax.tree.map(lambda x, like: _placed(x, like, everywhere), whole, fresh)
 
 
-_ADAM = (("mu", "first"), ("nu", "second"))
-_OPTAX = {
-    optax.ScaleByAdamState: _ADAM,
-    optax.ScaleByAmsgradState: _ADAM,
-    optax.EmaState: (("ema", "first"),),
-    optax.contrib.MuonState: (("mu", "first"),),
-}
-"""Which fields of optax's states hold moments, all of them dense."""
-
-
-def _keeps_moments(node: Any) -> bool:
-    return type(node) in _OPTAX or has_plan(node)
-
-
-def _stored(node: Any) -> list[StoredMoment]:
-    """Returns the moments of one transform's state."""
-    if has_plan(node):
-        return stored_moments(node)
-    return [
-        StoredMoment(name, order, i, getattr(node, name), {})
-        for i, (name, order) in enumerate(_OPTAX[type(node)])
-    ]
-
-
-def _moments(node: Any) -> dict[tuple[str, str], Moment]:
-    """Returns every moment that one transform's state keeps, by field and leaf path."""
-    plans = {leaf.path: leaf for leaf in node.plan.leaves} if has_plan(node) else {}
-    found: dict[tuple[str, str], Moment] = {}
-    firsts: dict[str, Any] = {}
-    for name, order, index, dense, factors in _stored(node):
-        by_path = dict(named_leaves(dense))
-        by_path |= {path: open_boxes(x) for path, x in factors.items()}
-        for path, value in by_path.items():
-            method, view = Dense(), None
-            if path in factors:
-                method, view = plans[path].methods[index], plans[path].view
-            moment = Moment(path, order, method, value, view, unboxed(node.count))
-            found[name, path] = moment._replace(first=firsts.get(path))
-        firsts = {path: found[name, path].value for path in by_path}
-    return found
-
-
-class _Old(NamedTuple):
-    """What is known of the old state."""
-
-    moments: dict[tuple[str, str], Moment]
-    others: dict[str, Any]  # All nodes of the old state, by path.
-    decays: dict[str, float | None]
-
-    def same(self, name: str, fresh: Any) -> Any:
-        """Returns the array in the same place of the old state."""
-        keys = name.split("/")
-        if "hyperparams" in keys:
-            return fresh
-        found = self.others.get(name)
-        if found is None and keys[-1] == "count" and self.moments:
-            found = self.count  # The count of a schedule, elsewhere in the chain.
-        if found is None or jnp.shape(found) != jnp.shape(fresh):
-            raise ValueError(
-                f"The new state has '{name}' of shape {jnp.shape(fresh)}, and the old "
-                "one nothing like it there. Convert the parts of the chain one by one, "
-                "what is inside of a wrapper apart from it."
-            )
-        return found
-
-    @property
-    def paths(self) -> set[str]:
-        """Paths of the leaves that it keeps moments of."""
-        return {path for path, _ in self.moments}
-
-    @property
-    def maxima(self) -> dict[str, Any]:
-        """The maxima of AMSGrad, by leaf path."""
-        nodes = self.others.values()
-        states = [x for x in nodes if isinstance(x, optax.ScaleByAmsgradState)]
-        return {path: x for node in states for path, x in named_leaves(node.nu_max)}
-
-    @property
-    def count(self) -> Any:
-        return next(iter(self.moments.values())).count
-
-
-def _report_new(fresh: Any, old: _Old) -> None:
-    """Warns of leaves that the old state does not know, such as frozen ones."""
-    nodes = filter(_keeps_moments, jax.tree.leaves(fresh, is_leaf=_keeps_moments))
-    moments = [moment for node in nodes for moment in _moments(node).values()]
+def _warn_of_new_leaves(fresh: Any, old: OldState) -> None:
+    """Warns of leaves that the old state has no moments of, such as frozen ones."""
+    nodes = filter(holds_moments, jax.tree.leaves(fresh, is_leaf=holds_moments))
+    moments = [moment for node in nodes for moment in moments_in(node).values()]
     wanted = dict.fromkeys(moment.path for moment in moments if not moment.is_empty)
     known = old.paths
     new = [path for path in wanted if path not in known]
@@ -244,15 +130,19 @@ def _report_new(fresh: Any, old: _Old) -> None:
         return
     if len(new) == len(wanted):
         raise ValueError(
-            f"Leaf '{new[0]}': the old state keeps no moment of it, nor of any other "
-            "leaf of the new one. Start from new_tx.init(params), or pass the state "
+            f"Leaf '{new[0]}': the old state has no moment of it, nor of any other "
+            "leaf of the new state. Start from new_tx.init(params), or pass the state "
             "that belongs to these parameters."
         )
     gone = sorted(known - wanted.keys())
-    dropped = f" It keeps those of {_listed(gone)}, which no leaf has." if gone else ""
+    renamed = (
+        " Leaves are matched by path; the old state's moments of "
+        f"{_listed(gone)} match no leaf."
+    )
     warnings.warn(
-        f"convert_state: the old state keeps no moments of {_listed(new)}. Theirs "
-        f"start from zero, as if their gradients had been zero so far.{dropped}",
+        f"convert_state: the old state has no moments of {_listed(new)}. The new ones "
+        "start from zero, as if all gradients of these leaves had been zero so far."
+        f"{renamed if gone else ''}",
         stacklevel=3,
     )
 
@@ -261,14 +151,14 @@ def _listed(paths: list[str]) -> str:
     return ", ".join(f"'{path}'" for path in paths)
 
 
-def _filled(node: Any, old: _Old) -> Any:
+def _filled(node: Any, old: OldState, decays: dict[str, float | None]) -> Any:
     """Returns a fresh state with the moments and the count of the old one."""
     values: dict[tuple[str, str], Any] = {}
     firsts: dict[str, Any] = {}
-    for (name, path), moment in _moments(node).items():
+    for (name, path), moment in moments_in(node).items():
         if moment.order == "second":
             moment = moment._replace(first=firsts[path])
-        values[name, path] = _carried(moment, old)
+        values[name, path] = _carried(moment, old, decays[moment.order])
         if moment.order == "first":
             firsts[path] = values[name, path]
     filled = node._replace(count=old.count) if old.moments else node
@@ -277,7 +167,7 @@ def _filled(node: Any, old: _Old) -> Any:
         kept = [known.get(path, x) for path, x in named_leaves(node.nu_max)]
         structure = jax.tree.structure(node.nu_max)
         filled = filled._replace(nu_max=jax.tree.unflatten(structure, kept))
-    for name, _, _, dense, factors in _stored(node):
+    for name, _, _, dense, factors in moment_fields(node):
         kept = [values[name, path] for path, _ in named_leaves(dense)]
         filled = replace_moment(
             filled,
@@ -288,17 +178,18 @@ def _filled(node: Any, old: _Old) -> Any:
     return filled
 
 
-def _carried(moment: Moment, old: _Old) -> Any:
+def _carried(moment: Moment, old: OldState, decay: float | None) -> Any:
     """Returns the value of a moment in the new state; a new leaf keeps its zeros."""
     source = old.moments.get((moment.path, moment.order))
     if moment.is_empty:
         return moment.value
     if source is not None:
-        return translated(source, moment, old.decays[moment.order])
+        return translated(source, moment, decay)
     if moment.path in old.paths:
         raise ValueError(
-            f"Leaf '{moment.path}': the old state keeps no {moment.order} moment of "
-            "it. Start from new_tx.init(params), or take a transform that needs none."
+            f"Leaf '{moment.path}': the old state has no {moment.order} moment of it, "
+            "and the new one needs it. Start from new_tx.init(params), or convert to a "
+            f"transform without a {moment.order} moment."
         )
     return moment.value
 

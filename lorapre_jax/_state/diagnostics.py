@@ -46,26 +46,27 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
     .. math::
       1 - \|(I - P)\, G\, (I - Q)\|_F^2 \,/\, \|G\|_F^2
 
-    Small changes of B and A change `B A` by `dB A + B dA`, which cannot reach `(I - P)
-    G (I
-    - Q)`: to first order in `1 - b`, no rule puts that into the factors. So pass the
-      state from *before* the step with this gradient. A target unrelated to the factors
-      has about `1 - (1 - r/p)(1 - r/q)`, to compare with. The scale of the gradient,
-      which clipping changes, does not matter. 0 if the gradient is zero, or if both
-      factors are, as before the first step.
+    Small changes of B and A change `B A` by `dB A + B dA`, which cannot reach
+    `(I - P) G (I - Q)`. To first order in `1 - b`, no rule puts that part into the
+    factors. Pass the state from *before* the step with this gradient, which has not
+    taken it up yet. For comparison, a target unrelated to the factors has about
+    `1 - (1 - r/p)(1 - r/q)`. The scale of the gradient, which clipping changes, does
+    not matter. The share is 0 if the gradient is zero, or if both factors are, as
+    before the first step.
 
     `effective_rank` is `exp(-sum_k x_k log x_k)`, with `x_k` the k-th squared singular
     value of `B A` over the sum of all: how many directions hold the moment's energy,
-    between 1 and r. (Roy and Vetterli do not square the singular values.) 0 if `B A` is
-    zero.
+    between 1 and r. (Roy and Vetterli do not square the singular values.) It is 0 if
+    `B A` is zero.
 
     `condition` is the largest singular value of `B A` over the r-th. It is infinite if
     the r-th is lost in rounding (below r machine epsilons of the largest) or if `B A`
     is zero.
 
-    Nothing of size `(p, q)` is formed, except `|G|`. The cost is `4 p q r + 16 r^2 (p +
-    q)` multiplications and additions per moment and matrix, less than that of an
-    update. It works under jit, vmap and `jax.eval_shape`, and on sharded states.
+    Nothing of size `(p, q)` is formed, except `|G|`. The cost is
+    `4 p q r + 16 r^2 (p + q)` multiplications and additions per moment and matrix,
+    which is less than that of an update. It works under jit, vmap and `jax.eval_shape`,
+    and on sharded states.
 
     Args:
       state: The state of any optax transform that contains one of this library's,
@@ -110,14 +111,15 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
             of_leaf = found.setdefault(leaf.path, {})
             if moment.name in of_leaf:
                 raise ValueError(
-                    f"Leaf '{leaf.path}': two states keep '{moment.name}' as factors, "
-                    "and both cannot follow one gradient. Pass them one by one."
+                    f"Leaf '{leaf.path}': the states of two transforms have factors of "
+                    f"'{moment.name}'. Pass these states to `diagnostics` one by one, "
+                    "each with the gradients that its transform gets."
                 )
             g = jnp.asarray(by_path[leaf.path])
             of_leaf[moment.name] = _of_leaf(leaf, pair, g, moment.order == "second")
     if not found:
         raise ValueError(
-            "The optimizer state keeps no moment as a pair of factors, so there is "
+            "The optimizer state has no moment that is a pair of factors, so there is "
             "nothing to diagnose. `describe` says why each leaf is dense."
         )
     return found
@@ -145,7 +147,8 @@ def _check_gradient(leaf: LeafPlan, by_path: dict[str, Any]) -> None:
     if shape != leaf.shape:
         raise ValueError(
             f"Leaf '{leaf.path}': the gradient has shape {shape}, but the optimizer "
-            f"state was initialised for {leaf.shape}."
+            f"state was initialised for a parameter of shape {leaf.shape}. Pass the "
+            "gradients of these parameters."
         )
 
 

@@ -103,7 +103,7 @@ def check_state_sharding(
 
     Call it at the start of a training program whose state was sharded by a framework. A
     framework replicates an array whose axes it does not know, and the state may then
-    take more of each device than AdamW's.
+    take more memory on each device than AdamW's.
 
     Args:
       tx: Any optax transform.
@@ -128,7 +128,7 @@ def check_state_sharding(
       >>> wrong = jax.tree.map(lambda x: everywhere, jax.eval_shape(tx.init, params))
       >>> lp.check_state_sharding(tx, params, wrong)
       Traceback (most recent call last):
-      ValueError: These factors take more of each device than the sharding of their ...
+      ValueError: These factors are replicated, though their parameters are sharded: ...
 
     See also:
       `state_sharding`, `describe`; :doc:`meshes and hosts </meshes>`.
@@ -142,10 +142,10 @@ def check_state_sharding(
     replicated = describe(tx, params, state).replicated
     if replicated:
         raise ValueError(
-            "These factors take more of each device than the sharding of their "
-            f"parameters allows: {', '.join(replicated)}. Compile `init` with "
-            "`out_shardings=lorapre_jax.state_sharding(tx, params)`, or initialise it "
-            "with parameters in boxes that name their axes."
+            "These factors are replicated, though their parameters are sharded: "
+            f"{', '.join(replicated)}. Compile `init` with "
+            "`out_shardings=lorapre_jax.state_sharding(tx, params)`, or call it with "
+            "parameters in boxes that name their axes."
         )
 
 
@@ -181,7 +181,7 @@ def _why_dense(plan: LeafPlan | None) -> tuple[str, str]:
 def _bytes_by_owner(
     found: list[Part], placed: Mapping[str, Sharding] | None = None
 ) -> Counter[str | None]:
-    """Counts bytes by parameter: of all devices together, or of one if `placed`."""
+    """Counts bytes by parameter: on all devices together, or on one if `placed`."""
     nbytes: Counter[str | None] = Counter()
     for part in found:
         for name, array in part.arrays():
@@ -208,8 +208,8 @@ def _placed(found: list[Part], state: Any) -> dict[str, Sharding]:
         sharding = leaf if isinstance(leaf, Sharding) else _sharding_of(leaf)
         if sharding is None:
             raise ValueError(
-                f"describe: the given state has no array or sharding '{name}'. "
-                "Pass a state of this transform, or a tree like it of shardings."
+                f"describe: the given state has no array or sharding '{name}'. Pass a "
+                "state of this transform, or a tree of shardings with its structure."
             )
         placed[name] = sharding
     check_all_fit(state)
@@ -218,7 +218,8 @@ def _placed(found: list[Part], state: Any) -> dict[str, Sharding]:
         if shape != array.shape:
             raise ValueError(
                 f"describe: '{name}' has shape {shape} in the given state, "
-                f"and {array.shape} in that of this transform."
+                f"and {array.shape} in the state of this transform. Pass a state of "
+                "this transform for these parameters."
             )
     return placed
 

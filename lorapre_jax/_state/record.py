@@ -73,7 +73,7 @@ def check_state_record(record: Record | None, state: Any) -> None:
       >>> lp.check_state_record(record, now)
       Traceback (most recent call last):
       ValueError: The saved state is of another optimizer or model:
-        up: rank 32 there, 16 here
+        up: rank 32 when saved, 16 now
       ...
 
     See also:
@@ -81,28 +81,29 @@ def check_state_record(record: Record | None, state: Any) -> None:
     """
     if not _is_record(record):
         raise ValueError(
-            f"{record!r} is no record of a state. Save what `state_record` returns, "
-            "as the checkpoint's `custom_metadata` or under a key of it."
+            f"check_state_record: {record!r} is not a record of a state. Save what "
+            "`state_record(state)` returns with the checkpoint, for example as Orbax's "
+            "`custom_metadata`."
         )
-    here, saved = state_record(state), dict(record or {})
-    places = sorted({*saved, *here})
+    by_place, now_by_place = dict(record or {}), state_record(state)
+    places = sorted({*by_place, *now_by_place})
     lines = []
     for place in places:
-        there, now = saved.get(place, {}), here.get(place, {})
-        where = f" (of '{place}' in the state)" if len(places) > 1 else ""
+        saved, now = by_place.get(place, {}), now_by_place.get(place, {})
+        where = f" (in '{place}' of the state)" if len(places) > 1 else ""
         lines += [
             f"  {path}{where}: {difference}"
-            for path in [*there, *(path for path in now if path not in there)]
-            if (difference := _difference(there.get(path), now.get(path)))
+            for path in [*saved, *(path for path in now if path not in saved)]
+            if (difference := _difference(saved.get(path), now.get(path)))
         ]
     if lines:
         raise ValueError(
             "The saved state is of another optimizer or model:\n"
             + "\n".join(lines)
-            + "\nRestore it as jax.eval_shape(saved_tx.init, params) of the transform "
-            "that saved it, then carry it over to this one: "
-            "lorapre_jax.convert_state(state, tx, params). A leaf of another shape is "
-            "of another model, whose state cannot be carried over."
+            + "\nTo continue from it, restore it into jax.eval_shape(saved_tx.init, "
+            "params), where saved_tx is the transform that it was saved with. Then "
+            "convert it: lorapre_jax.convert_state(state, tx, params). If the shape of "
+            "a leaf differs, the state is of another model and cannot be converted."
         )
 
 
@@ -130,14 +131,14 @@ def _is_record(record: Any) -> bool:
     )
 
 
-def _difference(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
+def _difference(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
     """Returns in words how two entries of a record differ; empty if they do not."""
-    if there is None or here is None:
-        return "only here" if there is None else "only there"
-    names = [name for name in here if there.get(name) != here[name]]
-    if "matrices" in names and None in (there.get("matrices"), here["matrices"]):
-        # One side is dense. The rank says so, and apart from the shape all follows.
+    if saved is None or now is None:
+        return "not in the saved state" if saved is None else "only in the saved state"
+    names = [name for name in now if saved.get(name) != now[name]]
+    if "matrices" in names and None in (saved.get("matrices"), now["matrices"]):
+        # One of them is dense, as the rank says, which explains all but the shape.
         names = [name for name in names if name in ("shape", "rank")] or names
     return "; ".join(
-        f"{name} {there.get(name)} there, {here[name]} here" for name in names
+        f"{name} {saved.get(name)} when saved, {now[name]} now" for name in names
     )

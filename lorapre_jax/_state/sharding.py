@@ -59,7 +59,10 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
     """
     leaves = named_leaves(params)
     if not leaves:
-        raise ValueError("The parameters have no leaves, so nothing says where to be.")
+        raise ValueError(
+            "state_sharding: the parameters have no leaves, and the state is sharded "
+            "like them. Pass the parameters that the state is for."
+        )
     for path, leaf in leaves:
         checks.check_array(path, leaf)
     everywhere = replicated(filter(None, (known_sharding(x) for _, x in leaves)))
@@ -89,6 +92,7 @@ def _known(path: str, leaf: Any, everywhere: Sharding | None) -> Sharding:
     if isinstance(getattr(leaf, "sharding", None), SingleDeviceSharding):
         return leaf.sharding
     raise ValueError(
-        f"Leaf '{path}' carries no sharding that tells what each axis is divided over. "
-        "Pass arrays, or jax.ShapeDtypeStructs with sharding=NamedSharding(...)."
+        f"Leaf '{path}' carries no sharding that says over which mesh axes it is "
+        "sharded. Pass arrays, or jax.ShapeDtypeStructs with "
+        "sharding=NamedSharding(...)."
     )

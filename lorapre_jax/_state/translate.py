@@ -54,21 +54,24 @@ def translated(old: Moment, new: Moment, decay: float | None) -> Any:
     """Returns a value for `new` that means what the value of `old` means."""
     if old.shape != new.shape:
         raise ValueError(
-            f"Leaf '{old.path}': the old moment is of shape {old.shape}, the new one "
-            f"of {new.shape}."
+            f"Leaf '{old.path}': the old moment has shape {old.shape}, and the new one "
+            f"{new.shape}. Pass the state that belongs to these parameters."
         )
     view = new.view if old.view is None else old.view
     if view is None or _are_alike(old, new):
         return old.value
-    if None not in (old.view, new.view) and old.view != new.view:
+    if old.view is not None and new.view is not None and old.view != new.view:
         raise ValueError(
-            f"Leaf '{old.path}': its factors are of other matrices, {old.view}, than "
-            f"the new ones, {new.view}. Convert to `Dense()` first, then to these."
+            f"Leaf '{old.path}': the old factors are of matrices with "
+            f"{_sides(old.view)}, and the new ones of matrices with "
+            f"{_sides(new.view)}. Convert to a transform that keeps `Dense()` moments "
+            "first, and its state to `new_tx`."
         )
     if old.devices != new.devices:
         raise ValueError(
-            f"Leaf '{old.path}': its moment lies on other devices than the parameter. "
-            "Move the state first: jax.device_put(state, state_sharding(tx, params))."
+            f"Leaf '{old.path}': its moment is not on the devices of the parameter. "
+            "Move the state first: jax.device_put(state, lorapre_jax.state_sharding("
+            "old_tx, params)), where old_tx is the transform that it is a state of."
         )
     program = _program(
         (type(old.method), type(new.method)),
@@ -82,6 +85,10 @@ def translated(old: Moment, new: Moment, decay: float | None) -> Any:
     rotates = [isinstance(x.method, RotatedRankOne) for x in (old, new)]
     before, after = old.first if any(rotates) else None, new.first
     return program(old.value, ratio, before, after if rotates[1] else None)
+
+
+def _sides(view: MatrixView) -> str:
+    return f"rows {list(view.row_axes)} and columns {list(view.column_axes)}"
 
 
 def forget_programs() -> None:
@@ -175,8 +182,9 @@ def _ratio(old: Moment, new: Moment, decay: float | None) -> Any:
     if decay is None:
         name = {"first": "b1", "second": "b2"}[old.order]
         raise ValueError(
-            f"Leaf '{old.path}': the two ways to keep its {old.order} moment differ by "
-            f"the bias correction. Pass the decay rate, {name}=, to translate."
+            f"Leaf '{old.path}': the old state and the new one keep its {old.order} "
+            "moment with different bias corrections, which depend on the decay rate. "
+            f"Pass it to convert_state as {name}=."
         )
     rate, count = jnp.asarray(decay, jnp.float32), old.count
     after, before = new.weight(rate, count), old.weight(rate, count)

@@ -15,7 +15,7 @@ UNLIMITED = scale_by_fira(RANK, update_proj_gap=GAP, limiter=np.inf)
 
 
 def residual(directions, projectors):
-    """What lies outside the projectors' spaces."""
+    """Returns the part outside of the projectors' spaces."""
     return directions - projectors @ (projectors.transpose(0, 2, 1) @ directions)
 
 

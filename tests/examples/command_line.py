@@ -1,4 +1,4 @@
-"""The example in a process of its own."""
+"""The trainer in a process of its own."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def start(config, *more, devices, fault=None) -> subprocess.Popen[str]:
-    """A tiny configuration as options; `more` go last. See `faulty_run` for faults."""
+    """Starts a tiny run; options in `more` come last. See `faulty_run` for faults."""
     options = {
         "data": config.data.path,
         "token-cache": config.data.cache,
@@ -50,7 +50,7 @@ def start(config, *more, devices, fault=None) -> subprocess.Popen[str]:
 
 
 def finish(config, *more, **options) -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
+    """Starts a tiny run, and waits for its end."""
     process = start(config, *more, **options)
     stdout, stderr = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -1,4 +1,4 @@
-"""Tiny runs, tiny text, and the Llama once more in plain NumPy."""
+"""Tiny runs, tiny text, and the Llama in plain NumPy."""
 
 import dataclasses
 import gzip
@@ -18,7 +18,7 @@ TINY_MODEL = ModelConfig(width=32, ffn_width=64, num_layers=2, num_heads=2)
 
 @pytest.fixture(scope="session", autouse=True)
 def cheap_compilation(tmp_path_factory):
-    """These tests compile a lot and compute little: compile fast, and once."""
+    """Compiles fast and once, since these tests compile much and compute little."""
     settings = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
@@ -41,7 +41,7 @@ def write_shard(path: Path, texts: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory) -> Path:
-    """About 20 kB to train on and 700 bytes held out: sentences of a few words."""
+    """Returns a folder with 20 kB of training text and 700 bytes of held-out text."""
     folder = tmp_path_factory.mktemp("text")
     words = ("the", "a", "cat", "dog", "bird", "sees", "hears", "and", "small", "old")
     rng = random.Random(0)
@@ -54,7 +54,7 @@ def text_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_config(text_folder, tmp_path_factory):
-    """`make_config(workdir, optimizer, ...)`: a few cheap steps of a tiny model."""
+    """Returns `make_config(workdir, optimizer, ...)` for a few steps of a tiny one."""
     cache = tmp_path_factory.mktemp("tokens")
 
     def make(workdir: Path, optimizer: str = "adamw", **changes) -> Config:
@@ -80,7 +80,7 @@ def make_config(text_folder, tmp_path_factory):
 
 @pytest.fixture
 def tiny_config(make_config, tmp_path):
-    """Such a configuration in this test's own folder; keywords replace its parts."""
+    """Returns such a configuration in this test's folder, changed by keywords."""
     return lambda optimizer="adamw", **changes: make_config(
         tmp_path / "run", optimizer, **changes
     )
@@ -91,7 +91,7 @@ def _norm(x, scale, eps):
 
 
 def _rotate(x, base):
-    """(s, h, e), one complex number per feature pair, turned by its position."""
+    """Rotates (s, h, e) by position, as one complex number per pair of features."""
     s, _, e = x.shape
     angles = np.arange(s)[:, None] * base ** (-np.arange(0, e, 2) / e)
     turned = (x[..., : e // 2] + 1j * x[..., e // 2 :]) * np.exp(1j * angles)[:, None]
@@ -118,7 +118,7 @@ def _mlp(x, p):
 
 
 def _numpy_logits(params, tokens, config):
-    """Float64 logits (s, v) of one row ``tokens`` (s,), by unrolled parameters."""
+    """Returns float64 logits (s, v) of a row (s,), from unrolled parameters."""
     embedding = params["embed"]["embedding"].astype(np.float64)
     x, eps = embedding[tokens], config.norm_eps
     for i in range(len(params["layers"])):

@@ -25,7 +25,7 @@ def kill() -> None:
 
 
 def killed_between_saves() -> None:
-    """The checkpoint of step 6 is just safe, and step 7 not yet begun."""
+    """Kills the run when checkpoint 6 is safe and step 7 has not begun."""
     save = Checkpoints.save
 
     def save_and_die(self, step, state):
@@ -37,7 +37,7 @@ def killed_between_saves() -> None:
 
 
 def killed_before_the_commit() -> None:
-    """Everything of checkpoint 12 is written but for the new name of its folder."""
+    """Kills the run when checkpoint 12 is written, before the folder is renamed."""
     rename = os.rename
 
     def rename_or_die(source, target, **more):
@@ -49,7 +49,7 @@ def killed_before_the_commit() -> None:
 
 
 def killed_before_the_digests() -> None:
-    """Checkpoint 12 is committed; its first file is about to be hashed."""
+    """Kills the run when checkpoint 12 is committed, before a file is hashed."""
     file_digest = hashlib.file_digest
 
     def digest_or_die(file, *more):
@@ -61,7 +61,7 @@ def killed_before_the_digests() -> None:
 
 
 def told_to_stop_in_the_last_save() -> None:
-    """SIGTERM, and only then the files of checkpoint 12 are hashed."""
+    """Sends SIGTERM before the files of checkpoint 12 are hashed."""
     file_digest = hashlib.file_digest
 
     def stop_and_digest(file, *more):
@@ -76,7 +76,7 @@ def told_to_stop_in_the_last_save() -> None:
 
 
 def disk_full() -> None:
-    """From the save of step 12 on, files end after 32 kB; arrays need more.
+    """Limits files to 32 kB from the save of step 12 on; arrays need more.
 
     A limit on the size of files needs no privileges and no second file system; the
     system call that writes fails in the same way, by EFBIG instead of ENOSPC.
@@ -99,7 +99,7 @@ def digest(batch) -> str:
 
 
 def recorded() -> None:
-    """No fault: what each step is given goes to batches.jsonl in the workdir."""
+    """Writes each step's batch to batches.jsonl in the workdir, without a fault."""
     folder = Path(sys.argv[sys.argv.index("--workdir") + 1])
     make_train_step = prepare.make_train_step
 

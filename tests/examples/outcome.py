@@ -1,4 +1,4 @@
-"""What a run has left: its log and its checkpoints."""
+"""Reads the log and the checkpoints of a run."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 
 
 def losses(workdir: Path) -> list[dict[str, float]]:
-    """What the run logged, less the timings; half a line at the end is left out."""
+    """Returns the log without the timings and without half a line at its end."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [
@@ -20,13 +20,13 @@ def losses(workdir: Path) -> list[dict[str, float]]:
 
 
 def checkpoint(path: Path) -> Any:
-    """Parameters, optimizer state and step."""
+    """Returns parameters, optimizer state and step."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path / "default")
 
 
 def assert_same_trees(a: Any, b: Any) -> None:
-    """Bit by bit."""
+    """Asserts that two trees are the same bit by bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype

@@ -1,4 +1,4 @@
-"""What tokenizers put around a text, and what goes with them from folder to folder."""
+"""What tokenizers put around a text, and the files that are copied with them."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def models_folder(tmp_path_factory):
-    """SentencePiece models like Llama's, and like T5's: without a begin of text."""
+    """SentencePiece models like Llama's, and like T5's, which have no begin of text."""
     folder = tmp_path_factory.mktemp("models")
     for name, settings in {"llama": {}, "t5": {"bos_id": -1}}.items():
         with (folder / f"{name}.model").open("wb") as file:
@@ -51,7 +51,7 @@ def template(single):
 
 
 def words(folder, post_processor=None, settings=None, names=None):
-    """A tokenizer.json of words, and the files beside it."""
+    """Writes a tokenizer.json of words, and the files that belong to it."""
     pieces = Tokenizer(models.WordLevel(WORDS, unk_token="cat"))
     pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     pieces.add_special_tokens([word for word, _ in SPECIAL])
@@ -95,7 +95,7 @@ def test_what_a_post_processor_puts_around_a_text(tmp_path, post_processor, begi
     (stream,) = with_ends(["dog cat"], tokenizer)
     assert stream.tolist() == [*begin, 1, 0, *end]
     assert stream.dtype == np.uint32
-    # The library itself puts the same there, but for the end where it puts none.
+    # The library itself puts the same ids there, except for an end if it has none.
     theirs = Tokenizer.from_file(str(path)).encode("dog cat").ids
     assert stream.tolist()[: len(theirs)] == theirs
     # Also of a text that spells them out, which is not to get them.
@@ -161,7 +161,7 @@ def test_every_document_begins_and_ends_once(tmp_path, text_folder, batching):
 
 
 def test_another_rule_is_another_fingerprint(tmp_path, models_folder):
-    """And no rule is none, as when there were no rules: a cache stays what it was."""
+    """Without a rule the fingerprint is as before there were rules."""
     path = words(tmp_path)
     plain = load_file(path).fingerprint
     content = f"</s>\n{path.read_text(encoding='utf-8')}".encode()
@@ -254,7 +254,7 @@ def test_what_is_beside_a_tokenizer_goes_with_it(tmp_path, models_folder):
 
 
 def test_a_tokenizer_stays_while_it_is_written_again(tmp_path, monkeypatch):
-    """As when several processes begin one run, or share a cache."""
+    """For example if several processes start one run, or share a cache."""
     tokenizer = load_file(words(tmp_path, template("<s> $A"), {"eos_token": "</s>"}))
     tokenizer.save(tmp_path)
     written = []

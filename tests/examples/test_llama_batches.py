@@ -1,4 +1,4 @@
-"""Rows and batches: what counts, in which order, and after a kill."""
+"""Rows and batches: which tokens count, their order, and the order after a kill."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ def test_a_document_fills_a_row():
     assert len(rows) == 3
     parts = [[part.tolist() for part in rows[i]] for i in range(3)]
     assert parts[0] == [[0, 1, 2, 3, 99], [1, 2, 3, 99, 99], [1, 1, 1, 0, 0]]
-    # Cut off, but for its end.
+    # It is cut, except for its end of text.
     assert parts[1] == [[4, 5, 6, 7, 8], [5, 6, 7, 8, 13], [1, 1, 1, 1, 1]]
     assert parts[2] == [[14, 15, 99, 99, 99], [15, 99, 99, 99, 99], [1, 0, 0, 0, 0]]
 
@@ -111,7 +111,7 @@ def test_batches_on_devices_are_those_of_their_steps(mesh):
 def test_a_killed_run_goes_on_with_the_tokens_it_would_have_seen(
     make_config, tmp_path, batching, workers
 ):
-    """On another mesh, and with another number of processes that read."""
+    """Also on another mesh, and with another number of reading processes."""
     config = make_config(tmp_path / "run")
     options = [f"--batching={batching}", f"--data-workers={workers}"]
     killed = finish(config, *options, devices=1, fault="recorded_and_killed")

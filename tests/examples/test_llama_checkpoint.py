@@ -1,4 +1,4 @@
-"""Checkpoints that are not what was saved, on real files."""
+"""Checkpoints whose files are not what was saved."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def state_of(step):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """Two checkpoints, of steps 6 and 12."""
+    """Returns a workdir with checkpoints of steps 6 and 12."""
     with Checkpoints(tmp_path) as checkpoints:
         for step in (3, 6, 12):
             checkpoints.save(step, state_of(step))
@@ -117,7 +117,7 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_used(workdir, damag
 
 
 def test_one_whose_saving_was_interrupted_is_saved_again(workdir):
-    """Killed after Orbax's commit, before the digests."""
+    """The run was killed after Orbax's commit, before the digests were written."""
     (workdir / "digests" / "12.json").unlink()
     with Checkpoints(workdir) as checkpoints:
         assert "saving was interrupted" in checkpoints.set_aside[0]
@@ -141,7 +141,7 @@ def test_what_killed_writers_leave_is_cleared(workdir):
 
 
 def move(folder, source, target):
-    """A checkpoint with its digests."""
+    """Moves a checkpoint and its digests."""
     for kind, suffix in (("checkpoints", ""), ("digests", ".json")):
         (folder / kind / f"{source}{suffix}").rename(
             folder / kind / f"{target}{suffix}"
@@ -203,7 +203,7 @@ def test_a_run_whose_checkpoints_are_gone_is_no_new_one(workdir, what):
 
 
 def test_a_failure_of_the_last_save_is_named(tmp_path, monkeypatch):
-    """Whatever closing the manager makes of it."""
+    """Whatever error closing the manager raises."""
 
     def broken(*_):
         raise RuntimeError("closed in a bad state")
@@ -219,7 +219,7 @@ def test_a_failure_of_the_last_save_is_named(tmp_path, monkeypatch):
 
 
 def test_one_whose_deletion_was_interrupted_is_no_damage(workdir):
-    """Killed after the third was committed, while the first was deleted."""
+    """The run was killed after the third commit, while the first was being deleted."""
     shutil.copytree(workdir / "checkpoints" / "12", workdir / "checkpoints" / "18")
     lose_a_file(workdir / "checkpoints" / "6")
     with Checkpoints(workdir) as checkpoints:
@@ -249,7 +249,7 @@ def test_a_single_one_that_has_lost_its_digests_is_not_taken_for_interrupted(tmp
 
 
 def test_one_that_comes_after_another_is_not_the_first(workdir):
-    """The other one is lost; a run that begins anew would lose all of it."""
+    """The first one is lost; a run that starts anew would lose all of it."""
     shutil.rmtree(workdir / "checkpoints" / "6")
     (workdir / "digests" / "12.json").unlink()
     with pytest.raises(DamagedCheckpoint, match=r"left\. Give another `workdir`"):
@@ -298,7 +298,7 @@ def test_digests_that_cannot_be_read(workdir, content):
 
 
 def test_another_optimizer_is_refused_leaf_by_leaf(tmp_path):
-    """Both states have the same shapes."""
+    """The shapes of both states are the same."""
     params = {"w": jnp.ones((16, 16))}
     rows, columns = (
         lp.scale_by_lorapre_adam(4, matrices=axes).init(params)

@@ -1,4 +1,4 @@
-"""The command line: where settings come from, and what is refused."""
+"""The command line: the sources of settings, and errors."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def config_of(arguments):
 
 
 def fails(capsys, *arguments):
-    """What is printed when it ends with an error."""
+    """Returns what is printed by a command that ends with an error."""
     with pytest.raises(SystemExit) as exit_:
         parse(list(arguments))
     assert exit_.value.code != 0
@@ -55,7 +55,7 @@ def fails(capsys, *arguments):
 
 
 def unboxed(text):
-    """Without the frame, and the line breaks that the terminal's width makes."""
+    """Removes the frame, and line breaks for the width of the terminal."""
     return " ".join(text.replace("│", " ").split())
 
 
@@ -174,7 +174,7 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
 
 
 def test_what_a_file_lacks_an_option_may_give(tmp_path, capsys):
-    """They are checked together; told by the options' names, with the file's."""
+    """Both are checked together; messages have the names of options and of the file."""
     path = tmp_path / "some.yaml"
     path.write_text("data: {hub: a/b}\nmicro_batch_size: 3\n")
     begin = ["train", "--config", str(path)]
@@ -213,7 +213,7 @@ def test_help_has_units_and_defaults(capsys):
 
 
 def test_paths_begin_at_home(tmp_path, monkeypatch):
-    """Where the path is only a part of a word, no shell has seen to it."""
+    """The shell does not expand `~` in the middle of a word."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     record_weights(tmp_path, ModelConfig(), DATA)
@@ -315,7 +315,7 @@ def test_an_impossible_evaluation_is_refused_before_anything_is_read(tmp_path):
 
 @pytest.mark.parametrize("preset", ["60m", "130m", "350m", "1b", "7b"])
 def test_the_recipe_is_the_published_one(preset):
-    """The table of the paper: steps, warm-up, tokens, rank."""
+    """As in the paper's table: steps, warm-up, tokens, rank."""
     published = {
         "60m": (10_000, 1_000, 1.3e9, 128),
         "130m": (20_000, 2_000, 2.6e9, 256),

@@ -1,4 +1,4 @@
-"""Sources of text, what is refused of them, and the settings that choose them."""
+"""Sources of text, their errors, and the settings that choose them."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Runs in which something is not finite: noticed, told, never saved."""
+"""Numbers that are not finite are found, reported, and never saved."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ def run(config):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """`poison(steps)`: the loss of the batches of these steps is NaN."""
+    """Returns `poison(steps)`, which makes the loss of these steps' batches NaN."""
 
     def at(*steps):
         make = prepare_module.make_loss_and_grads
@@ -97,7 +97,7 @@ def test_it_stops_at_the_step_itself(tiny_config, poison):
 
 
 def test_what_fails_besides_is_told_after_it(tiny_config, poison, monkeypatch):
-    """A checkpoint that could not be sealed is no good one."""
+    """A checkpoint whose digests could not be written is not a good one."""
 
     def full(folder):
         if folder.name == "6":
@@ -150,7 +150,7 @@ def test_a_resumed_run_keeps_the_count(tiny_config, poison):
 
 
 def test_parameters_are_looked_at_before_they_are_saved(tiny_config, monkeypatch):
-    """Here the loss comes too late to tell."""
+    """Here the loss is known too late."""
     make = prepare_module.make_train_step
 
     def make_broken(*arguments, **more):
@@ -173,7 +173,7 @@ def test_parameters_are_looked_at_before_they_are_saved(tiny_config, monkeypatch
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_gone_on_with(tiny_config, monkeypatch):
-    """One of an earlier version, say."""
+    """For example one of an earlier version."""
     config = tiny_config(steps=6)
     with monkeypatch.context() as blind:
         blind.setattr(prepare_module, "make_finite_check", lambda _: lambda *_: None)

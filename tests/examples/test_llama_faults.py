@@ -1,4 +1,4 @@
-"""Runs that are killed, damaged or out of disk, in processes of their own."""
+"""Runs in other processes that are killed, damaged, or out of disk."""
 
 import dataclasses
 import shutil
@@ -11,7 +11,7 @@ from outcome import assert_same_trees, checkpoint, losses
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, make_config):
-    """The configuration of a run that nothing happened to."""
+    """Returns the configuration of an undisturbed run."""
     config = make_config(tmp_path_factory.mktemp("undisturbed"), "lorapre_adamw")
     done = finish(config, devices=1)
     assert (done.returncode, done.stderr) == (0, "")
@@ -20,13 +20,13 @@ def undisturbed(tmp_path_factory, make_config):
 
 @pytest.fixture
 def config(undisturbed, tmp_path):
-    """The same run, elsewhere."""
+    """Returns the configuration of the same run in another folder."""
     return dataclasses.replace(undisturbed, workdir=tmp_path / "run")
 
 
 @pytest.fixture
 def resume(config, undisturbed):
-    """Go on to the end, which is that of the undisturbed run; what was printed."""
+    """Resumes to the undisturbed run's end; returns what was printed."""
 
     def to_the_end() -> str:
         done = finish(config, devices=1)

@@ -1,4 +1,4 @@
-"""Files of others, read within bounds: whatever they are, an error names them."""
+"""Files from elsewhere are read within bounds, and errors name them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Generation: with the cache as without it, together as alone, by the right odds."""
+"""Generation: with and without the cache, in batches, and with the right odds."""
 
 import dataclasses
 import functools
@@ -30,20 +30,20 @@ NEW = 9
 
 @functools.cache
 def model_of(name):
-    """The model, and weights so large that it is sure of what it says."""
+    """Returns a model with weights so large that its probabilities are peaked."""
     model = PureLlama(CONFIGS[name], VOCAB)
     params = jax.jit(model.init)(jax.random.key(1))
     return model, jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, params)
 
 
 def logits_of(model, params, row):
-    """(16, v): of the whole row, and of zeros after it, which change nothing."""
+    """Returns logits (16, v) of the row, padded with zeros, which change nothing."""
     padded = np.pad(row, (0, 16 - len(row)))
     return jax.jit(model.apply)(params, padded[None])[0]
 
 
 def without_cache(model, params, prompt, new, stop=None):
-    """The likeliest token, again and again, of the whole row each time."""
+    """Appends the likeliest token repeatedly, computing the whole row each time."""
     row = list(prompt)
     for _ in range(new):
         token = int(logits_of(model, params, row)[len(row) - 1].argmax())
@@ -64,7 +64,7 @@ def test_the_cache_changes_no_token(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_cache_changes_no_logit(name):
-    """In parts of any size, and after whatever stands before a row's beginning."""
+    """In parts of any size, and with any content in slots before a row's beginning."""
     model, params = model_of(name)
     rows = np.random.default_rng(0).integers(0, VOCAB, (2, 8))
     begin = jnp.asarray([0, 3])
@@ -81,7 +81,7 @@ def test_the_cache_changes_no_logit(name):
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.5, "top_p": 0.9}])
 def test_together_as_alone(sampling):
-    """A row draws by its number: alone it is as it was when it was the first."""
+    """A row draws by its number, so alone it is as if it were the first row."""
     model, params = model_of("stacked")
     sampling = sampling | {"key": jax.random.key(3)}
     first, *_ = generate(model, params, PROMPTS[::-1], NEW, **sampling)
@@ -119,7 +119,7 @@ def test_the_same_key_the_same_tokens():
 
 
 def fewest(probabilities, top_p):
-    """NumPy, one token after the other."""
+    """Computes the nucleus in NumPy, one token after the other."""
     kept, mass = set(), 0.0
     for token in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
         kept.add(token)
@@ -140,7 +140,7 @@ def test_the_nucleus_is_the_fewest_that_reach_p(top_p):
 
 
 def test_tokens_are_drawn_by_the_odds():
-    """Of 20,000 draws, at temperature 2 and within a nucleus."""
+    """With 20,000 draws, at temperature 2 and within a nucleus."""
     odds = np.asarray([0.45, 0.3, 0.15, 0.06, 0.04])
     logits = np.broadcast_to(2 * np.log(odds), (20_000, 5)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 20_000)
@@ -150,7 +150,7 @@ def test_tokens_are_drawn_by_the_odds():
 
 
 def test_from_a_divided_state():
-    """Three rows, which eight devices cannot share evenly."""
+    """Three rows cannot be sharded evenly over eight devices."""
     mesh = layout.make_mesh("data=2,fsdp=2,tensor=2", jax.devices())
     model, params = model_of("stacked")
     expected = generate(model, params, PROMPTS, NEW)

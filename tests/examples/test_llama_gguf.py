@@ -1,4 +1,4 @@
-"""GGUF files that are made here: their weights, settings, tokenizer, refusals.
+"""GGUF files that the tests write: weights, settings, tokenizer, errors.
 
 A real one: tests/parity.
 """
@@ -43,7 +43,7 @@ def params_of(config):
 
 
 def neighbours(rows, head_dim=16):
-    """Feature pairs (i, i + e/2) become (2i, 2i + 1), head by head."""
+    """Reorders feature pairs (i, i + e/2) to (2i, 2i + 1), head by head."""
     made = np.empty_like(rows)
     for first in range(0, len(rows), head_dim):
         for i in range(head_dim // 2):
@@ -53,7 +53,7 @@ def neighbours(rows, head_dim=16):
 
 
 def write(path, config, kind=None, change=lambda writer: None, leave_out=()):
-    """As llama.cpp does, with matrices quantised to ``kind``."""
+    """Writes a file as llama.cpp does, with matrices quantised to ``kind``."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_embedding_length(config.width)
     writer.add_feed_forward_length(config.ffn_width)
@@ -275,7 +275,7 @@ def test_a_begin_of_text_that_is_not_there_is_no_tokenizer(tmp_path):
 
 
 def test_a_head_that_is_equal_to_the_embedding_is_a_head(tmp_path):
-    """Nothing in the format says that they are one."""
+    """The format cannot say that they are tied."""
 
     def change(writer):
         writer.add_tensor("output.weight", params_of(TIED)["embed"]["embedding"])
@@ -301,7 +301,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 class Sized(NamedTuple):
-    """What ``write`` is to say of a model's shape."""
+    """The shape of a model, as ``write`` states it."""
 
     width: int = 64
     ffn_width: int = 96

@@ -1,4 +1,4 @@
-"""GGUF files that count more than they hold, or that never end."""
+"""GGUF files with counts larger than their contents, or without an end."""
 
 import os
 import struct

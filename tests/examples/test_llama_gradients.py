@@ -1,4 +1,4 @@
-"""The loss and its gradient: in parts as at once, by mask, with a z-loss."""
+"""The loss and its gradient: in parts, with a mask, and with a z-loss."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ VOCABULARY = 40
 
 @pytest.fixture(scope="module")
 def batch():
-    """Eight rows, from none to all of whose targets count."""
+    """Returns eight rows, of whose targets none to all count."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCABULARY, (8, 17), np.int32)
     mask = np.arange(16) < np.asarray([16, 3, 0, 16, 9, 1, 16, 5])[:, None]
@@ -62,7 +62,7 @@ def test_it_is_the_mean_over_the_targets_that_count(batch, params):
 @pytest.mark.parametrize("micro_batch_size", [2, 4])
 @pytest.mark.parametrize("mesh", [None, "data=2,tensor=4"])
 def test_in_parts_it_is_the_same(micro_batch_size, mesh, batch, params):
-    """Though the parts have 19, 16, 10 and 21 targets that count."""
+    """The parts have 19, 16, 10 and 21 targets that count."""
     mesh = layout.make_mesh(mesh, jax.devices()) if mesh else None
     model = PureLlama(TINY_MODEL, VOCABULARY, mesh)
     if mesh:

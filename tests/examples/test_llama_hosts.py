@@ -172,7 +172,7 @@ def test_where_the_first_one_fails_all_do(error, monkeypatch):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Which coordinators JAX has been told to join."""
+    """Returns the coordinators that JAX was told to join."""
     addresses = []
 
     def initialize(coordinator_address, **_):

@@ -1,4 +1,4 @@
-"""Streaming as from the hub, of a folder laid out like a repository there."""
+"""Streaming from a folder with the layout of a repository on the hub."""
 
 import gzip
 import sys
@@ -37,7 +37,7 @@ configs:
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """C4's layout: configurations are named in the card."""
+    """Returns a folder with C4's layout, whose card names configurations."""
     pytest.importorskip("datasets", reason="datasets (the extra hub) is not installed")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cached")
     monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", tmp_path / "modules")

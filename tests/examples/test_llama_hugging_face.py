@@ -1,4 +1,4 @@
-"""Hugging Face folders: there and back, in every form.
+"""Export and import of Hugging Face folders, in every form.
 
 What is refused: test_llama_hugging_face_refusals. That transformers agrees with us
 about what they mean: tests/parity.
@@ -128,7 +128,7 @@ def test_a_tokenizer_goes_with_it(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}])
 def test_so_does_a_sentencepiece_model(tmp_path, settings):
-    """And says what is put before a text: transformers has defaults of its own."""
+    """The folder also says what is put before a text."""
     (tmp_path / "tokenizer.model").write_bytes(b"a model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     there = tmp_path / "llama"
@@ -149,7 +149,7 @@ def test_an_export_that_is_killed_is_no_export(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
-    """The library has an error of its own for it."""
+    """The library raises an error of its own."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     params = params_of(CONFIG)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, hard))

@@ -1,4 +1,4 @@
-"""Hugging Face folders that are refused: the file is named, and what is wrong."""
+"""Hugging Face folders with errors, which name the file and what is wrong."""
 
 import json
 import os
@@ -189,7 +189,7 @@ def test_shards_lie_in_the_folder(folder, name):
 
 
 def test_a_link_to_a_shard_is_one_and_a_device_is_none(folder):
-    """The Hugging Face hub's own cache is of links."""
+    """The cache of the Hugging Face hub consists of links."""
     shard = min(folder.glob("*.safetensors"))
     shard.rename(folder.parent / "blob")
     shard.symlink_to(folder.parent / "blob")

@@ -1,4 +1,4 @@
-"""Meshes from text, and what of the published models they divide."""
+"""Meshes from text, and how they shard the published models."""
 
 import re
 
@@ -17,7 +17,7 @@ MILLIONS = {"60m": 58, "130m": 134, "350m": 368, "1b": 1339, "7b": 6738}
 
 
 def specs(preset, mesh):
-    """Specs by path, and the exceptions, of a preset on eight devices."""
+    """Returns specs by path, and exceptions, of a preset on eight devices."""
     model = PureLlama(PRESETS[preset], 32_000)
     params = jax.eval_shape(model.init, jax.random.key(0))
     mesh = layout.make_mesh(mesh, jax.devices())
@@ -53,7 +53,7 @@ def test_5461_is_left_whole_and_said_so():
     assert found["layers/mlp/up/kernel"] == P(None, ("fsdp", "tensor"), None)
     assert found["layers/mlp/down/kernel"] == P(None, None, ("fsdp", "tensor"))
     assert len(exceptions) == 3
-    assert "layers/mlp/up/kernel (24, 2048, 5461) lies as" in "".join(exceptions)
+    assert "layers/mlp/up/kernel (24, 2048, 5461) is sharded as" in "".join(exceptions)
 
 
 def constrained(x, *axes, mesh="fsdp=4,tensor=2"):
@@ -80,7 +80,7 @@ def test_activations_follow_the_table():
 
 @pytest.mark.parametrize("loss_chunk", [None, 5])
 def test_no_device_holds_the_whole_batch(loss_chunk):
-    """But for what the divided embedding finds, before it is sent to the rows."""
+    """Except for the output of the sharded embedding, before it is sent to the rows."""
     rows, length = 8, 15
     config = ModelConfig(width=64, ffn_width=96, num_layers=2, loss_chunk=loss_chunk)
     tokens = np.zeros((rows, length + 1), np.int32)
@@ -97,7 +97,7 @@ def test_no_device_holds_the_whole_batch(loss_chunk):
         return step.lower(abstract, tokens).compile().as_text() or ""
 
     def largest(text):
-        """Elements, for each token, of arrays that have the axes of all tokens."""
+        """Returns the elements per token of the largest array with all tokens."""
         whole = rf"f32\[(?:{rows},{length}|{rows * length})((?:,\d+)*)\]"
         found = re.findall(whole, text)
         return max(np.prod([int(n) for n in x.split(",")[1:]]) for x in ["", *found])

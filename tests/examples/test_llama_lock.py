@@ -1,4 +1,4 @@
-"""One job at a time works on a run."""
+"""The lock: one job at a time works on a run."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from examples.llama.train import train
 
 @pytest.fixture(scope="module")
 def gone():
-    """Two processes of this machine that are no more; nobody has waited for one."""
+    """Returns two dead processes of this machine, one of them not reaped."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     zombie = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
@@ -33,12 +33,12 @@ def gone():
 
 
 def holder(**changes) -> Holder:
-    """This process, but for the changes."""
+    """Returns this process as a holder, with changes."""
     return lock._this_process()._replace(**changes)
 
 
 def leave_lock(workdir, name="lock", age=0.0, **changes) -> Holder:
-    """As a process leaves it that is killed."""
+    """Leaves a lock as a killed process does."""
     left = holder(**changes)
     folder = workdir / name
     folder.mkdir(parents=True)
@@ -171,7 +171,7 @@ def test_one_of_many_takes_over(tmp_path, gone):
 def test_a_chain_that_is_removed_meanwhile_is_not_continued(
     tmp_path, gone, monkeypatch
 ):
-    """What the slowest of three has found is taken over, released and locked anew."""
+    """The slowest of three finds a lock that was taken over, released and retaken."""
     leave_lock(tmp_path, pid=gone[0])
     rename, third = lock._renamed, []
 

@@ -18,7 +18,7 @@ PRETRAINED = {"tie_embeddings": True, "norm_eps": 0.3, "rope_base": 50.0}
 
 
 def params_of(config, scale=10.0):
-    """Initial weights made larger, so that no part of the model is near nothing."""
+    """Returns larger initial weights, so that no part of the model is negligible."""
     params = jax.jit(PureLlama(config, VOCAB).init)(jax.random.key(1))
     return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
 

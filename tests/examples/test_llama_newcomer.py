@@ -1,4 +1,4 @@
-"""From nothing to a model in other hands, each step by the README's command."""
+"""The README's commands, from a first run to an exported model."""
 
 import re
 import signal
@@ -18,7 +18,7 @@ from examples.llama.weights.names import BadWeights
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """`run("eval", "runs/x")`: what is printed by a command that succeeds."""
+    """Runs a command such as `run("eval", "runs/x")`; returns what it prints."""
 
     def run(*arguments, code=0):
         monkeypatch.setattr(sys, "argv", ["examples.llama", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""The five optimizers: who takes which leaf, schedules, and that they learn."""
+"""The five optimizers: their leaves, their schedules, and that they learn."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def initial_params(scan_layers):
 
 
 def params_for(name):
-    """Small initial parameters, with stacked layers where the optimizer takes them."""
+    """Returns small parameters, with stacked layers if the optimizer takes them."""
     return initial_params(scan_layers=name != "galore")
 
 
@@ -96,7 +96,7 @@ def test_factored_embeddings_have_second_moments_of_entries(algorithm):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tied_embeddings_have_a_place_and_a_rule(name):
-    """Their gradient comes from both ends; only the embedding has a leaf."""
+    """The embedding is the only leaf, and its gradient comes from both uses."""
     config = dataclasses.replace(
         MODEL, tie_embeddings=True, scan_layers=name != "galore"
     )
@@ -134,7 +134,7 @@ def test_few_layers_at_once_change_no_update(name):
 
 
 def test_bfloat16_gradients_are_clipped_by_their_exact_norm():
-    """Sums of squares in bfloat16 would be wrong by some per cent."""
+    """Sums of squares in bfloat16 would have an error of some per cent."""
     grads = {str(i): jnp.full(100, 0.1, jnp.bfloat16) for i in range(300)}
     tx = clip(1.0)
     clipped, _ = tx.update(grads, tx.init(grads))

@@ -1,4 +1,4 @@
-"""How commands end: exit codes, and what is told."""
+"""How commands end: exit codes and messages."""
 
 import io
 import os
@@ -52,7 +52,7 @@ def test_what_goes_on_again_is_training_alone(monkeypatch, capsys, tmp_path):
 
 
 def outcome(monkeypatch, capsys, error, *arguments):
-    """Exit code and words of a command that ends so."""
+    """Returns exit code and message of a command that ends with this error."""
 
     def end(*_):
         raise error
@@ -117,7 +117,7 @@ def test_sigterm_leaves_no_half_of_a_folder(command, tmp_path, monkeypatch, caps
 
 
 class CtrlC:
-    """Comes while a module is imported."""
+    """Raises Ctrl-C while a module is imported."""
 
     def find_spec(self, name, *_):
         if name == "examples.llama.main":
@@ -138,7 +138,7 @@ def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
 
 
 class Signalled:
-    """Whose finalizer a signal comes in."""
+    """An object during whose finalizer a signal arrives."""
 
     def __init__(self, signum):
         self.signum = signum
@@ -157,7 +157,7 @@ class Signalled:
 def test_a_signal_where_python_drops_exceptions(
     signum, code, told, monkeypatch, capsys
 ):
-    """Finalizers are such places, and callbacks of the garbage collection."""
+    """Python drops exceptions in finalizers and callbacks of the garbage collection."""
     before = sys.unraisablehook
 
     def work(*_):
@@ -201,7 +201,7 @@ def test_output_that_nobody_reads_ends_the_command(monkeypatch, capfd):
 
 @pytest.mark.parametrize("name", ["a[/b]", "[bold]a", ":smile:"])
 def test_names_are_printed_as_they_are(name, tmp_path, monkeypatch, capsys):
-    """Not as the display's markup."""
+    """They are not read as markup of the display."""
     monkeypatch.chdir(tmp_path)
     code, printed = outcome(
         monkeypatch, capsys, ValueError(f"{name} is bad"), "train", "--workdir", name
@@ -213,7 +213,7 @@ def test_names_are_printed_as_they_are(name, tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_shows_names_as_they_are(tmp_path):
-    """Not as its own markup."""
+    """They are not read as HTML."""
     results = {"<i>": "</table>"}
     config = Config(workdir=tmp_path / "a<b>&", init_from=Path("</pre>"))
     config.workdir.mkdir()

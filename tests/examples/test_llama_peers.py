@@ -1,4 +1,4 @@
-"""A job notices the end of each of its processes. All are in this one here."""
+"""A job notices the end of each process. Here all of them are in this process."""
 
 import contextlib
 import queue
@@ -20,7 +20,7 @@ from examples.llama.relay import relay
 
 @pytest.fixture
 def ends(monkeypatch):
-    """What `end_now` and `os._exit` would end with, in the order of time."""
+    """Records the codes with which `end_now` and `os._exit` are called, in order."""
     found = queue.Queue()
 
     monkeypatch.setattr(peers, "end_now", lambda *how: found.put(how))
@@ -30,7 +30,7 @@ def ends(monkeypatch):
 
 @pytest.fixture
 def job(monkeypatch, ends):
-    """`job(3)`: three processes."""
+    """Returns `job(n)`, which makes a job of n processes."""
     invitation, made = {}, []
 
     def shared(own):
@@ -64,7 +64,7 @@ def wait_for(process, count):
 
 
 def killed(process):
-    """The kernel closes what it had."""
+    """Closes the sockets of a process, as the kernel does if it is killed."""
     for connection in process._connections:
         with contextlib.suppress(OSError):  # It is closed already.
             connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""What the recipe of the paper says at the start of a run."""
+"""The notes about the paper's recipe at the start of a run."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What tells one run from another, and what is told when that is damaged."""
+"""The files that identify a run, and errors if they are damaged."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def config(tmp_path):
 
 
 def without(groups, *names):
-    """Without a value at the end of the path."""
+    """Returns nested values without the one at this path."""
     for name in names[:-1]:
         groups = groups[name]
     del groups[names[-1]]

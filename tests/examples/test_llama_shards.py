@@ -1,4 +1,4 @@
-"""Files of text: which are read, and what is refused of them."""
+"""Files of text: which are read, and their errors."""
 
 import errno
 import gzip
@@ -25,7 +25,7 @@ def texts_of(folder):
 
 
 def write_shards(folder, *names):
-    """Of one document each, the name of the shard."""
+    """Writes shards with one document each, the name of the shard."""
     for name in names:
         write_shard(folder / f"{name}.json.gz", [name])
 

@@ -1,4 +1,4 @@
-"""The cache of tokens: right, whole, bounded, and shared by processes."""
+"""The token cache is correct, complete, bounded, and shared by processes."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from examples.llama.data.tokenizers import ByteTokenizer
 
 
 class Given:
-    """Documents that are counted as they are read."""
+    """Given documents, which counts how many are read."""
 
     name = "given"
 
@@ -115,7 +115,7 @@ def test_what_is_interrupted_is_done_again(tmp_path):
 
 
 def killed(*_):
-    """As by SIGKILL: nothing is cleared away."""
+    """Ends as by SIGKILL, without any cleanup."""
     raise SystemExit
 
 
@@ -142,7 +142,7 @@ def test_what_a_killed_writer_left_is_never_read(tmp_path, monkeypatch, fails):
 
 
 def test_several_may_write_the_same(tmp_path):
-    """All begin before any has finished."""
+    """All start before one has finished."""
     count, found = 4, []
     barrier = threading.Barrier(count, timeout=60)
 
@@ -239,7 +239,7 @@ META = {"documents": 2, "tokens": 5, "bad_lines": 0, "first_bad_lines": []}
     ids=lambda x: str(x)[:12] if isinstance(x, str) else "",
 )
 def test_one_that_was_made_wrong_is_named(tmp_path, file, content, message):
-    """Its digests are right."""
+    """Its digests are correct, and its content is not."""
     source = Given(["ab", "c"])
     tokens_of(source, tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -274,7 +274,7 @@ def test_an_id_beyond_the_vocabulary_is_never_written(tmp_path):
     ids=FILES[:3],
 )
 def test_a_full_disk_names_the_file(tmp_path, space, texts, file):
-    """Where files may not become larger, writing fails as on a full disk."""
+    """A limit on the size of files makes writing fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (space, hard))
     try:

@@ -1,4 +1,4 @@
-"""Tokenizers: text and back, what they say of themselves, what is refused."""
+"""Tokenizers: encoding and decoding, their properties, and errors."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def texts(text_folder):
 
 @pytest.fixture(scope="module")
 def models_folder(tmp_path_factory, texts):
-    """A SentencePiece model like T5's, one like Llama's, and a tokenizer.json."""
+    """Writes SentencePiece models like T5's and Llama's, and a tokenizer.json."""
     folder = tmp_path_factory.mktemp("models")
     kinds = {
         "t5": {"model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2}

@@ -1,4 +1,4 @@
-"""Whole runs: resuming, refusing, evaluating, eight devices."""
+"""Whole runs: resuming, errors, evaluation, eight devices."""
 
 import dataclasses
 import importlib.metadata
@@ -30,7 +30,7 @@ from examples.llama.train import train
 
 
 def run(config):
-    """The result, and what was printed."""
+    """Returns the result of a run, and what was printed."""
     output = io.StringIO()
     result = train(config, Console(file=output, width=200))
     return result, output.getvalue()
@@ -41,7 +41,7 @@ def diagnostics_of(record):
 
 
 def interrupt_at(step, monkeypatch):
-    """Ctrl-C in the middle of logging ``step``, half a line already written."""
+    """Raises Ctrl-C in the middle of logging ``step``, after half a line."""
     write = MetricsLog.write
 
     def interrupted(self, record):
@@ -113,7 +113,7 @@ def test_diagnostics_are_logged_and_change_nothing(tiny_config):
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path, caplog):
-    """Which JSON has no words for."""
+    """JSON has no such numbers."""
     with MetricsLog(tmp_path, 0) as log:
         log.write({"step": 1, "condition": math.inf, "train_loss": math.nan})
     assert log.value("condition", 1) == math.inf
@@ -176,7 +176,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(tiny_config):
 
 
 def test_a_finished_run_without_its_log(tiny_config):
-    """The log is lost, its result is not."""
+    """The log is lost, but the result is not."""
     config = tiny_config()
     first, _ = run(config)
     (config.workdir / "metrics.jsonl").unlink()
@@ -185,7 +185,7 @@ def test_a_finished_run_without_its_log(tiny_config):
 
 
 def test_a_run_is_extended_at_its_last_rate(tiny_config):
-    """The steps before stay as they are, and so does what a longer one would do."""
+    """Earlier steps stay as they are, and so do those of a longer extension."""
     short = tiny_config("lorapre_adamw")
     run(short)
     config = dataclasses.replace(short, extend_to=16)
@@ -215,7 +215,7 @@ def test_a_run_is_extended_at_its_last_rate(tiny_config):
 
 
 def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
-    """Two full batches and a part of a third, whose tokens weigh no more."""
+    """Tokens of a partly filled last batch have the same weight as others."""
     config = ModelConfig(
         width=32, ffn_width=48, num_layers=2, num_heads=2, scan_layers=False
     )
@@ -239,7 +239,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(numpy_logits):
 
 
 def test_a_document_counts_by_its_tokens(numpy_logits):
-    """One per row, on eight devices: in training and in evaluation, not its padding."""
+    """With one per row on eight devices, padding counts nowhere."""
     config = ModelConfig(
         width=32, ffn_width=48, num_layers=2, num_heads=2, scan_layers=False
     )
@@ -286,7 +286,7 @@ def test_a_log_is_not_lost_while_it_is_cut_back(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def on_one_device(tmp_path_factory, make_config):
-    """The configuration of a run that was done from the command line."""
+    """Returns the configuration of a finished run on one device."""
     config = make_config(tmp_path_factory.mktemp("one"), "lorapre_adamw")
     done = finish(config, devices=1)
     assert done.returncode == 0, done.stderr
@@ -379,7 +379,7 @@ def test_the_time_limit_saves_and_the_same_command_goes_on(on_one_device, tmp_pa
 
 
 def test_what_a_run_leaves_for_people(tiny_config):
-    """The page, the rate and the use of the peak in the log, and a trace."""
+    """A run leaves the page, the rate and use of the peak in the log, and a trace."""
     config = tiny_config("lorapre_adamw", steps=6, profile="3:4", peak_tflops=1e-6)
     result, printed = run(config)
     log = (config.workdir / "metrics.jsonl").read_text().splitlines()

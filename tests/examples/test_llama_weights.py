@@ -1,4 +1,4 @@
-"""Parameters of a run or brought in: read without the rest, exported, refused."""
+"""Parameters of a run or imported ones: reading them alone, export, errors."""
 
 import dataclasses
 import gzip
@@ -46,7 +46,7 @@ def record_of(config):
 
 @pytest.fixture(params=[True, False], ids=["stacked", "unrolled"])
 def run(tmp_path, request):
-    """A run's folder after two checkpoints, and the parameters of the second."""
+    """Returns a run's folder with two checkpoints, and the second's parameters."""
     model = dataclasses.replace(CONFIG, scan_layers=request.param)
     config = Config(model, optimizer=OptimizerConfig("adamw"), workdir=tmp_path / "run")
     tx = make_optimizer(config.optimizer, steps=10)
@@ -80,7 +80,7 @@ def test_a_run_without_its_optimizer(run):
 
 
 def test_all_hosts_read_the_same_checkpoint(run, monkeypatch):
-    """A run at work may save another one while they look."""
+    """A run may save another checkpoint while they read."""
 
     def differ(text, what):
         assert text == str(config.workdir.resolve() / "checkpoints" / "2")
@@ -165,7 +165,7 @@ WORDS = {"<s>": 2, "a": 0, "b": 1, "</s>": 3, "<|eot|>": 4}
 
 @pytest.fixture
 def chat(tmp_path):
-    """A Hugging Face folder as of a chat model, with all that such a one has."""
+    """Returns a Hugging Face folder with all the files of a chat model."""
     folder = tmp_path / "chat"
     params = jax.jit(PureLlama(CONFIG, 8).init)(jax.random.key(0))
     hugging_face.save(folder, CONFIG, 8, params)
@@ -212,7 +212,7 @@ def test_nor_does_one_without_a_tokenizer(chat, tmp_path):
 
 @pytest.fixture
 def tuned(chat, tmp_path, tiny_config):
-    """A run that began with the chat model, on text, before its first step."""
+    """Returns a run that starts from the chat model, before its first step."""
     import_weights(chat, tmp_path / "there")
     there = load_params(tmp_path / "there")
     config = tiny_config(model=there.config, init_from=tmp_path / "there")
@@ -229,7 +229,7 @@ def tuned(chat, tmp_path, tiny_config):
 
 
 def test_a_tuned_run_goes_on_as_what_it_began_with(chat, tuned, tmp_path):
-    """The tokenizer that a run keeps, its rule, what is beside it, and the ids."""
+    """It keeps the tokenizer, its rule, the files that belong to it, and the ids."""
     assert load_params(tuned).stops == (3, 4)
     export_weights(tuned, tmp_path / "tuned")
     expected, found = contents(chat), contents(tmp_path / "tuned")
@@ -342,7 +342,7 @@ def test_what_is_not_finite_is_no_weights(run, tmp_path):
 
 
 def test_a_prompt_begins_as_the_tokenizer_has_it(chat, tmp_path, monkeypatch):
-    """And ends where any of the model's ids ends it."""
+    """The text ends at any of the ids with which the model ends a text."""
     import_weights(chat, tmp_path / "there")
     given = {}
 
@@ -366,7 +366,7 @@ def test_a_prompt_begins_as_the_tokenizer_has_it(chat, tmp_path, monkeypatch):
 def test_held_out_text_begins_as_the_tokenizer_has_it(
     chat, tmp_path, monkeypatch, text_folder
 ):
-    """The loss over a stream that is put together here."""
+    """Compares with the loss over a stream that the test concatenates."""
     monkeypatch.chdir(tmp_path)  # Where the tokens are kept.
     import_weights(chat, tmp_path / "there")
     text = {"path": text_folder, "eval_tokens": 96, "seq_len": 48, "batch_size": 8}

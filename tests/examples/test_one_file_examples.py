@@ -1,4 +1,4 @@
-"""The examples of one file each: that they run, and that they do what they say."""
+"""The one-file examples run, and do what they say."""
 
 import math
 import re
@@ -31,7 +31,7 @@ TINY = nano_llama.Config(
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Fifty Python files of 5 kB, two of them held out, and some that do not count."""
+    """Writes fifty Python files of 5 kB, two of them held out, and ignored ones."""
     folder = tmp_path_factory.mktemp("sources")
     for number in range(50):
         line = f"value_{number} = {number} + {number}\n"
@@ -117,7 +117,7 @@ def test_nano_llama_samples_all_of_the_text():
 
 
 def test_nano_llama_is_a_llama(numpy_logits):
-    """The logits of NumPy's Llama, which is causal, in float64."""
+    """Its logits are those of NumPy's causal Llama in float64."""
     model = nano_llama.Llama(TINY, nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 256)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))

@@ -1,4 +1,4 @@
-"""A tiny Llama as a Hugging Face folder, to be read or damaged."""
+"""A tiny Llama as a Hugging Face folder, which tests read or damage."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ TIED = dataclasses.replace(CONFIG, tie_embeddings=True, num_kv_heads=1)
 
 
 def params_of(config, dtype: Any = np.float32):
-    """Of NumPy; every number is another one, and the same in each dtype."""
+    """Returns NumPy parameters; all numbers differ, and are exact in every dtype."""
     rng = np.random.default_rng(0)
     params = unfilled(config, VOCAB, np.dtype(dtype))
     return jax.tree.map(
@@ -43,7 +43,7 @@ def in_two_shards(path):
 
 
 def edit(folder, change):
-    """Both shards, as dicts by tensor, given to ``change`` and written again."""
+    """Passes both shards, as dicts by tensor, to ``change``, and writes them again."""
     paths = sorted(folder.glob("*.safetensors"))
     shards = [load_file(path) for path in paths]
     change(*shards)

@@ -44,7 +44,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run. The same settings and workdir again: the run goes on."""
+    """A whole run. The same settings and workdir resume it."""
 
     GROUP: ClassVar[str] = ""
 
@@ -57,10 +57,10 @@ class Config:
     """Rows, over all devices, whose gradient is computed at once; a divisor of
     batch_size (none: all of them)."""
     z_loss: float = 0.0
-    """Weight of the squared log of the softmax's denominator in what is minimised."""
+    """Weight in the loss of the squared log of the softmax's denominator."""
     init_from: Path | None = None
-    """Folder of a run, or of imported weights, whose parameters to begin with; their
-    model and tokenizer are then the defaults (none: random parameters)."""
+    """Folder of a run or of imported weights, whose parameters the run starts from;
+    their model and tokenizer are then the defaults (none: random parameters)."""
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
     mesh: str | None = None
@@ -69,27 +69,27 @@ class Config:
     """One job of several processes: auto (TPU pods, SLURM, Kubernetes), or
     host:port,processes,own number (none: this process alone)."""
     workdir: Path = Path("runs/llama")
-    """Folder for checkpoints, metrics and plot; a run found there goes on."""
+    """Folder for checkpoints, metrics and plot; a run in it is resumed."""
     skip_nonfinite: int = 0
-    """Steps in a row whose loss, gradient or new state is not finite that are left out,
-    and counted in the log, before the run stops."""
+    """How many steps in a row may be skipped, and counted in the log, because their
+    loss, gradient or new state is not finite, before the run stops."""
     extend_to: int | None = None
-    """Steps of a run that goes on beyond its steps, at its last learning rate."""
+    """Steps of a run that continues beyond its steps, at its last learning rate."""
     eval_every: int = 100
     """Steps between evaluations on held-out text."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     diagnostics_every: int = 100
-    """Steps between looks at the low-rank state (lorapre_adamw, lorapre_muon)."""
+    """Steps between diagnostics of the factors (lorapre_adamw, lorapre_muon)."""
     log_every: int = 20
-    """Steps between printed lines where the output is not a terminal."""
+    """Steps between printed lines if the output is not a terminal."""
     time_limit: float | None = None
-    """Minutes until the run saves and stops; the same command goes on with it."""
+    """Minutes until the run saves and stops; the same command resumes it."""
     profile: str | None = None
     """Steps to trace, first:last, into workdir/profile, for TensorBoard or XProf."""
     peak_tflops: float | None = None
-    """Peak of one device in teraflops per second, for the share of it that is used
-    (none: that of its data sheet, where it is known)."""
+    """Peak of one device in teraflops per second, of which the log has the share used
+    (none: that of the data sheet if it is known)."""
 
     def __post_init__(self) -> None:
         expand_home(self, "init_from", "workdir")
@@ -142,7 +142,7 @@ class Config:
 
     @property
     def last_step(self) -> int:
-        """Of the run; the learning rate falls until ``steps``."""
+        """The last step of the run; the learning rate falls until ``steps``."""
         return self.extend_to or self.steps
 
 
@@ -184,7 +184,7 @@ def parse_steps(text: str) -> range:
 def differences(
     there: Mapping[str, Any], here: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Fields that decide the result of a run and differ: name to both values."""
+    """Returns fields that decide the result of a run and differ, with both values."""
     names = sorted((there.keys() | here.keys()) - set(_FREE))
     pairs = {name: (there.get(name), here.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

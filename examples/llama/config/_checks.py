@@ -1,4 +1,4 @@
-"""What the settings check about themselves, and what they read as a shell would."""
+"""Checks of settings, and the expansion of ~ in paths."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_finite(config: Any) -> None:
-    """Of all fields that are floats."""
+    """Checks that all fields that are floats are finite."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         require(
@@ -28,12 +28,12 @@ def require_finite(config: Any) -> None:
 
 
 def setting(config: Any, name: str) -> str:
-    """As messages name a field: with the group that it is in."""
+    """Returns a field's name in messages, with the group that it is in."""
     return f"`{config.GROUP}{name}`"
 
 
 def expand_home(config: Any, *names: str) -> None:
-    """Paths, or names of files, that begin with ~: within a word no shell does it."""
+    """Expands ~ at the start of paths, which a shell does not do within a word."""
     for name in names:
         value = getattr(config, name)
         if value is not None:

@@ -14,10 +14,10 @@ from examples.llama.config._checks import (
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text, as which tokens, in which shape.
+    """The text, its tokens, and the shape of batches.
 
-    Text is laid out as C4 is: one JSON object with a "text" per line. The text that is
-    always there is Python's own standard library: sources and help.
+    Text has C4's layout, with one JSON object with a "text" per line. By default it is
+    the sources and help of Python's standard library.
     """
 
     GROUP: ClassVar[str] = "data."
@@ -25,31 +25,31 @@ class DataConfig:
     path: Path | None = None
     """Folder of *train*.json.gz and *validation*.json.gz (none: Python's library)."""
     hub: str | None = None
-    """Data set streamed from the Hugging Face hub, owner/name[:config][@revision], as
-    allenai/c4:en, in place of a folder; it needs train_tokens."""
+    """Data set to stream from the Hugging Face hub instead of a folder,
+    owner/name[:config][@revision], such as allenai/c4:en; it needs train_tokens."""
     train_tokens: int | None = None
-    """Training tokens to read, about: the first documents (none: all there are)."""
+    """Training tokens to read, about, from the first document on (none: all)."""
     eval_tokens: int = 65_536
     """Held-out tokens to predict at an evaluation, always the same ones."""
     skip_bad_lines: bool = False
-    """Leave out lines without a document, and say how many and where, instead of
-    refusing the text."""
+    """Skip lines without a document, and say how many and where, instead of refusing
+    the text."""
     tokenizer: str = "byte"
     """byte; bpe, a byte-level BPE trained on the training text; or a file, a
     SentencePiece .model or a Hugging Face tokenizer.json."""
     vocab_size: int | None = None
-    """Ids of the model (none: those of the tokenizer); of a BPE, pieces to train."""
+    """Number of ids of the model (none: the tokenizer's); for bpe, pieces to train."""
     batching: Literal["packed", "one-per-row"] = "packed"
-    """Documents joined and cut into full rows; or one document per row, cut off or
-    filled up, as in the published recipe."""
+    """Join documents and cut them into full rows; or one document per row, cut or
+    padded, as in the published recipe."""
     seq_len: int = 256
-    """Tokens per row that are predicted."""
+    """Predicted tokens per row."""
     batch_size: int = 16
     """Rows per step, over all devices."""
     workers: int = 0
-    """Processes per host that read rows (0: a thread of the one that trains)."""
+    """Processes per host that read rows (0: a thread of the training process)."""
     cache: Path = Path("runs/tokens")
-    """Folder of tokenised text, which runs share."""
+    """Folder of tokenised text, which runs may share."""
 
     def __post_init__(self) -> None:
         expand_home(self, "path", "cache", "tokenizer", "hub")

@@ -1,4 +1,4 @@
-"""Settings as YAML: what a run writes beside its checkpoints, and what is read."""
+"""Settings as YAML files, which runs write and read."""
 
 import re
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class ConfigFileError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own takes the last of two values of a name, and says nothing."""
+    """Raises an error if a name is given twice; YAML would take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         names = [key.value for key, _ in node.value]
@@ -45,14 +45,14 @@ for _kind in (_Loader, _Dumper):  # 1e-3, which is text to YAML 1.1 for want of 
 
 
 def dump(groups: Mapping[str, Any]) -> str:
-    """As YAML; `load` reads it back."""
+    """Returns the settings as YAML, which `load` reads."""
     return yaml.dump(groups, Dumper=_Dumper, sort_keys=False)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings in the file, some or all, by their dotted names.
+    """Returns the settings in the file, some or all, by their dotted names.
 
-    Each is of its type; whether they go together, the dataclasses check. Raises
+    It checks their types; the dataclasses check whether they fit together. Raises
     ``ConfigFileError``.
     """
     try:
@@ -62,7 +62,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> Any:
-    """The file's content, a mapping; ``ConfigFileError`` where it is not one."""
+    """Returns the file's content; ``ConfigFileError`` if it is not a mapping."""
     try:
         text = files.read_text(path, _LARGEST)
     except OSError as error:
@@ -82,7 +82,7 @@ def load(path: Path) -> Any:
 
 
 def _check_plain(text: str) -> None:
-    """Raise ``yaml.YAMLError`` for what a few bytes can make endless."""
+    """Raises ``yaml.YAMLError`` for content that a few bytes can make endless."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)

@@ -23,11 +23,11 @@ class ModelConfig:
     num_kv_heads: int | None = None
     """Key and value heads, a divisor of num_heads (none: as many as num_heads)."""
     tie_embeddings: bool = False
-    """The head reads the embedding instead of a matrix of its own."""
+    """Whether the head uses the embedding's matrix instead of its own."""
     norm_eps: float = 1e-6
     """Added to the mean square by which RMSNorm divides."""
     rope_base: float = 1e4
-    """Base of the rotary angles: a larger one turns more slowly."""
+    """Base of the rotary angles; a larger one rotates more slowly."""
     scan_layers: bool = True
     """Stack the layers' parameters on a leading axis and compile one block."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -35,9 +35,9 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the parameters; low-rank factors are float32."""
     remat: Literal["nothing", "all but products", "all"] = "nothing"
-    """What the backward pass of a block computes again instead of keeping it."""
+    """What the backward pass of a block recomputes instead of keeping it."""
     loss_chunk: int | None = None
-    """Positions of each row whose logits exist at once (none: all of them)."""
+    """Positions of each row whose logits are in memory at once (none: all)."""
 
     def __post_init__(self) -> None:
         require_finite(self)

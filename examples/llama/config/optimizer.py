@@ -22,17 +22,17 @@ class OptimizerConfig:
     name: OptimizerName = "lorapre_adamw"
     """Rule for the attention and MLP matrices."""
     learning_rate: float | None = None
-    """Peak rate, for the matrices (none: the optimizer's own default)."""
+    """Peak learning rate of the matrices (none: the optimizer's own default)."""
     dense_learning_rate: float | None = None
-    """Peak rate of all else, for lorapre_muon, muon and galore (none: default)."""
+    """Peak rate of all other leaves, for lorapre_muon, muon, galore (none: default)."""
     rank: int = 16
     """Rank of the low-rank state (lorapre_adamw, lorapre_muon, galore)."""
     warmup: float = 0.1
-    """Part of all steps, 0 to 1, of rising rate; a cosine to a tenth follows."""
+    """Share of the steps, 0 to 1, for the warm-up; then a cosine to a tenth."""
     b1: float = 0.9
-    """Adam's first moment: what a step keeps (Muon's momentum keeps 0.95)."""
+    """Decay rate of Adam's first moment (Muon's is 0.95)."""
     b2: float = 0.95
-    """Adam's second moment: what a step keeps."""
+    """Decay rate of Adam's second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; nothing else decays."""
     clip_norm: float | None = 1.0
@@ -40,13 +40,13 @@ class OptimizerConfig:
     factor_embeddings: bool = False
     """Treat the embedding and the head as matrices too, instead of by Adam."""
     algorithm: Literal["default", "paper"] = "default"
-    """Moments by the library's defaults, or by the paper's Algorithm 1 to the letter
-    (lorapre_adamw, lorapre_muon)."""
+    """Moments of the library's default, or of the paper's Algorithm 1 (lorapre_adamw,
+    lorapre_muon)."""
     update_scale: float = 1.0
     """Factor on the updates of the matrices (lorapre_adamw, lorapre_muon)."""
     layers_at_once: int | None = None
-    """Stacked layers whose low-rank update is in memory at once (none: all;
-    lorapre_adamw, lorapre_muon)."""
+    """How many stacked layers are updated at once (none: all; lorapre_adamw,
+    lorapre_muon)."""
 
     def __post_init__(self) -> None:
         require_finite(self)

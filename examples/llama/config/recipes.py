@@ -1,4 +1,4 @@
-"""The published way to train a size, every value with where it is from."""
+"""The published recipe of each size, with the source of every value."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -26,10 +26,10 @@ _SIZES = {
 
 
 def paper(preset: str, optimizer: str | None = None) -> dict[str, Setting]:
-    """What the paper trained ``preset`` with, by the names of the settings.
+    """Returns the paper's settings for ``preset``, by their names.
 
-    With another ``optimizer`` than the paper's, all but what is about that one. The
-    tokenizer, T5's, is a file that one has to have. Raises ``ValueError`` for a size
+    With another ``optimizer``, the settings of the paper's optimizer are omitted. The
+    file of the tokenizer, T5's, is not included. Raises ``ValueError`` for a size
     that was not published.
     """
     if preset not in _SIZES:
@@ -73,7 +73,7 @@ UNCLIPPED = (
 
 
 def notes(recipe: Mapping[str, Setting], optimizer: OptimizerConfig) -> list[str]:
-    """What a run should know of its recipe at its start."""
+    """Returns notes about the recipe to print at the start of a run."""
     unclipped = optimizer.algorithm == "paper" and optimizer.clip_norm is None
     return [UNCLIPPED] if recipe and unclipped else []
 

@@ -25,16 +25,16 @@ _WORDS = {
 
 
 class BadSetting(ValueError):
-    """No such setting, or no value for it; the message names it."""
+    """A setting or its value is invalid; the message names it."""
 
 
 def of_file(error: ValueError) -> str:
-    """The message, about settings in a file: no option is to be shown for them."""
+    """Returns the message about settings in a file, for which options are not named."""
     return str(error).replace("`", "")
 
 
 def as_groups(config: Any) -> Any:
-    """Nested ``{"model": {"width": 128, ...}, ...}`` of JSON values."""
+    """Returns nested ``{"model": {"width": 128, ...}, ...}`` of JSON values."""
     if dataclasses.is_dataclass(config):
         fields = dataclasses.fields(config)
         return {field.name: as_groups(getattr(config, field.name)) for field in fields}
@@ -42,12 +42,12 @@ def as_groups(config: Any) -> Any:
 
 
 def flat(groups: Mapping[str, Any]) -> dict[str, Any]:
-    """The same as ``{"model.width": 128, ...}``."""
+    """Returns the same as ``{"model.width": 128, ...}``."""
     return dict(_entries(groups))
 
 
 def kinds(group: type) -> dict[str, Any]:
-    """The types of all fields of the dataclass ``group``, by their dotted names."""
+    """Returns the types of all fields of the dataclass ``group``, by dotted names."""
     hints = get_type_hints(group)
     found = {}
     for field in dataclasses.fields(group):
@@ -80,7 +80,7 @@ def typed(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(config: Any, values: Mapping[str, Any]) -> Any:
-    """`config` with other values, by their dotted names; all set before any check."""
+    """Returns `config` with values by dotted names, all set before any check."""
     own, groups = {}, dict[str, dict[str, Any]]()
     for name, value in values.items():
         group, _, rest = name.rpartition(".")
@@ -102,7 +102,7 @@ def _entries(groups: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """As a field of that type has it: YAML and JSON have no paths, and 1 for 1.0."""
+    """Converts a value to its type; YAML and JSON have no paths, and 1 for 1.0."""
     choices = get_args(kind) or (kind,)  # Of an Optional, or values of a Literal.
     for choice in choices:
         if type(value) is choice or (type(value) is str and value == choice):

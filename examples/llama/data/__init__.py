@@ -1,1 +1,1 @@
-"""Text, its tokens, and batches of them: from sources to devices, a file for each."""
+"""Text, its tokens, and batches of them, from the sources to the devices."""

@@ -1,4 +1,4 @@
-"""Batches by their number: shuffled, divided over hosts, and on the devices in time."""
+"""Batches by number: shuffled, sharded over hosts, and placed ahead of time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,21 +15,21 @@ _READ_AHEAD, _ON_DEVICES = 2, 2
 
 
 def train_rows(rows: Rows, seed: int) -> grain.MapDataset[Batch]:
-    """Endless rows, in another order every epoch.
+    """Returns endless rows, in another order every epoch.
 
-    Random access makes a row a pure function of (seed, number): a resumed run goes on
+    Random access makes a row a pure function of (seed, number): a resumed run continues
     with exactly the tokens it would have seen, and a host reads its own rows alone.
     """
     return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
 
 
 def train_batches(rows: Rows, batch_size: int, seed: int) -> grain.MapDataset[Batch]:
-    """Endless batches of NumPy arrays; number ``step`` is ``batches[step]``."""
+    """Returns endless batches of NumPy arrays; number ``step`` is ``batches[step]``."""
     return train_rows(rows, seed).batch(batch_size)
 
 
 class SomeRows:
-    """Of a batch, by its number, the rows at some places alone."""
+    """Some rows of each batch, by the batch's number."""
 
     def __init__(self, rows: Rows, batch_size: int, seed: int, places: Sequence[int]):
         self._rows: Any = train_rows(rows, seed)
@@ -41,7 +41,7 @@ class SomeRows:
 
 
 def placed(batch: Batch, by_row: Sharding) -> Batch:
-    """Place a batch on all devices; this process has the whole of it."""
+    """Places a batch, of which this process has all rows, on all devices."""
     size = len(batch.mask)
     places = hosts.rows_here(size, by_row)
     return Batch(*(hosts.place_rows(x[places], places, size, by_row) for x in batch))
@@ -55,7 +55,7 @@ def batches_on_devices(
     by_row: Sharding,
     workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-    """The batches of ``steps``, divided ``by_row``; to be closed after use.
+    """Returns the batches of ``steps``, sharded ``by_row``; close it after use.
 
     Each process reads the rows of its own devices, in ``workers`` processes (0: in a
     thread of this one), and a thread places the batches ahead of time.

@@ -1,4 +1,4 @@
-"""What the sources of text have in common."""
+"""The interface of sources of text, and their errors."""
 
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
@@ -13,7 +13,7 @@ class DataError(ValueError):
 
 
 class BadLine(Exception):
-    """Why a line holds no document."""
+    """A line has no document; the message says why."""
 
 
 class Document(NamedTuple):
@@ -22,7 +22,7 @@ class Document(NamedTuple):
 
 
 class BadLines:
-    """What becomes of lines that hold no document: an error, or a count of them.
+    """Handles lines without a document: raises an error, or counts them.
 
     Attributes:
       count: Lines left out.
@@ -48,18 +48,18 @@ class Source(Protocol):
     """For messages."""
 
     def fingerprint(self, split: Split) -> str:
-        """Changes when any text of the split does; takes no time to speak of."""
+        """Returns a text that changes if any document does, in little time."""
         ...
 
     def documents(self, split: Split, bad: BadLines) -> Iterator[Document]:
-        """In a fixed order, one at a time in memory where the text may be large."""
+        """Yields documents in a fixed order; a large text is not held in memory."""
         ...
 
 
 def text_of(record: Any) -> str:
-    """The document in a line of C4, a dict with a "text".
+    """Returns the document in a line of C4, a dict with a "text".
 
-    A document of nothing but white space is a fault: it would be a row without a
+    A document of white space only is an error: it would be a row without a
     target, and in real data it means that something was lost.
     """
     text = record.get("text") if isinstance(record, dict) else None

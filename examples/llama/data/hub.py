@@ -24,7 +24,7 @@ _NAME = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<revision>[^
 class Hub:
     """``owner/name[:config][@revision]``, or a folder laid out like such a repository.
 
-    Nothing but what is read is fetched, from the first document of the split on.
+    Only what is read is fetched, from the first document of the split on.
     """
 
     def __init__(self, name: str, memory: Path):
@@ -49,9 +49,9 @@ class Hub:
         self.name = f"hub {name}"
 
     def fingerprint(self, split: Split) -> str:
-        """Of the repository's commit, which from here on is the one that is read.
+        """Returns a hash of the repository's commit, which is read from now on.
 
-        Of a folder, of all its files and their names, which may decide the split.
+        For a folder, it is of all files and their names, which may decide the split.
         """
         folder = Path(self._path)
         if folder.is_dir():
@@ -92,7 +92,7 @@ class Hub:
                     bad.add(f"{self.name}, {split}, {name}", BadLine("no document"))
 
     def _check_splits(self, files: Mapping[str, Iterable[str]]) -> None:
-        """Held-out text is not trained on, whatever names and card say."""
+        """Checks that no held-out text is trained on, whatever names and card say."""
         both = set(files.get("train", ())) & set(files.get("validation", ()))
         if both:
             raise DataError(

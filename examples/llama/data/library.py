@@ -1,4 +1,4 @@
-"""Text that is always there: Python's own standard library."""
+"""Text that is always available: Python's own standard library."""
 
 import ast
 import functools
@@ -59,7 +59,7 @@ class StandardLibrary:
 
 
 def _named_texts(root: Path) -> Iterator[tuple[str, str | BadLine]]:
-    """Or why there is no text in a file that should have some."""
+    """Yields names with texts, or with the reason why a file has none."""
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if _LEFT_OUT.intersection(name.split("/")):

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees while text is tokenised."""
+"""The display while text is tokenised."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Tokens as rows of one length, which a model is trained and measured on."""
+"""Tokens as rows of one length, for training and evaluation."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -7,9 +7,9 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """To train on or to be measured on; a single row lacks the batch axis.
+    """A batch for training or evaluation; a single row has no batch axis.
 
-    Arrays of NumPy, or of JAX once they lie on devices.
+    It has NumPy arrays, or JAX arrays once it is on devices.
     """
 
     inputs: Any  # (batch, seq) int32
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
 
 class Rows(Protocol):
-    """A source for grain: any row at any time, also in another process."""
+    """A source for grain, with random access to rows, also in another process."""
 
     def __len__(self) -> int: ...
 
@@ -53,9 +53,9 @@ class PackedRows:
 
 
 class DocumentRows:
-    """One document per row, cut off or filled up with ``pad``: the published recipe.
+    """One document per row, cut or padded with ``pad``, as in the published recipe.
 
-    Like there, one that is cut off still ends with its end of text.
+    As in the recipe, a document that is cut still ends with its end of text.
     """
 
     def __init__(self, ids: Any, ends: Any, seq_len: int, pad: int):
@@ -75,7 +75,7 @@ class DocumentRows:
 
 
 def held_out_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """Every row once. The last batch is filled up with rows that do not count."""
+    """Yields every row once. The last batch is padded with rows that do not count."""
     for start in range(0, len(rows), batch_size):
         end = min(start + batch_size, len(rows))
         batch = stack([rows[i] for i in range(start, end)])
@@ -88,7 +88,7 @@ def stack(rows: Sequence[Batch]) -> Batch:
 
 
 def _row(ids: np.ndarray, seq_len: int, pad: int) -> Batch:
-    """Of up to ``seq_len + 1`` tokens."""
+    """Returns a row of up to ``seq_len + 1`` tokens."""
     padded = np.full(seq_len + 1, pad, np.int32)
     padded[: len(ids)] = ids
     mask = (np.arange(seq_len) < len(ids) - 1).astype(np.float32)

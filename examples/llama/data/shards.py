@@ -30,7 +30,7 @@ _COPY = re.compile(
 class Shards:
     """The ``*.json.gz`` in ``folder``; each is named ``train`` or ``validation``.
 
-    One of the two is enough for whoever reads that alone.
+    A reader of one split needs only that split.
     The digest of each file is remembered in the folder ``memory``.
     """
 
@@ -42,14 +42,14 @@ class Shards:
         self.name = str(folder)
 
     def fingerprint(self, split: Split) -> str:
-        """Of the files' bytes, whatever their names."""
+        """Returns a fingerprint of the files' bytes, whatever their names."""
         paths = _complete(self._folder, split)
         digests = [digest_of(path, self._memory) for path in paths]
         self._check_apart(dict(zip(digests, paths, strict=True)), split)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def _check_apart(self, paths: Mapping[str, Path], split: Split) -> None:
-        """Raise ``DataError`` for a file, by digest, that is in the other split too.
+        """Raises ``DataError`` for a file that is, by digest, in the other split too.
 
         Whoever reads one split alone must not wait for all of the other to be hashed:
         so only files of equal size are.
@@ -66,7 +66,7 @@ class Shards:
                 )
 
     def documents(self, split: Split, bad: BadLines) -> Iterator[Document]:
-        """A shard without any is an error: what it held is lost."""
+        """Yields documents; a shard without any is an error, since its text is lost."""
         paths = _complete(self._folder, split)
         before, total = 0, sum(path.stat().st_size for path in paths)
         for path in paths:
@@ -88,9 +88,9 @@ class Shards:
 
 
 def digest_of(path: Path, memory: Path) -> str:
-    """SHA-256 of a file, computed again only if its size or its time has changed.
+    """Returns the SHA-256 of a file, computed again only if size or time changed.
 
-    All of C4 takes minutes to read, at every start of a run otherwise.
+    Otherwise every start of a run would take minutes to read all of C4.
     """
     stat = path.stat()
     known_by = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -106,7 +106,7 @@ def digest_of(path: Path, memory: Path) -> str:
 
 
 def _remembered(note: Path) -> str | None:
-    """None where there is no such note, or one that is no digest."""
+    """Returns the noted digest; None if there is none or it is invalid."""
     try:
         content = note.read_bytes()
     except FileNotFoundError:
@@ -121,7 +121,7 @@ class _Line(NamedTuple):
 
 
 def _complete(folder: Path, split: Split) -> list[Path]:
-    """The shards in order. The last ones may be missing, but none in between."""
+    """Returns the shards in order. The last may be missing, but none in between."""
     paths = [path for path in _shards(folder) if _split_of(path) == split]
     if not paths:
         raise DataError(f"{folder}: no *{split}*.json.gz shard there")
@@ -137,7 +137,7 @@ def _complete(folder: Path, split: Split) -> list[Path]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """In order; without hidden files, and copies of one that is there."""
+    """Returns the shards in order, without hidden files and copies of another one."""
     names = {path.name for path in folder.glob("*.json.gz")}
     shards = []
     for name in sorted(name for name in names if not name.startswith(".")):
@@ -154,7 +154,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _split_of(path: Path) -> Split:
-    """By a word in its name: "pretrain" has no ``train``."""
+    """Returns the split by a word in the name; "pretrain" is not "train"."""
     words = set(re.split(r"[\W\d_]+", path.name.lower()))
     told: list[Split] = [split for split in get_args(Split) if split in words]
     if len(told) != 1:
@@ -167,7 +167,7 @@ def _split_of(path: Path) -> Split:
 
 
 def _check_numbers(paths: Sequence[Path]) -> None:
-    """Of those that have one: each once, of one total, and none left out."""
+    """Checks numbers in names: each occurs once, with one total and no gaps."""
     numbered = [(path, match) for path in paths if (match := _NUMBER.search(path.name))]
     by_number = dict[int, Path]()
     for path, match in numbered:
@@ -192,7 +192,7 @@ def _check_numbers(paths: Sequence[Path]) -> None:
 
 
 def _lines(path: Path) -> Iterator[_Line]:
-    """All but the blank ones.
+    """Yields all lines except blank ones.
 
     A file that ends early has lost an unknown part of the text: that is an error
     whether or not bad lines are skipped.

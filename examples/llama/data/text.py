@@ -1,4 +1,4 @@
-"""The text of a run: found and named at once, tokenised when it is needed."""
+"""The text of a run, which is found at once and tokenised when needed."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Where the tokens of a run come from; the tokens themselves are not read yet."""
+    """The source of a run's tokens, which are not read yet."""
 
     config: DataConfig
     source: Source
@@ -51,7 +51,7 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any token that a run trains on or is measured on may change."""
+        """It changes if a token of training or evaluation may change."""
         held_out, train = (  # The small one first: if it is missing, that is told soon.
             token_cache.key_of(self.source, split, self.tokenizer, self._limit(split))
             for split in ("validation", "train")
@@ -60,7 +60,7 @@ class Text:
         return f"train {train[:16]}, held out {held_out[:16]}, tokenizer {tokenizer}"
 
     def load(self) -> TextData:
-        """Rows to train and to be measured on, tokenised now if they never were."""
+        """Returns rows for training and evaluation, and tokenises them if necessary."""
         train, held_out = self.train(), self.held_out()
         notes = [*train.notes, *held_out.notes]
         return TextData(train.rows, held_out.rows, train.tokens, notes)
@@ -107,7 +107,7 @@ class Text:
         return tokens
 
     def _limit(self, split: Split) -> Limit:
-        """Of held-out text only what an evaluation takes is read."""
+        """Returns how much of a split is read; an evaluation limits held-out text."""
         config = self.config
         tokens = config.train_tokens if split == "train" else config.eval_tokens + 1
         if tokens is None or config.batching == "packed":
@@ -116,7 +116,7 @@ class Text:
 
 
 def open_text(config: DataConfig, console: Console) -> Text:
-    """The source and the tokenizer that ``config`` names; a BPE is trained now."""
+    """Opens the source and the tokenizer that ``config`` names; trains a BPE."""
     source = open_source(config)
     text = Text(config, source, _tokenizer(config, source), console)
     assert text.vocab_size  # Too few ids are an error now, not after tokenising.
@@ -124,9 +124,9 @@ def open_text(config: DataConfig, console: Console) -> Text:
 
 
 def planned_vocabulary(config: DataConfig) -> tuple[int, list[str]]:
-    """Ids of the model of ``open_text(config)``, from the tokenizer's file at most.
+    """Returns the number of ids of ``open_text(config)``, without reading the text.
 
-    And a note, where most of them have no use.
+    It also returns a note if most of them are not used.
     """
     if config.tokenizer == "bpe":
         assert config.vocab_size is not None  # checked by DataConfig
@@ -151,7 +151,7 @@ def open_source(config: DataConfig) -> Source:
 def read_texts(
     source: Source, split: Split, skip_bad_lines: bool = False
 ) -> Iterator[str]:
-    """One after the other."""
+    """Yields the texts one after the other."""
     for document in source.documents(split, BadLines(skip_bad_lines)):
         yield document.text
 

@@ -1,4 +1,4 @@
-"""Text tokenised once, into files that are mapped into memory.
+"""A cache of tokens in files, which are mapped into memory.
 
 A folder of the cache holds the tokens of one split of one text:
 
@@ -106,7 +106,7 @@ def tokenise(
     progress: TokenisingProgress,
     skip_bad_lines: bool = False,
 ) -> Tokens:
-    """From ``cache``, where it is put first if it is not there."""
+    """Returns tokens from ``cache``; writes them first if they are not there."""
     folder = cache / key_of(source, split, tokenizer, limit)[:32]
     if not folder.exists():
         bad = BadLines(skip_bad_lines)
@@ -124,7 +124,7 @@ def tokenise(
 
 @contextlib.contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then gets the name ``folder``."""
+    """Yields a folder to fill, which then gets the name ``folder``."""
     for abandoned in folder.parent.glob(f"{folder.name}.*.part"):
         # Another process removes it too, or it is a file, of someone else's.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -153,7 +153,7 @@ def _write(
     progress: TokenisingProgress,
     bad: BadLines,
 ) -> None:
-    """All files, safe on disk."""
+    """Writes all files, and waits until they are safe on disk."""
     dtype = _dtype(tokenizer)
     ids_file, ends_file = part / _IDS, part / _ENDS
     ids_file.touch()
@@ -182,7 +182,7 @@ def _write(
 
 
 def with_ends(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of each text, (length,) integers, between those that begin and end it."""
+    """Yields the ids of each text, (length,), with those that begin and end it."""
     begin, end = (np.asarray(x, np.uint32) for x in (tokenizer.begin, tokenizer.end))
     for ids in tokenizer.encode(texts):
         yield np.concatenate([begin, ids.astype(np.uint32), end])
@@ -191,7 +191,7 @@ def with_ends(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 def _groups_of_ids(
     documents: Iterable[Document], tokenizer: Tokenizer, limit: Limit
 ) -> Iterator[tuple[list[np.ndarray], float | None]]:
-    """Ids of some documents, each with its end, and the part that is done by then."""
+    """Yields ids of some documents, each with its end, and the share done so far."""
     counted, documents = 0, iter(documents)
     # A token is seldom less than a character, so hardly a document too many is read.
     while group := _group(documents, (limit.tokens or sys.maxsize) - counted):
@@ -206,7 +206,7 @@ def _groups_of_ids(
 
 
 def _group(documents: Iterator[Document], characters: int) -> list[Document]:
-    """The next ones, of about so many characters or ``_CHARACTERS_AT_ONCE``."""
+    """Returns the next documents, up to a number of characters."""
     group, size = [], 0
     for document in documents:
         group.append(document)
@@ -221,7 +221,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def _check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Beyond the vocabulary the model has no embedding: its loss would be NaN."""
+    """Checks ids against the vocabulary; others have no embedding, and a NaN loss."""
     largest, count = int(ids.max()), tokenizer.reach
     if largest >= count:
         raise DataError(f"the id {largest}, where texts get {count} ids alone")
@@ -233,7 +233,7 @@ def _append(path: Path, numbers: np.ndarray) -> None:
 
 
 def _open(folder: Path, tokenizer: Tokenizer) -> Tokens:
-    """Raises ``DataError`` unless all of it is what was written, by this tokenizer."""
+    """Opens a folder; ``DataError`` if it is not what this tokenizer wrote."""
     try:
         return _checked(folder, tokenizer)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -266,7 +266,7 @@ def _checked(folder: Path, tokenizer: Tokenizer) -> Tokens:
 
 
 def _blocks(path: Path, dtype: np.dtype, digest: Any) -> Iterator[np.ndarray]:
-    """The numbers in a file, (some,), which ``digest`` takes in on the way."""
+    """Yields the numbers in a file in blocks, and updates ``digest`` with them."""
     with files.named(path), path.open("rb") as file:
         while block := file.read(_BYTES_AT_ONCE):
             digest.update(block)

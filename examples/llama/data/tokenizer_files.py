@@ -1,4 +1,4 @@
-"""A tokenizer's file, and what Hugging Face's folders have beside it.
+"""A tokenizer's file, and the files beside it in Hugging Face folders.
 
 It goes wherever the tokenizer goes, as it is: the settings decide what is put around a
 text, and whoever uses the weights after us has the rest from us alone.
@@ -19,14 +19,14 @@ _BESIDE = (SETTINGS, GENERATION, _NAMES, *_TEMPLATES)
 
 
 class Beside(NamedTuple):
-    """Contents by name, and what two of the files say."""
+    """The files beside a tokenizer: contents by name, and two of them parsed."""
 
     contents: Mapping[str, bytes] = {}
     settings: Mapping[str, Any] = {}
     names: Mapping[str, Any] = {}
 
     def token(self, role: str) -> str | None:
-        """The token that has the ``role``, such as "eos_token", where one is named."""
+        """Returns the token with a ``role`` such as "eos_token", if one is named."""
         named = self.settings.get(role) or self.names.get(role)
         found = named.get("content") if isinstance(named, dict) else named
         if found is not None and not isinstance(found, str):
@@ -43,7 +43,7 @@ NOTHING = Beside()
 
 
 def read_beside(path: Path) -> Beside:
-    """What is beside the tokenizer's file ``path``."""
+    """Reads the files beside the tokenizer's file ``path``."""
     folder = path.parent
     names = [*_BESIDE, *_more_templates(folder)]
     if path.name == PIECES:  # Which is the tokenizer, wherever both are.
@@ -58,20 +58,20 @@ def read_beside(path: Path) -> Beside:
 
 
 def saved_file(folder: Path) -> Path | None:
-    """The tokenizer there, if any."""
+    """Returns the tokenizer's file in a folder, if any."""
     paths = (folder / name for name in (PIECES, SENTENCEPIECE))
     return next((path for path in paths if path.exists()), None)
 
 
 def save(folder: Path, name: str, content: bytes, beside: Beside) -> None:
-    """As the one tokenizer there, also where a run that never got anywhere left one."""
+    """Saves it as the only tokenizer there, also if an unstarted run left one."""
     clear(folder, but=[name, *beside.contents])
     beside.save(folder)
     files.write(folder / name, content)
 
 
 def clear(folder: Path, but: Collection[str] = ()) -> None:
-    """What is to be written anew stays till then: another process may be reading it."""
+    """Removes the files, except those to write again, which others may be reading."""
     for name in (PIECES, SENTENCEPIECE, *_BESIDE, *_more_templates(folder)):
         if name not in but:
             (folder / name).unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def _more_templates(folder: Path) -> list[str]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """From folder to folder: the tokenizer, if any, and all beside it or its place."""
+    """Copies the tokenizer, if any, and the files beside it, to another folder."""
     path = saved_file(source)
     beside = read_beside(path or source / PIECES)
     if path is None:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, a SentencePiece model, a tokenizer.json."""
+"""Tokenizers: bytes, a SentencePiece model, a tokenizer.json."""
 
 import hashlib
 import json
@@ -39,15 +39,15 @@ class Tokenizer(Protocol):
     """Of all that decides which ids a text gets."""
 
     def encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """Ids of each text, (length,) integers, without what begins and ends it."""
+        """Returns the ids of each text, (length,), without those around it."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Without the ids that only the model has."""
+        """Decodes ids, without those that only the model has."""
         ...
 
     def save(self, folder: Path) -> None:
-        """As the one there, with all that was beside it; ``load_saved`` reads it."""
+        """Saves it as the only one there, with its files; ``load_saved`` reads it."""
         ...
 
 
@@ -68,14 +68,14 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
-        """It has no file."""
+        """Saves nothing, since it has no file."""
         tokenizer_files.clear(folder)
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model, as T5's and Llama's.
 
-    It does not say what is put before a text; the settings beside it may.
+    The file does not say what is put before a text; the settings beside it may.
     """
 
     def __init__(self, model: bytes, beside: Beside = NOTHING):
@@ -161,7 +161,7 @@ class PiecesTokenizer:
 
 
 def load_file(path: Path) -> Tokenizer:
-    """Of a SentencePiece ``.model`` or a ``tokenizer.json``, with what is beside it."""
+    """Loads a ``.model`` or a ``tokenizer.json``, and the files beside it."""
     if not path.exists():
         raise DataError(f"{path}: no such file")
     try:
@@ -182,13 +182,13 @@ def load_file(path: Path) -> Tokenizer:
 
 
 def load_saved(folder: Path) -> Tokenizer:
-    """What ``save`` wrote there; bytes where it wrote nothing."""
+    """Loads what ``save`` wrote there; bytes if it wrote nothing."""
     path = saved_file(folder)
     return load_file(path) if path else ByteTokenizer()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PiecesTokenizer:
-    """A byte-level BPE of at most ``vocab_size`` pieces; 0 ends a text."""
+    """Trains a byte-level BPE of at most ``vocab_size`` pieces; 0 ends a text."""
     pieces = tokenizers.Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
@@ -203,7 +203,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PiecesTokenizer:
 
 
 def model_vocabulary(tokenizer: Tokenizer, size: int | None) -> int:
-    """Ids that the model is to have: as many as asked for, or the tokenizer's.
+    """Returns the number of ids of the model: the given one, or the tokenizer's.
 
     It needs none for special tokens that no text gets. Raises ``DataError`` where there
     are too few of them.
@@ -219,7 +219,7 @@ def model_vocabulary(tokenizer: Tokenizer, size: int | None) -> int:
 
 
 def unused_ids(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """A note on a model with many more ids than its tokenizer, such as on bytes."""
+    """Returns a note about a model with many more ids than its tokenizer."""
     if tokenizer.vocab_size > 0.9 * vocab_size:
         return []
     return [
@@ -229,7 +229,7 @@ def unused_ids(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
 
 
 def _beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Texts until there are so many characters."""
+    """Yields texts up to a number of characters."""
     read = 0
     for text in texts:
         yield text
@@ -239,7 +239,7 @@ def _beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def _end_of_text(added: set[str], beside: Beside) -> str:
-    """The name of that token: as told beside it, or a well-known one."""
+    """Returns the name of that token, from the files beside it or a well-known one."""
     named = beside.token("eos_token")
     wanted = (named,) if named else _ENDS_OF_TEXT
     found = next((name for name in wanted if name in added), None)
@@ -254,7 +254,7 @@ def _end_of_text(added: set[str], beside: Beside) -> str:
 def _around(
     pieces: tokenizers.Tokenizer, text: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that the post-processor puts before a text, and after it.
+    """Returns the ids that the post-processor puts before and after a text.
 
     ``text`` is one to find out with, that gets an id at least.
     """
@@ -268,7 +268,7 @@ def _around(
 
 
 def _fingerprint(whole: bytes, tokenizer: Tokenizer) -> str:
-    """Of the tokenizer's file, and of what is put around a text beyond its end."""
+    """Returns a fingerprint of the tokenizer's file and of the ids around a text."""
     digest = hashlib.sha256(whole)
     around = tokenizer.begin, tokenizer.end
     if around != ((), (tokenizer.end_of_text,)):

@@ -1,1 +1,1 @@
-"""Weights from elsewhere and for elsewhere."""
+"""Import and export of weights."""

@@ -1,4 +1,4 @@
-"""Weights brought in from elsewhere as a run's folder, and the other way round.
+"""Imports weights as a run's folder, and exports them.
 
 A folder that ``import_weights`` makes is laid out as a run's: ``config.yaml`` has the
 settings of the model, ``data.json`` what ends a text, and the parameters are the
@@ -43,12 +43,12 @@ def import_weights(
     *,
     scan_layers: bool = True,
 ) -> Imported:
-    """Make ``workdir`` of a Hugging Face folder or a GGUF file.
+    """Makes ``workdir`` from a Hugging Face folder or a GGUF file.
 
     The parameters are stored in ``dtype``, with layers stacked or not.
 
-    Raises ``BadWeights`` for what is no Llama of ours, ``FileExistsError`` where
-    ``workdir`` is there already.
+    Raises ``BadWeights`` for weights of another model, ``FileExistsError`` if
+    ``workdir`` exists already.
     """
     with files.new_folder(workdir) as part:
         if source.is_dir():
@@ -72,7 +72,7 @@ def import_weights(
 
 
 def _tokenizer_of(file: GGUFFile, folder: Path) -> str:
-    """Write it there, as Hugging Face's files; why not, where it cannot be."""
+    """Writes the tokenizer as Hugging Face files; returns why if it cannot."""
     try:
         pieces, settings = file.tokenizer(), file.tokenizer_settings()
     except BadWeights as error:
@@ -83,7 +83,7 @@ def _tokenizer_of(file: GGUFFile, folder: Path) -> str:
 
 
 def _why_unusable(folder: Path, vocab_size: int, source: Path) -> str:
-    """Of a tokenizer that is kept for an export anyhow; empty where it is good."""
+    """Returns why a tokenizer is only kept for an export; empty if it is usable."""
     try:
         tokenizer = tokenizers.load_saved(folder)
     except DataError as error:
@@ -93,9 +93,9 @@ def _why_unusable(folder: Path, vocab_size: int, source: Path) -> str:
 
 
 def export_weights(workdir: Path, folder: Path, dtype: Any = None) -> None:
-    """Write the weights of ``workdir`` as a new Hugging Face folder; see its ``save``.
+    """Writes the weights of ``workdir`` as a new Hugging Face folder; see ``save``.
 
-    Its tokenizer goes with them, where there is a file of it, and what is beside that.
+    The file of its tokenizer, if any, and the files beside it are copied.
     """
     weights = load_params(workdir)
     hugging_face.save(
@@ -111,7 +111,7 @@ def export_weights(workdir: Path, folder: Path, dtype: Any = None) -> None:
 
 
 def _token_ids(weights: Weights) -> dict[str, Any]:
-    """As they came with the weights, or as the run had them."""
+    """Returns the ids that came with the weights, or those of the run."""
     data = data_of(weights.folder)
     if data.get("tokenizer") is not None:
         weights.tokenizer()  # Or the wrong one, or none, would go with them.

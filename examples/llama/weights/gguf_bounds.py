@@ -1,4 +1,4 @@
-"""Whether a GGUF file is as long as it says, before a library believes it.
+"""Checks the lengths in a GGUF file before a library reads it.
 
 A count is 64 bits, and the gguf library loops as often as it says. So this walks over
 the header once and looks at nothing but lengths: what is counted must be in the file.
@@ -34,7 +34,7 @@ _SIZES = {
 
 
 def check_bounds(path: Path) -> None:
-    """Raise ``ValueError`` where something counted is not in the file."""
+    """Raises ``ValueError`` if something counted is not in the file."""
     files.require_regular(path)
     with path.open("rb") as file:
         _Walk(file, path.stat().st_size).whole()

@@ -40,7 +40,7 @@ _SPLITS = {
 
 
 class GGUFFile:
-    """An open file; its weights are read when they are asked for.
+    """An open file, whose weights are read by `load`.
 
     Raises ``BadWeights``, which names the file and the setting or tensor.
     """
@@ -54,7 +54,7 @@ class GGUFFile:
             raise BadWeights(f"{path}: not a whole GGUF file: {error}") from error
 
     def config(self) -> tuple[ModelConfig, int]:
-        """The model's shape, and the vocabulary's size."""
+        """Returns the model's shape and the vocabulary's size."""
         self._require("general.architecture", "llama")
         self._require("split.count", 1, if_absent=1)
         self._require("llama.expert_count", 0, if_absent=0)
@@ -92,10 +92,10 @@ class GGUFFile:
     def load(
         self, dtype: Any = "float32", *, scan_layers: bool = True
     ) -> tuple[ModelConfig, int, Params]:
-        """As of a Hugging Face folder; quantised weights by their values."""
+        """Loads as from a Hugging Face folder, with dequantised weights."""
         config, vocab_size = self.config()
         config = dataclasses.replace(config, scan_layers=scan_layers)
-        # GGUF's shapes begin with the axis that lies closest in memory.
+        # GGUF's shapes begin with the axis that is contiguous in memory.
         found = {
             tensor.name: (self._path, tuple(map(int, tensor.shape[::-1])))
             for tensor in self._reader.tensors
@@ -115,9 +115,9 @@ class GGUFFile:
         return config, vocab_size, params
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Byte-level BPE with the same pieces, merges and special tokens.
+        """Returns a byte-level BPE with the same pieces, merges and special tokens.
 
-        It puts the begin of text before a text where the file says so.
+        It puts the begin of text before a text if the file says so.
         """
         self._require("tokenizer.ggml.model", "gpt2")
         split = self._setting("tokenizer.ggml.pre")
@@ -167,7 +167,7 @@ class GGUFFile:
             )
 
     def tokenizer_settings(self) -> dict[str, Any]:
-        """For ``tokenizer_config.json``, beside ``tokenizer``."""
+        """Returns the content of ``tokenizer_config.json``."""
         pieces = self._setting("tokenizer.ggml.tokens")
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -181,7 +181,7 @@ class GGUFFile:
         return settings | ({} if template is None else {"chat_template": template})
 
     def about(self) -> dict[str, Any]:
-        """As of a Hugging Face folder."""
+        """Returns the same as for a Hugging Face folder."""
         _, vocab_size = self.config()
         ids = {name: self._token(role, vocab_size) for name, role in _ROLES.items()}
         ends = [ids["eos"], self._token("eot", vocab_size)]
@@ -194,7 +194,7 @@ class GGUFFile:
         }
 
     def _token(self, role: str, count: int) -> int | None:
-        """The id that has the ``role``, of so many."""
+        """Returns the id with the ``role``, below a number of ids."""
         name = f"tokenizer.ggml.{role}_token_id"
         token = self._setting(name, None)
         if token is not None and not (type(token) is int and 0 <= token < count):
@@ -228,7 +228,7 @@ class GGUFFile:
         return value
 
     def _decimal(self, name: str, *if_absent: Any) -> float:
-        """The shortest one that rounds to the float32 in the file: 1e-5 for eps."""
+        """Returns the shortest decimal that rounds to the float32 in the file."""
         value = self._setting(name, *if_absent)
         if type(value) is not float or not math.isfinite(value):
             raise self._refused(name, "it must be a number")
@@ -244,9 +244,9 @@ class GGUFFile:
 
 
 def in_halves(weights: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of Q or K, (heads e, d): the pair (2i, 2i + 1) becomes (i, i + e/2).
+    """Reorders rows of Q or K, (heads e, d): pair (2i, 2i + 1) becomes (i, i + e/2).
 
-    llama.cpp turns neighbouring features, and its files have the rows in that order.
+    llama.cpp rotates neighbouring features, and its files have rows in that order.
     """
     pairs = weights.reshape(heads, -1, 2, weights.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weights.shape)

@@ -1,6 +1,6 @@
 """LlamaForCausalLM as a folder: ``config.json`` and safetensors, one file or shards.
 
-Neither way is more than one tensor, or one shard, in memory besides the parameters.
+At most one tensor or one shard is in memory besides the parameters.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 def load(
     folder: Path, dtype: Any = "float32", *, scan_layers: bool = True
 ) -> tuple[ModelConfig, int, Params]:
-    """The model, the vocabulary's size and the parameters, NumPy arrays of ``dtype``.
+    """Loads the model, the vocabulary's size and parameters, NumPy arrays of ``dtype``.
 
     Raises ``ValueError``, which names file and setting or tensor, before any tensor is
     read where it can.
@@ -93,7 +93,7 @@ def load(
 
 
 def _check_tied(embedding: np.ndarray, head: np.ndarray, file: Path) -> None:
-    """Some files of tied models hold the one matrix twice."""
+    """Checks files of tied models, some of which have the matrix twice."""
     if not np.array_equal(embedding, head):
         raise BadWeights(
             f"{file}: {_HEAD} differs from {_EMBEDDING}, which {_CONFIG} says are one "
@@ -102,7 +102,7 @@ def _check_tied(embedding: np.ndarray, head: np.ndarray, file: Path) -> None:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """All but the parameters and their shapes, for a run's record.
+    """Returns everything except parameters and shapes, for a run's record.
 
     The number of ids and the longest text, the ids of special tokens and all that end a
     text, the first of which is ``end_of_text``. Raises as ``load``.
@@ -130,7 +130,7 @@ def _config(folder: Path) -> Path:
 
 
 def _index(folder: Path) -> tuple[dict[str, Path], Path]:
-    """The shard of each tensor, none where there is one file; and what says so."""
+    """Returns the shard of each tensor, none if there is one file, and the index."""
     single, index = folder / _SINGLE, folder / _INDEX
     if single.exists():
         return {}, single
@@ -178,7 +178,7 @@ def save(
     token_ids: Mapping[str, Any] = {},
     tokenizer: Path | None = None,
 ) -> None:
-    """Write ``folder``, which must not be there; it appears when all of it is written.
+    """Writes ``folder``, which must not exist; it appears when it is complete.
 
     Args:
       params: With layers stacked or not, as ``config`` says.
@@ -227,7 +227,7 @@ def _write_tensors(
 
 
 def _in_order(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
-    """Rows one after the other: what is written is memory as it lies."""
+    """Returns an array in C order, since memory is written as it is."""
     try:
         with np.errstate(over="raise"):
             return np.ascontiguousarray(tensor, dtype)
@@ -238,7 +238,7 @@ def _in_order(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
 def _divided(
     tensors: Mapping[str, np.ndarray], itemsize: int, limit: int
 ) -> Iterator[Sequence[str]]:
-    """Names in their order, of at most ``limit`` bytes together, or of one tensor."""
+    """Groups names in order, of at most ``limit`` bytes together or of one tensor."""
     names, total = [], 0
     for name, tensor in tensors.items():
         nbytes = tensor.size * itemsize
@@ -251,7 +251,7 @@ def _divided(
 
 
 def _write_tokenizer(folder: Path, source: Path, token_ids: Mapping[str, Any]) -> None:
-    """As it is; with settings by which transformers puts around a text what we do."""
+    """Writes the tokenizer, with settings for the same ids around a text."""
     tokenizer_files.copy(source, folder)
     tokenizer = saved_file(folder)
     if tokenizer is None:

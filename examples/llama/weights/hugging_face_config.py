@@ -31,9 +31,9 @@ _ROPE_COMPUTED: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(file: Path) -> tuple[ModelConfig, int]:
-    """The model's shape and the vocabulary's size; ``BadWeights`` if it is not ours.
+    """Returns the model's shape and vocabulary size; ``BadWeights`` if unsupported.
 
-    Files of transformers 4 and 5 are read, which keep the rotary settings apart.
+    Files of transformers 4 and 5, with different rotary settings, are read.
     """
     found = files.read_json(file)
     architectures = found.get("architectures") or [ARCHITECTURE]
@@ -78,17 +78,17 @@ def read_config(file: Path) -> tuple[ModelConfig, int]:
 
 
 def read_context(file: Path) -> int | None:
-    """The longest text that the model was made for."""
+    """Returns the longest text that the model was made for."""
     return _Numbers(file, files.read_json(file)).get("max_position_embeddings")
 
 
 def read_token_ids(
     file: Path, vocab_size: int, names: Sequence[str] = TOKEN_IDS
 ) -> dict[str, Any]:
-    """What ``config.json``, or ``generation_config.json``, says of tokens.
+    """Returns what ``config.json`` or ``generation_config.json`` says of tokens.
 
-    As it stands there: an id, None, or a list of ids that all end a text. Raises
-    ``BadWeights`` for what is no id of the model's.
+    A value is as in the file: an id, None, or a list of ids that end a text. Raises
+    ``BadWeights`` for anything that is not an id of the model.
     """
     found = files.read_json(file)
     ids = {name: found[name] for name in names if name in found}
@@ -105,12 +105,12 @@ def read_token_ids(
 
 
 def listed(ids: Any) -> list[Any]:
-    """None, one id or several, as they may stand in such a file, as several."""
+    """Returns a list of ids for None, one id or several ids in such a file."""
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 class _Numbers:
-    """Settings without which there is no model."""
+    """The settings that every model needs."""
 
     def __init__(self, file: Path, found: dict[str, Any]):
         self._file, self._found = file, found
@@ -160,7 +160,7 @@ def config_json(
     context: int,
     token_ids: Mapping[str, Any],
 ) -> str:
-    """What transformers, 4 or 5, needs to make this model."""
+    """Returns what transformers 4 or 5 needs to make this model."""
     found = {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",

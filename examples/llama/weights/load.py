@@ -1,4 +1,4 @@
-"""Parameters alone, of a run's last checkpoint or of imported weights."""
+"""Loads only the parameters, of a run's last checkpoint or of imported weights."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     """All ids that are known to end a text."""
 
     def tokenizer(self) -> Tokenizer:
-        """Raises ``BadWeights`` where there is none, or that of another model."""
+        """Raises ``BadWeights`` if there is none, or one of another model."""
         settings = settings_of(self.folder)
         by_file = saved_file(self.folder) is not None
         if not by_file and settings.get("data", {}).get("tokenizer") != _BYTES:
@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 
 
 def fitting(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> Tokenizer:
-    """Raises ``BadWeights`` where a text can get ids that the model has not."""
+    """Raises ``BadWeights`` if a text can get ids that the model does not have."""
     if tokenizer.reach > vocab_size:
         raise BadWeights(
             f"{folder}: the tokenizer has {tokenizer.reach:,} ids for texts, the model "
@@ -63,7 +63,7 @@ def fitting(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> Tokenizer:
 
 
 def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
-    """From the newest good checkpoint of a run, or from imported weights.
+    """Loads parameters from a run's newest good checkpoint or from imported weights.
 
     The optimizer's state is not read. The arrays are NumPy's; on a ``mesh`` they are
     JAX's, divided as ``layout`` says, and each process reads its own parts.
@@ -99,7 +99,7 @@ def load_params(workdir: Path, mesh: Mesh | None = None) -> Weights:
 
 
 def _check_finite(params: Params, step: Path, mesh: Mesh | None) -> None:
-    """On a ``mesh`` all processes find the same, whichever parts they have."""
+    """Checks that parameters are finite; on a ``mesh`` all processes agree."""
     if mesh is None:
         found = jax.tree.map(lambda x: np.isfinite(x).all(), params)
     else:
@@ -117,10 +117,10 @@ def _check_finite(params: Params, step: Path, mesh: Mesh | None) -> None:
 def load_for(
     folder: Path, model: ModelConfig, vocab_size: int, tokenizer: str, mesh: Mesh
 ) -> Params:
-    """Those in ``folder``, to begin a run of ``model`` with.
+    """Loads the parameters in ``folder``, to start a run of ``model`` with.
 
-    Where the run has its ``tokenizer`` from there too, that is checked. Raises
-    ``BadWeights`` where the parameters are of another model.
+    If the run has its ``tokenizer`` from there too, that is checked. Raises
+    ``BadWeights`` if the parameters are of another model.
     """
     weights = load_params(folder, mesh)
     if saved_file(folder) == Path(tokenizer):
@@ -138,9 +138,9 @@ def load_for(
 
 
 def special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What is recorded there of special tokens, for a run that goes on from there.
+    """Returns the recorded ids of special tokens, for a run that starts from there.
 
-    Nothing where the run has another ``tokenizer``: then they are that one's.
+    It returns nothing if the run has another ``tokenizer``, with ids of its own.
     """
     data = data_of(folder)
     is_same = (
@@ -152,7 +152,7 @@ def special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
-    """What parameters are for: all but how they are computed with."""
+    """Returns the settings that give parameters their meaning."""
     fields = dataclasses.asdict(config) | {"num_kv_heads": config.kv_heads}
     return {name: x for name, x in fields.items() if name not in _HOW}
 
@@ -176,7 +176,7 @@ def _restored(
 
 
 def _check_shapes(wanted: Any, step: Path) -> None:
-    """Raise ``BadWeights`` where the settings are not those of the parameters there."""
+    """Raises ``BadWeights`` if the settings do not fit the parameters there."""
     handler: Any = ocp.PyTreeCheckpointHandler()  # Its Path is etils', or any other.
     found = {"params": handler.metadata(step / "default")["params"]}
     there, here = _shapes(found), _shapes(wanted)

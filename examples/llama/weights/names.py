@@ -1,4 +1,4 @@
-"""Which tensor of a file is which part of our parameters.
+"""Which tensor of a file is which part of the parameters.
 
 A file has one tensor for each layer, (out, in); a leaf of ours is (in, out) and may
 stack the layers. So a tensor is a view of a leaf: of one layer, transposed.
@@ -19,7 +19,7 @@ from examples.llama.pure import Params, PureLlama
 
 
 class BadWeights(ValueError):
-    """A file is not the weights of a Llama that this model can be."""
+    """A file does not have the weights of a Llama of this kind."""
 
 
 _brief = reprlib.Repr()
@@ -60,7 +60,7 @@ GGUF = {
 
 
 def outline(config: ModelConfig, vocab_size: int, dtype: Any) -> Params:
-    """Parameters that take no memory: each is one number, broadcast to its shape."""
+    """Returns parameters without memory: each is one number, broadcast to its shape."""
     init = PureLlama(config, vocab_size).init
     shapes = jax.eval_shape(init, jax.random.key(0))
     number = np.zeros((), dtype)
@@ -68,13 +68,13 @@ def outline(config: ModelConfig, vocab_size: int, dtype: Any) -> Params:
 
 
 def unfilled(config: ModelConfig, vocab_size: int, dtype: Any) -> Params:
-    """Parameters in host memory (NumPy), to be written into."""
+    """Returns parameters in host memory (NumPy), to be written into."""
     shapes = outline(config, vocab_size, dtype)
     return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
 
 
 def as_tensors(params: Params, names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Views of ``params`` (NumPy) by the file's names, shaped as there."""
+    """Returns views of ``params`` (NumPy) by the file's names, with its shapes."""
     tensors = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         full = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -96,9 +96,9 @@ def check_sizes(
     found: Mapping[str, tuple[Path, tuple[int, ...]]],
     source: Path,
 ) -> None:
-    """Raise ``BadWeights`` for a model that is larger than what is ``found``.
+    """Raises ``BadWeights`` for a model that is larger than what is ``found``.
 
-    Even the shapes of one with a trillion layers would take forever.
+    Even computing the shapes of a model with a trillion layers would take forever.
     """
     shapes = [shape for _, shape in found.values() if math.prod(shape)]
     longest = max((max(shape, default=1) for shape in shapes), default=0)
@@ -122,7 +122,7 @@ def check_tensors(
     promised: Mapping[str, Path],
     source: Path,
 ) -> None:
-    """Raise ``BadWeights`` unless just the tensors wanted are there, in their shapes.
+    """Raises ``BadWeights`` unless exactly the wanted tensors are there.
 
     Args:
       found: File and shape of each tensor in ``source``.
@@ -146,7 +146,7 @@ def check_tensors(
 
 
 def fill(part: np.ndarray, values: np.ndarray, file: Path, name: str) -> None:
-    """Write ``values`` into ``part``; ``BadWeights`` where that makes it not finite."""
+    """Writes ``values`` into ``part``; ``BadWeights`` if that makes it not finite."""
     with np.errstate(over="ignore"):
         part[...] = values
     if not np.isfinite(part).all():
