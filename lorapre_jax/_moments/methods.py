@@ -16,7 +16,6 @@ never form its square, which would under- or overflow sooner.
 """
 
 import dataclasses
-import functools
 import math
 import numbers
 from collections.abc import Mapping
@@ -26,8 +25,13 @@ import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair, RotatedRowColumn, RowColumn
 from lorapre_jax._numerics.arrays import at_least_float32, dot, random_columns
-from lorapre_jax._numerics.averages import blend, mass, unbiased_decay
-from lorapre_jax._numerics.norms import hypot, relative, root, root_mean_square
+from lorapre_jax._numerics.averages import (
+    blend,
+    blend_squares,
+    mass,
+    unbiased_decay,
+)
+from lorapre_jax._numerics.norms import inverse_root, largest, relative, root
 from lorapre_jax._numerics.online_regression import jacobi, subspace
 
 
@@ -68,8 +72,10 @@ class RankOne:
     def second_moment(self, state, g, decay, count, seed):
         del seed
         decay = unbiased_decay(decay, count, g.dtype)
+        scale = largest(g, *state)
+        squares = jnp.square(g / scale)
         row, column = (
-            blend(decay, old, root_mean_square(g, axis))
+            scale * blend_squares(decay, old / scale, jnp.mean(squares, axis))
             for old, axis in ((state.row, 1), (state.column, 0))
         )
         return row[:, None] * relative(column)[None], RowColumn(row, column)
@@ -115,17 +121,23 @@ class RotatedRankOne:
 
     def rotated_moment(self, state, g, along, rest, decay, count):
         """-> estimates of the roots for `along`, `g^T B`, and `rest`, R; new state."""
-        rms = root_mean_square
-        now = RotatedRowColumn(
-            row=hypot(rms(rest, 1), FLOOR * rms(g, 1)),
-            column=rms(g, 0),
-            direction=hypot(rms(along, 0), FLOOR * rms(g)),
-        )
         decay = unbiased_decay(decay, count, g.dtype)
-        state = jax.tree.map(functools.partial(blend, decay), state, now)
-        column = relative(state.column)[None]
-        roots = column.T * state.direction[None], state.row[:, None] * column
-        return roots, state
+        # Of `along` and the other sizes, no more than sums that may be a little larger.
+        scale = largest(g, rest, state.column)
+        whole, along, rest = (jnp.square(x / scale) for x in (g, along, rest))
+        floor = FLOOR**2
+        now = RotatedRowColumn(
+            row=jnp.mean(rest, 1) + floor * jnp.mean(whole, 1),
+            column=jnp.mean(whole, 0),
+            direction=jnp.mean(along, 0) + floor * jnp.mean(whole),
+        )
+        row, column, direction = (
+            blend_squares(decay, old / scale, square)
+            for old, square in zip(state, now, strict=True)
+        )
+        shares = column * inverse_root(jnp.mean(jnp.square(column)))
+        roots = jnp.outer(shares, scale * direction), jnp.outer(scale * row, shares)
+        return roots, RotatedRowColumn(scale * row, scale * column, scale * direction)
 
 
 @dataclasses.dataclass(frozen=True)
