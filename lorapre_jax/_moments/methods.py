@@ -20,7 +20,6 @@ second moments never form the square, which would under- or overflow sooner.
 """
 
 import dataclasses
-import functools
 import math
 import numbers
 from collections.abc import Mapping
@@ -32,13 +31,14 @@ from lorapre_jax._moments.factors import FactorPair, RotatedRowColumn, RowColumn
 from lorapre_jax._numerics.arrays import at_least_float32, dot, random_columns
 from lorapre_jax._numerics.averages import (
     blend,
+    blend_squares,
     mass,
     mass_of_root,
     one,
     root_of_mass,
     unbiased_decay,
 )
-from lorapre_jax._numerics.norms import hypot, relative, root, root_mean_square
+from lorapre_jax._numerics.norms import inverse_root, largest, relative, root
 from lorapre_jax._numerics.online_regression import jacobi, subspace
 
 
@@ -124,9 +124,12 @@ class RankOne:
     def second_moment(self, state, g, decay, count, seed):
         del seed
         decay = unbiased_decay(decay, count, g.dtype)
-        # Averages of squares, kept as their roots: no square under- or overflows.
+        # Averages of squares, kept as their roots. Squares are taken relative to the
+        # largest entry, so that none under- or overflows.
+        scale = largest(g, *state)
+        squares = jnp.square(g / scale)
         row, column = (
-            blend(decay, old, root_mean_square(g, axis))
+            scale * blend_squares(decay, old / scale, jnp.mean(squares, axis))
             for old, axis in ((state.row, 1), (state.column, 0))
         )
         return row[:, None] * relative(column)[None], RowColumn(row, column)
@@ -201,17 +204,26 @@ class RotatedRankOne:
           components: `g^T B`, `(q, r)`.
           residual: R, `(p, q)`.
         """
-        rms = root_mean_square
-        now = RotatedRowColumn(
-            row=hypot(rms(residual, 1), FLOOR * rms(g, 1)),
-            column=rms(g, 0),
-            direction=hypot(rms(components, 0), FLOOR * rms(g)),
-        )
         decay = unbiased_decay(decay, count, g.dtype)
-        state = jax.tree.map(functools.partial(blend, decay), state, now)
-        column = relative(state.column)[None]
-        roots = column.T * state.direction[None], state.row[:, None] * column
-        return roots, state
+        # One scale for all squares, so that none under- or overflows; components are
+        # at most a root of p larger than entries of g.
+        scale = largest(g, residual, state.column)
+        squares, of_components, of_residual = (
+            jnp.square(x / scale) for x in (g, components, residual)
+        )
+        floor = FLOOR**2
+        now = RotatedRowColumn(
+            row=jnp.mean(of_residual, 1) + floor * jnp.mean(squares, 1),
+            column=jnp.mean(squares, 0),
+            direction=jnp.mean(of_components, 0) + floor * jnp.mean(squares),
+        )
+        row, column, direction = (
+            blend_squares(decay, old / scale, square)
+            for old, square in zip(state, now, strict=True)
+        )
+        shares = column * inverse_root(jnp.mean(jnp.square(column)))
+        roots = jnp.outer(shares, scale * direction), jnp.outer(scale * row, shares)
+        return roots, RotatedRowColumn(scale * row, scale * column, scale * direction)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from lorapre_jax._numerics.norms import hypot, root
+from lorapre_jax._numerics.norms import inverse_root, largest
 
 
 def one(decay, count):
@@ -34,4 +34,11 @@ def unbiased_decay(decay, count, dtype):
 
 def blend(decay, old, new):
     """`sqrt(b old^2 + (1-b) new^2)`."""
-    return hypot(root(decay) * old, root(1 - decay) * new)
+    scale = largest(old, new)
+    return scale * blend_squares(decay, old / scale, jnp.square(new / scale))
+
+
+def blend_squares(decay, old, square):
+    """`sqrt(b old^2 + (1-b) square)`, of numbers of about one; zero stays zero."""
+    total = decay * jnp.square(old) + (1 - decay) * square
+    return total * inverse_root(total)

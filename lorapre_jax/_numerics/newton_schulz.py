@@ -3,7 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from lorapre_jax._numerics.arrays import dot
 
 Coefficients = tuple[float, float, float] | tuple[tuple[float, float, float], ...]
 
@@ -12,24 +15,44 @@ Coefficients = tuple[float, float, float] | tuple[tuple[float, float, float], ..
 NS_COEFFS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 
+# How many times longer than the other a side is, as of a factor, where the iteration is
+# on the Gram matrix. It is cheaper from 1.5 on where full precision costs no more.
+_LONG = 4
+
 
 def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.Array:
     """The nearest (semi-)orthogonal matrix to `x: (p, q)`, approximately.
 
-    Iterates `X <- a X + (b G + c G^2) X`, `G = X X^T`, on the shorter side. Singular
-    values end in about [0.7, 1.2], those below `a^-steps` nearer to zero.
+    Iterates `X <- F X`, `F = a I + b G + c G^2`, `G = X X^T`, on the shorter side.
+    Singular values end in about [0.7, 1.2], those below `a^-steps` nearer to zero.
+    Where a side is long, `G <- F G F` is iterated and the product of all F comes last;
+    in full precision, for what rounding makes negative in G would grow.
 
     Args:
       x: The matrix, of spectral norm at most one; see `norms.divide_by_norm`.
       coefficients: `(a, b, c)`, or one triple per step, of which the last `steps` run.
       steps: Number of iterations.
     """
-    if x.shape[0] > x.shape[1]:
+    p, q = x.shape
+    if p > q:
         return orthogonalize(x.T, coefficients, steps).T
-    for a, b, c in _per_step(coefficients, steps):
+    table = jnp.asarray(_per_step(coefficients, steps), x.dtype)
+    eye = jnp.eye(p, dtype=x.dtype)
+
+    def on_matrix(x, abc):
+        a, b, c = abc
         gram = x @ x.T
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x
+        return a * x + (b * gram + c * (gram @ gram)) @ x, None
+
+    def on_gram(carry, abc):
+        (gram, total), (a, b, c) = carry, abc
+        factor = a * eye + b * gram + c * dot(gram, gram)
+        return (dot(dot(factor, gram), factor), dot(factor, total)), None
+
+    if q < _LONG * p:
+        return jax.lax.scan(on_matrix, x, table)[0]
+    (_, total), _ = jax.lax.scan(on_gram, (dot(x, x.T), eye), table)
+    return dot(total, x)
 
 
 def _per_step(coefficients: Any, steps: int) -> tuple[tuple[float, float, float], ...]:

@@ -1,20 +1,23 @@
-"""Norms and roots free of inner under- and overflow, and with derivatives at zero."""
+"""Norms and roots free of inner under- and overflow, and with derivatives at zero.
+
+Squares are taken of arrays over their largest entry, so none exceeds one.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 
-def normalized(x):
-    """`x` at Frobenius norm one, free of inner under- and overflow; zero stays zero."""
-    x = x / _scale(x)
-    norm = root(jnp.sum(jnp.square(x)))
-    return x / jnp.where(norm > 0, norm, 1)
+def largest(*arrays):
+    """The largest magnitude in any of them; one where all are zero."""
+    found = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in arrays])
+    return jnp.where(found > 0, found, 1)
 
 
-def root_mean_square(x, axis=None):
-    """`sqrt(mean(x^2))`, free of inner under- and overflow."""
-    scale = _scale(x)
-    return scale * root(jnp.mean(jnp.square(x / scale), axis))
+def inverse_root(x):
+    """`1 / sqrt(x)` of sums of such squares; finite at zero, as its derivative is."""
+    return jax.lax.rsqrt(x + jnp.finfo(x.dtype).eps ** 3)
 
 
 def root(x):
@@ -23,21 +26,37 @@ def root(x):
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
 
-def hypot(x, y):
-    """`sqrt(x^2 + y^2)`, likewise."""
-    is_zero = (x == 0) & (y == 0)
-    return jnp.where(is_zero, 0, jnp.hypot(jnp.where(is_zero, 1, x), y))
+def normalized(x):
+    """`x` at Frobenius norm one; zero stays zero."""
+    x = x / largest(x)
+    return x * inverse_root(jnp.sum(jnp.square(x)))
 
 
-def _scale(x):
-    largest = jnp.max(jnp.abs(x))
-    return jnp.where(largest > 0, largest, 1)
+def unit_columns(x):
+    """Each column at norm one; zero stays zero."""
+    x = x / largest(x)
+    return x * inverse_root(jnp.sum(jnp.square(x), axis=0))
 
 
 def relative(x):
     """`x` over its root mean square; zero stays zero."""
-    total = root_mean_square(x)
-    return x / jnp.where(total > 0, total, 1)
+    x = x / largest(x)
+    return x * inverse_root(jnp.mean(jnp.square(x)))
+
+
+def root_mean_square(x, axis=None):
+    scale = largest(x)
+    return scale * root(jnp.mean(jnp.square(x / scale), axis))
+
+
+def hypot(x, y):
+    """`sqrt(x^2 + y^2)`."""
+    scale = largest(x, y)
+    return scale * root(jnp.square(x / scale) + jnp.square(y / scale))
+
+
+def frobenius_norm(x: jax.Array) -> jax.Array:
+    return root_mean_square(x) * jnp.sqrt(jnp.asarray(x.size, x.dtype))
 
 
 def divide_by_norm(
@@ -46,8 +65,3 @@ def divide_by_norm(
     """`x / (norm + eps)`, zero where that is no number."""
     norm = norm + jnp.asarray(eps, x.dtype)
     return x / jnp.where(norm > 0, norm, 1)
-
-
-def frobenius_norm(x: jax.Array) -> jax.Array:
-    """Free of inner under- and overflow."""
-    return root_mean_square(x) * jnp.sqrt(jnp.asarray(x.size, x.dtype))

@@ -7,16 +7,16 @@ factors instead. Code holds `left = B` and `right = A^T: (q, r)`, both tall. The
 two such steps:
 
     subspace    one step of subspace iteration on X X^T, X = b B A + (1-b) T:
-                V = orth((B^T X)^T), B' = orth(X V), A' = B'^T X
+                B' = orth(X X^T B), A' = B'^T X
                 (the idea of PowerSGD and Dion, but from the left factor: whichever
                 of rows and columns lasts while the other changes is found). B' A' is
-                the projection of X on the columns of X V, hence X itself where
-                r = min(p, q).
+                the projection of X on the columns of X X^T B, hence X itself
+                where r = min(p, q).
     jacobi      B' = (1-y) B + y T A^+,  A' = (1-y) A + y B^+ T,  1-y = sqrt(b)
                 (Theorem 3.1; A^+ = A^T (A A^T + d)^-1, B^+ = (B^T B + d)^-1 B^T)
 
 Every inverse and every basis goes through `(r, r)` Gram matrices: sums over p or q,
-which a sharded factor can reduce, followed by a small Cholesky factorisation.
+which a sharded factor can reduce.
 """
 
 import jax
@@ -33,9 +33,9 @@ from lorapre_jax._numerics.orthonormal import (
 
 Factors = tuple[jax.Array, jax.Array]
 
-# Share of random directions in the basis that `subspace` sketches with: enough to
-# bring back a direction that died out and to keep the basis well-conditioned in
-# float32, too little to disturb the living ones.
+# Share of random directions in what `subspace` sketches with: enough to bring back a
+# direction that died out and to keep the sketch well-conditioned in float32, too little
+# to disturb the living ones.
 _NOISE = 1e-3
 
 _DAMPING = 1e-6  # Of `jacobi`, d above (Appendix C.1).
@@ -48,8 +48,9 @@ def subspace(left, right, target, decay, noise) -> tuple[Factors, jax.Array]:
     one is all `noise`, normal (q, r).
     """
     columns = decay * right + (1 - decay) * (target.T @ left)  # X^T B
-    directions = normalized(columns) + _NOISE * normalized(noise)
-    v = orthonormal_columns(directions)
+    # No basis of these: it would differ by a triangular factor, which changes none of
+    # the columns of `orthonormal_columns`.
+    v = normalized(columns) + _NOISE * normalized(noise)
     y = decay * (left @ dot(right.T, v)) + (1 - decay) * (target @ v)  # X V
     new = orthonormal_columns(y)
     along = target.T @ new
