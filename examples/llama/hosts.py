@@ -59,7 +59,7 @@ def join(text: str) -> None:
         socket.create_server(("", int(address.rpartition(":")[2]))).close()
     late = "not all processes of the job have come"
     late += f" to {address}" if address else ""
-    # Before JAX, which would abort.
+    # Ends before JAX would abort.
     limit = threading.Timer(_SECONDS_TO_JOIN, end_now, (late, Code.PEER_GONE))
     limit.daemon = True
     limit.start()

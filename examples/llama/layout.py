@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 
-# Of each leaf, by its path; stacked layers have one more axis in front.
+# The axes of each leaf, by its path; stacked layers have one more axis in front.
 _LOGICAL_AXES = {
     r"^embed/embedding$": ("vocab", "embed"),
     r"attention/[qkv]/kernel$": ("embed", "heads"),
@@ -110,7 +110,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     wanted = [_RULES[axis] for axis in axes]
-    # What does not divide its axis leaves it whole.
+    # A mesh axis that does not divide the axis does not shard it.
     spec = [
         () if size % _parts(mesh, entry) else entry
         for size, entry in zip(x.shape, wanted, strict=True)

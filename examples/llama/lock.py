@@ -77,7 +77,7 @@ class Lock:
         self._over.set()
         if hosts.is_first():
             forget(self._release)
-            # What stays is a dead process's lock, and no obstacle.
+            # A lock that is left here counts as a dead process's, and is ignored.
             with contextlib.suppress(OSError, ValueError):
                 self._release()
 

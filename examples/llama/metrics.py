@@ -57,7 +57,7 @@ class MetricsLog:
             if bad:
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)
-            # Killed here, the run must not lose what it has logged.
+            # A run that is killed here must not lose its log.
             files.write(path, "".join(map(_line, self.records)))
             self._file = path.open("a")
             self._board = TensorBoard(workdir / "tensorboard", start_step)
@@ -109,7 +109,7 @@ class TensorBoard:
         self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: Record) -> None:
-        # Of numbers that are not finite it draws nothing.
+        # It does not draw numbers that are not finite.
         values = [
             Summary.Value(tag=name, simple_value=record[name])
             for name in record.keys() - {"step"}

@@ -28,8 +28,8 @@ class Rates(NamedTuple):
     dense: float
 
 
-# Those of benchmarks/quality at width 128, but that both AdamWs have one for all; tune
-# them for other sizes.
+# The rates of benchmarks/quality at width 128, except that both AdamWs have one rate
+# for all leaves. Tune them for other sizes.
 DEFAULT_RATES: dict[OptimizerName, Rates] = {
     "adamw": Rates(2e-3, 2e-3),
     "lorapre_adamw": Rates(2e-3, 2e-3),
@@ -91,7 +91,8 @@ def schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
     """Returns a warm-up over ``warmup * steps`` steps, then a cosine to a tenth."""
     rise = round(warmup * steps)
     return optax.warmup_cosine_decay_schedule(
-        # The first update counts already: it takes the first stair, not zero.
+        # The rate of the first update is not zero, but that of the first step of the
+        # rise.
         init_value=peak / (rise + 1),
         peak_value=peak,
         warmup_steps=rise,

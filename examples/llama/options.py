@@ -66,7 +66,7 @@ def _options_of(command: type) -> dict[str, str]:
     """By the names of the settings: those of a run, or what else has such an option."""
     fields = dataclasses.fields(command)
     is_run = any(field.type is Config for field in fields)
-    # What has no default is no option, but an argument by its place.
+    # A field without a default is a positional argument, not an option.
     own = {f.name for f in fields if f.default is not dataclasses.MISSING}
     names = {x: _NAMES.get(x, x.rpartition(".")[2].replace("_", "-")) for x in _ALL}
     return {x: y for x, y in names.items() if is_run or y.replace("-", "_") in own}

@@ -35,7 +35,7 @@ def plan(
       every_leaf: Also how the optimizer keeps each parameter.
     """
     mesh = layout.abstract_mesh(config.mesh, devices)
-    # Refused as by the run itself.
+    # It raises the same error as the run itself.
     layout.by_row(mesh, config.data.batch_size, config.micro_batch_size)
     model = PureLlama(config.model, vocab_size, mesh)
     tx, state = assemble(model, config.optimizer, config.steps, mesh)

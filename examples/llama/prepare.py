@@ -85,7 +85,7 @@ def prepare(
         init = jax.jit(partial(init_state, model, tx), out_shardings=shardings)
         state = init(jax.random.key(config.seed))
     size = config.data.batch_size
-    # No more rows at once than a step has.
+    # At most as many rows at once as in a step.
     at_once = config.micro_batch_size or size
     held_out = [
         placed(batch, by_row) for batch in held_out_batches(data.held_out, at_once)

@@ -127,8 +127,8 @@ def make_train_step(
     def step(
         state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        # The loss comes before the update. With the loss in chunks the gradients do not
-        # need it, and its logits would stand beside what the update holds.
+        # The loss must come before the update. With the loss in chunks, the gradients
+        # do not need it, and its logits would be in memory during the update.
         loss, grads = jax.lax.optimization_barrier(loss_and_grads(state.params, batch))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -54,7 +54,7 @@ def train(config: Config, console: Console | None = None) -> Result:
     """Trains until ``config.last_step``, or resumes the run in ``workdir``."""
     started = time.monotonic()
     console = (console or Console()) if hosts.is_first() else Console(quiet=True)
-    # What the devices do not allow is refused before anything is done.
+    # Settings that do not fit the devices are refused before anything is done.
     mesh = layout.make_mesh(config.mesh, jax.devices())
     by_row = layout.by_row(mesh, config.data.batch_size, config.micro_batch_size)
     with Lock(config.workdir), Checkpoints(config.workdir) as checkpoints:

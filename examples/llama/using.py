@@ -74,7 +74,7 @@ def go_on(
     tokenizer = weights.tokenizer()
     ends = weights.stops or (tokenizer.end_of_text,)
     prompts = list(prompts) or [""]
-    # Where a document begins with nothing, it comes after the end of another.
+    # If no token begins a document, it comes after the end of another document.
     begun = [
         [*tokenizer.begin, *ids.tolist()] or [ends[0]]
         for ids in tokenizer.encode(prompts)

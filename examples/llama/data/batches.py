@@ -10,7 +10,7 @@ from jax.sharding import Sharding
 from examples.llama import hosts
 from examples.llama.data.rows import Batch, Rows, stack
 
-# Batches: read ahead by each worker, and waiting on the devices.
+# How many batches each worker reads ahead, and how many wait on the devices.
 _READ_AHEAD, _ON_DEVICES = 2, 2
 
 

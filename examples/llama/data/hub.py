@@ -77,7 +77,7 @@ class Hub:
             count, names = records.num_shards, list(files.get(split, ()))
             if len(names) != count:  # Archives of several, or one that is not divided.
                 names = [f"part {part} of {count}" for part in range(1, count + 1)]
-            # One by one, since datasets passes over a file that holds nothing.
+            # One file at a time, since datasets skips empty files silently.
             for part, name in enumerate(names):
                 before = number
                 for record in records.shard(count, part):

@@ -21,7 +21,7 @@ from examples.llama.data.documents import (
 )
 
 _NUMBER = re.compile(r"(\d{5,})-of-(\d{5,})")
-# What browsers and file managers call a file whose name is taken.
+# How browsers and file managers name a copy of a file.
 _COPY = re.compile(
     r"(?:Copy of )?(.+?)(?: ?\(\d+\)| copy(?: \d+)?| - Copy(?: \(\d+\))?)?\.json\.gz"
 )

@@ -140,7 +140,7 @@ def _index(folder: Path) -> tuple[dict[str, Path], Path]:
     if not isinstance(weight_map, dict):
         raise BadWeights(f"{index}: not an index of shards: it has no weight_map")
     for name, file in weight_map.items():
-        # Another folder's file is none of the model's, wherever it may lie.
+        # A file of another folder does not belong to the model.
         if not isinstance(file, str) or Path(file).name != file:
             raise BadWeights(
                 f"{index}: {shown(name)} is in {shown(file)}, which is no name of a "
