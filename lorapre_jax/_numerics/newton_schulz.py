@@ -49,9 +49,11 @@ def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.A
         factor = a * eye + b * gram + c * dot(gram, gram)
         return (dot(dot(factor, gram), factor), dot(factor, total)), None
 
+    # Unrolled, for loops of several leaves would run one after the other.
     if q < _LONG * p:
-        return jax.lax.scan(on_matrix, x, table)[0]
-    (_, total), _ = jax.lax.scan(on_gram, (dot(x, x.T), eye), table)
+        return jax.lax.scan(on_matrix, x, table, unroll=True)[0]
+    start = dot(x, x.T), eye
+    (_, total), _ = jax.lax.scan(on_gram, start, table, unroll=True)
     return dot(total, x)
 
 
