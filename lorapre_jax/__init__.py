@@ -4,13 +4,10 @@ from lorapre_jax._adam import scale_by_lorapre_adam
 from lorapre_jax._adam_alias import lorapre_adamw
 from lorapre_jax._ema import lorapre_ema
 from lorapre_jax._leaves.selection import select_matrices
-from lorapre_jax._moments.methods import (
-    AlgorithmOne,
-    Dense,
-    LowRank,
-    RankOne,
-    RotatedRankOne,
-)
+from lorapre_jax._moments.algorithm_one import AlgorithmOne
+from lorapre_jax._moments.dense import Dense
+from lorapre_jax._moments.low_rank import LowRank
+from lorapre_jax._moments.row_column import RankOne, RotatedRankOne
 from lorapre_jax._muon import scale_by_lorapre_muon
 from lorapre_jax._muon_alias import lorapre_muon
 from lorapre_jax._state.budget import rank_for_budget

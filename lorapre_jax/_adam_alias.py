@@ -9,7 +9,8 @@ import optax
 
 from lorapre_jax._adam import scale_by_lorapre_adam
 from lorapre_jax._leaves.selection import Matrices
-from lorapre_jax._moments.methods import LowRank, Methods
+from lorapre_jax._moments.low_rank import LowRank
+from lorapre_jax._moments.methods import Methods
 
 
 def lorapre_adamw(

@@ -1,6 +1,7 @@
 """The low-rank moving average, from which any momentum method is built."""
 
 import dataclasses
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ from lorapre_jax._leaves.choice import choice
 from lorapre_jax._leaves.decide import make_plan
 from lorapre_jax._leaves.fit import check_fits
 from lorapre_jax._leaves.map_leaves import map_leaves
-from lorapre_jax._leaves.moments import init_moment
+from lorapre_jax._leaves.moments import init_moment, sketch_noise
 from lorapre_jax._leaves.plan import Leaf
 from lorapre_jax._leaves.selection import Matrices
-from lorapre_jax._moments.methods import LowRank, Methods
+from lorapre_jax._moments.low_rank import LowRank
+from lorapre_jax._moments.methods import Methods
 from lorapre_jax._numerics.averages import mass
 from lorapre_jax._trees.boxes import unboxed
 from lorapre_jax._trees.sharding import replicated_zero
@@ -125,7 +127,7 @@ def lorapre_ema(
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
         updates, (ema, factors) = map_leaves(
-            EmaRule(decay, unboxed(count), seed, debias),
+            EmaRule(decay, unboxed(count), sketch_noise(state.plan, seed), debias),
             state.plan,
             updates,
             [(state.ema, state.ema_factors)],
@@ -143,10 +145,10 @@ class EmaRule:
 
     decay: jax.typing.ArrayLike
     count: jax.Array
-    seed: jax.typing.ArrayLike
+    noise: Mapping[Any, jax.Array]
     debias: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(self, leaf: Leaf, g, ema):
         decay = jnp.asarray(self.decay, g.dtype)
-        m, ema = leaf.methods[0].first_moment(ema, g, decay, self.count, self.seed)
+        m, ema = leaf.methods[0].first_moment(ema, g, decay, self.count, self.noise)
         return m if self.debias else m * mass(decay, self.count), ema

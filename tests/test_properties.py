@@ -458,3 +458,19 @@ def test_bases_are_orthonormal_or_empty(seed, decades, rank):
     assert values.max() < 1 + 1e-5
     kept = rank if decades <= 3 else 1  # Smaller ones drown in the rounding of others.
     np.testing.assert_allclose(values[:kept], 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("decades", [2, 4])
+@pytest.mark.parametrize("shape", [(256, 64), (64, 64)])
+def test_a_basis_of_ill_conditioned_columns_is_that_of_gram_and_schmidt(shape, decades):
+    """Any two columns may be nearly parallel: the order of what is left decides."""
+    rng = np.random.default_rng(0)
+    u, _ = np.linalg.qr(rng.normal(size=shape))
+    v, _ = np.linalg.qr(rng.normal(size=(shape[1], shape[1])))
+    x = ((u * np.logspace(0, -decades, shape[1])) @ v.T).astype("float32")
+    basis = np.asarray(orthonormal_columns(jnp.asarray(x)))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(shape[1]), atol=1e-5)
+    exact, triangle = np.linalg.qr(x.astype(float))
+    exact *= np.sign(np.diag(triangle))
+    # Rounding of x alone turns the last columns by eps times its condition.
+    np.testing.assert_allclose(basis, exact, atol=3e-7 * 10**decades)

@@ -104,6 +104,8 @@ def test_leaves_that_are_not_alike_are_apart(seen):
         "layers_1/q": SHAPE[::-1],
         "layers_2/q": SHAPE,
         "layers_3/q": SHAPE,
+        "layers_0/w1": SHAPE,
+        "layers_0/w3": SHAPE,
     }
     params = random_tree(shapes)
     params["layers_2/q"] = params["layers_2/q"].astype(jnp.bfloat16)

@@ -22,7 +22,7 @@ from benchmarks.quality.methods import (
     rank_one,
 )
 from lorapre_jax import _adam as adam_module
-from lorapre_jax._moments import factors, methods
+from lorapre_jax._moments import factors, low_rank, row_column
 from lorapre_jax._numerics import online_regression
 
 GAINS = (0.5, 1.4, 2.0)
@@ -67,9 +67,9 @@ def _with(module: ModuleType, **values: Any) -> Method:
 class _FromRandomDirections(lp.LowRank):
     """A left factor that starts as a random basis, not from the first gradient."""
 
-    def init(self, batch, p, q, rank, dtype, seed):
+    def init(self, batch_shape, p, q, rank, dtype, seed):
         noise = jax.random.normal(jax.random.key(seed), (p, rank), dtype)
-        left, right = super().init(batch, p, q, rank, dtype, seed)
+        left, right = super().init(batch_shape, p, q, rank, dtype, seed)
         return factors.FactorPair(left + jnp.linalg.qr(noise)[0], right)
 
 
@@ -98,12 +98,12 @@ ABLATIONS: dict[str, Method] = {
     "v dense": _adam(second_moment=lp.Dense()),
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
     # Constants, which no argument changes.
-    "no floor under v": _with(methods, FLOOR=0.0),
+    "no floor under v": _with(row_column, FLOOR=0.0),
     "no bounds on quotients": _with(
         adam_module, unbiased_decay=lambda decay, count, dtype: jnp.ones((), dtype)
     ),
     "no bias correction": _with(
-        methods, unbiased_decay=lambda decay, count, dtype: jnp.asarray(decay, dtype)
+        low_rank, unbiased_decay=lambda decay, count, dtype: jnp.asarray(decay, dtype)
     ),
     **{
         f"{share:g} of noise in the sketch": _with(online_regression, _NOISE=share)

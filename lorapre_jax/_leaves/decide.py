@@ -19,7 +19,8 @@ from lorapre_jax._leaves.plan import (
 )
 from lorapre_jax._leaves.roles import UNKNOWN, roles, warn_of_unknown
 from lorapre_jax._leaves.selection import Decided, Matrices, Resolved, resolve_axes
-from lorapre_jax._moments.methods import Dense, have_rank
+from lorapre_jax._moments.dense import Dense
+from lorapre_jax._moments.methods import have_rank
 from lorapre_jax._trees.matrix_view import MatrixView, matrix_view
 from lorapre_jax._trees.paths import is_masked, named_leaves
 from lorapre_jax._trees.sharding import batch_shards

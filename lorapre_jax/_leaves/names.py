@@ -35,6 +35,8 @@ INTO_HEADS = re.compile(
 )
 OUT_OF_HEADS = re.compile(r"(^|[/_])(to_)?(w?o|out|output|vec)([/_]|$)")
 DIGITS = re.compile(r"\d+")
+# Of a layer; the `w1` and `w3` of one layer are not two layers.
+LAYER_NUMBER = re.compile(r"(?<!\b[A-Za-z])\d+")
 EXPERTS = re.compile(r"mlp|ffn|feed_?forward|moe|expert", re.IGNORECASE)
 
 

@@ -40,7 +40,7 @@ def stacks(
             continue
         place = leaf.path
         if slices_at_once is None or leaf.view is None or not leaf.view.batch_axes:
-            place = names.DIGITS.sub("", place)
+            place = names.LAYER_NUMBER.sub("", place)
         types = map(jax.typeof, jax.tree.leaves(arrays[leaf.path]))
         kind = dataclasses.replace(leaf, path=place), *types
         alike.setdefault(kind, []).append(leaf)

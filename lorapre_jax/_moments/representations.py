@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair, RotatedRowColumn, RowColumn
-from lorapre_jax._moments.methods import FLOOR
+from lorapre_jax._moments.row_column import FLOOR
 from lorapre_jax._numerics.arrays import dot, random_columns
 from lorapre_jax._numerics.norms import relative, root_mean_square
 from lorapre_jax._numerics.orthonormal import orthonormal_columns

@@ -36,25 +36,23 @@ def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.A
     p, q = x.shape
     if p > q:
         return orthogonalize(x.T, coefficients, steps).T
-    table = jnp.asarray(_per_step(coefficients, steps), x.dtype)
-    eye = jnp.eye(p, dtype=x.dtype)
-
-    def on_matrix(x, abc):
-        a, b, c = abc
+    if q >= _LONG * p:
+        return dot(_product_of_factors(x, coefficients, steps), x)
+    # Written out, for loops of several leaves would run one after the other.
+    for a, b, c in _per_step(coefficients, steps):
         gram = x @ x.T
-        return a * x + (b * gram + c * (gram @ gram)) @ x, None
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x
 
-    def on_gram(carry, abc):
-        (gram, total), (a, b, c) = carry, abc
+
+def _product_of_factors(x, coefficients: Coefficients, steps: int) -> jax.Array:
+    """The product of all F, from Gram matrices alone."""
+    gram = dot(x, x.T)
+    total = eye = jnp.eye(len(x), dtype=x.dtype)
+    for a, b, c in _per_step(coefficients, steps):
         factor = a * eye + b * gram + c * dot(gram, gram)
-        return (dot(dot(factor, gram), factor), dot(factor, total)), None
-
-    # Unrolled, for loops of several leaves would run one after the other.
-    if q < _LONG * p:
-        return jax.lax.scan(on_matrix, x, table, unroll=True)[0]
-    start = dot(x, x.T), eye
-    (_, total), _ = jax.lax.scan(on_gram, start, table, unroll=True)
-    return dot(total, x)
+        gram, total = dot(dot(factor, gram), factor), dot(factor, total)
+    return total
 
 
 def _per_step(coefficients: Any, steps: int) -> tuple[tuple[float, float, float], ...]:

@@ -6,8 +6,8 @@ import optax
 
 from lorapre_jax._leaves.moments import StoredMoment, stored_moments
 from lorapre_jax._leaves.plan import has_plan
+from lorapre_jax._moments.dense import Dense
 from lorapre_jax._moments.factors import open_boxes
-from lorapre_jax._moments.methods import Dense
 from lorapre_jax._state.translate import Moment
 from lorapre_jax._trees.boxes import unboxed
 from lorapre_jax._trees.paths import named_leaves

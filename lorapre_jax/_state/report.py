@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from lorapre_jax._moments.methods import Dense, have_rank
+from lorapre_jax._moments.dense import Dense
+from lorapre_jax._moments.methods import have_rank
 
 _LARGE = 0.01  # The last line names dense leaves above this share of all parameters.
 

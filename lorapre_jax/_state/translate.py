@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax._moments import representations as low_rank
+from lorapre_jax._moments.algorithm_one import AlgorithmOne
+from lorapre_jax._moments.dense import Dense
 from lorapre_jax._moments.factors import FactorPair, is_factors
-from lorapre_jax._moments.methods import (
-    AlgorithmOne,
-    Dense,
-    RankOne,
-    RotatedRankOne,
-)
+from lorapre_jax._moments.row_column import RankOne, RotatedRankOne
 from lorapre_jax._numerics.arrays import at_least_float32, random_columns
 from lorapre_jax._trees.matrix_view import MatrixView
 
