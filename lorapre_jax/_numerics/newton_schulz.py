@@ -21,12 +21,13 @@ _LONG = 4
 
 
 def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.Array:
-    """The nearest (semi-)orthogonal matrix to `x: (p, q)`, approximately.
+    """Returns approximately the nearest (semi-)orthogonal matrix to `x: (p, q)`.
 
-    Iterates `X <- F X`, `F = a I + b G + c G^2`, `G = X X^T`, on the shorter side.
-    Singular values end in about [0.7, 1.2], those below `a^-steps` nearer to zero.
-    Where a side is long, `G <- F G F` is iterated and the product of all F comes last;
-    in full precision, for what rounding makes negative in G would grow.
+    It iterates `X <- F X` with `F = a I + b G + c G^2` and `G = X X^T` on the shorter
+    side. Singular values end in about [0.7, 1.2], and those below `a^-steps` nearer to
+    zero. If one side is long, it iterates `G <- F G F` and applies the product of all F
+    at the end. That is done in full precision, since eigenvalues of G that rounding
+    makes negative would grow.
 
     Args:
       x: The matrix, of spectral norm at most one; see `norms.divide_by_norm`.
@@ -46,7 +47,7 @@ def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.A
 
 
 def _product_of_factors(x, coefficients: Coefficients, steps: int) -> jax.Array:
-    """The product of all F, from Gram matrices alone."""
+    """Returns the product of all F, which needs the Gram matrix only."""
     gram = dot(x, x.T)
     total = eye = jnp.eye(len(x), dtype=x.dtype)
     for a, b, c in _per_step(coefficients, steps):

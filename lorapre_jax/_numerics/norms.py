@@ -1,6 +1,7 @@
-"""Norms and roots free of inner under- and overflow, and with derivatives at zero.
+"""Norms and roots that neither under- nor overflow inside, with derivatives at zero.
 
-Squares are taken of arrays over their largest entry, so none exceeds one.
+Arrays are divided by their largest magnitude before they are squared, so that no square
+exceeds one. Entries below 1e-10 of the largest count for less than they are.
 """
 
 import functools
@@ -10,36 +11,36 @@ import jax.numpy as jnp
 
 
 def largest(*arrays):
-    """The largest magnitude in any of them; one where all are zero."""
+    """Returns the largest magnitude in the arrays, or one if all are zero."""
     found = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in arrays])
     return jnp.where(found > 0, found, 1)
 
 
 def inverse_root(x):
-    """`1 / sqrt(x)` of sums of such squares; finite at zero, as its derivative is."""
+    """Returns `1 / sqrt(x)` of a sum of squares, finite at zero with its derivative."""
     return jax.lax.rsqrt(x + jnp.finfo(x.dtype).eps ** 3)
 
 
 def root(x):
-    """`sqrt(x)`, but of derivative zero at zero, so that updates have one."""
+    """Returns `sqrt(x)` with a derivative of zero at zero, so that updates have one."""
     is_zero = x == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
 
 def normalized(x):
-    """`x` at Frobenius norm one; zero stays zero."""
+    """Scales `x` to Frobenius norm one; zero stays zero."""
     x = x / largest(x)
     return x * inverse_root(jnp.sum(jnp.square(x)))
 
 
 def unit_columns(x):
-    """Each column at norm one; zero stays zero."""
+    """Scales each column to norm one; zero stays zero."""
     x = x / largest(x)
     return x * inverse_root(jnp.sum(jnp.square(x), axis=0))
 
 
 def relative(x):
-    """`x` over its root mean square; zero stays zero."""
+    """Divides `x` by its root mean square; zero stays zero."""
     x = x / largest(x)
     return x * inverse_root(jnp.mean(jnp.square(x)))
 
@@ -50,7 +51,7 @@ def root_mean_square(x, axis=None):
 
 
 def hypot(x, y):
-    """`sqrt(x^2 + y^2)`."""
+    """Returns `sqrt(x^2 + y^2)`."""
     scale = largest(x, y)
     return scale * root(jnp.square(x / scale) + jnp.square(y / scale))
 
@@ -62,6 +63,6 @@ def frobenius_norm(x: jax.Array) -> jax.Array:
 def divide_by_norm(
     x: jax.Array, norm: jax.Array, eps: jax.typing.ArrayLike
 ) -> jax.Array:
-    """`x / (norm + eps)`, zero where that is no number."""
+    """Returns `x / (norm + eps)`, or zero if both are zero."""
     norm = norm + jnp.asarray(eps, x.dtype)
     return x / jnp.where(norm > 0, norm, 1)

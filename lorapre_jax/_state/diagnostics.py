@@ -64,9 +64,9 @@ def diagnostics(state: Any, grads: Any) -> dict[str, dict[str, FactorDiagnostics
     is zero.
 
     Nothing of size `(p, q)` is formed, except `|G|`. The cost is
-    `4 p q r + 16 r^2 (p + q)` multiplications and additions per moment and matrix,
-    which is less than that of an update. It works under jit, vmap and `jax.eval_shape`,
-    and on sharded states.
+    `4 p q r + 26 r^2 (p + q) + 240 r^3` multiplications and additions per moment and
+    matrix, which is less than that of an update unless r is nearly p or q. It works
+    under jit, vmap and `jax.eval_shape`, and on sharded states.
 
     Args:
       state: The state of any optax transform that contains one of this library's,
