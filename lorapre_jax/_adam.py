@@ -1,7 +1,6 @@
 """LoRA-Pre Adam."""
 
 import dataclasses
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from lorapre_jax._leaves.choice import choice
 from lorapre_jax._leaves.decide import make_plan
 from lorapre_jax._leaves.fit import check_fits
 from lorapre_jax._leaves.map_leaves import map_leaves
-from lorapre_jax._leaves.moments import init_moment, sketch_noise
+from lorapre_jax._leaves.moments import init_moment
 from lorapre_jax._leaves.plan import FactoredLeaf, Leaf
 from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._moments.algorithm_one import AlgorithmOne
@@ -188,9 +187,7 @@ def scale_by_lorapre_adam(
         checks.check_state(state, ScaleByLorapreAdamState)
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
-        rule = AdamRule(
-            b1, b2, eps, update_scale, unboxed(count), sketch_noise(state.plan, seed)
-        )
+        rule = AdamRule(b1, b2, eps, update_scale, unboxed(count), seed)
         updates, (mu, mu_factors), (nu, nu_factors) = map_leaves(
             rule,
             state.plan,
@@ -218,7 +215,7 @@ class AdamRule:
     eps: jax.typing.ArrayLike
     update_scale: jax.typing.ArrayLike
     count: jax.Array
-    noise: Mapping[Any, jax.Array]
+    seed: jax.typing.ArrayLike
 
     def __call__(self, leaf: Leaf, g, mu, nu):
         first, second = leaf.methods
@@ -241,7 +238,7 @@ class AdamRule:
 
         if isinstance(second, RotatedRankOne):
             mu, components, residual = first.split_moment(
-                mu, g, self.b1, self.count, self.noise
+                mu, g, self.b1, self.count, self.seed
             )
             (root_v, root_w), nu = second.rotated_moment(
                 nu, g, components, residual, self.b2, self.count
@@ -251,8 +248,8 @@ class AdamRule:
             update = mu.left @ divide(mu.right, root_v, w1).T
             update += first.residual_gain * divide(residual, root_w, 1)
         else:
-            m, mu = first.first_moment(mu, g, self.b1, self.count, self.noise)
-            root_v, nu = second.second_moment(nu, g, self.b2, self.count, self.noise)
+            m, mu = first.first_moment(mu, g, self.b1, self.count, self.seed)
+            root_v, nu = second.second_moment(nu, g, self.b2, self.count, self.seed)
             update = divide(m, root_v, w1)
         if isinstance(leaf, FactoredLeaf):
             update = update * jnp.asarray(self.update_scale, g.dtype)

@@ -1,7 +1,6 @@
 """The low-rank moving average, from which any momentum method is built."""
 
 import dataclasses
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from lorapre_jax._leaves.choice import choice
 from lorapre_jax._leaves.decide import make_plan
 from lorapre_jax._leaves.fit import check_fits
 from lorapre_jax._leaves.map_leaves import map_leaves
-from lorapre_jax._leaves.moments import init_moment, sketch_noise
+from lorapre_jax._leaves.moments import init_moment
 from lorapre_jax._leaves.plan import Leaf
 from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._moments.low_rank import LowRank
@@ -127,7 +126,7 @@ def lorapre_ema(
         check_fits(state)
         count = jax.tree.map(optax.safe_increment, state.count)
         updates, (ema, factors) = map_leaves(
-            EmaRule(decay, unboxed(count), sketch_noise(state.plan, seed), debias),
+            EmaRule(decay, unboxed(count), seed, debias),
             state.plan,
             updates,
             [(state.ema, state.ema_factors)],
@@ -145,10 +144,10 @@ class EmaRule:
 
     decay: jax.typing.ArrayLike
     count: jax.Array
-    noise: Mapping[Any, jax.Array]
+    seed: jax.typing.ArrayLike
     debias: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(self, leaf: Leaf, g, ema):
         decay = jnp.asarray(self.decay, g.dtype)
-        m, ema = leaf.methods[0].first_moment(ema, g, decay, self.count, self.noise)
+        m, ema = leaf.methods[0].first_moment(ema, g, decay, self.count, self.seed)
         return m if self.debias else m * mass(decay, self.count), ema

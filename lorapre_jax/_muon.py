@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from lorapre_jax._leaves.choice import choice
 from lorapre_jax._leaves.decide import make_plan
 from lorapre_jax._leaves.fit import check_fits
 from lorapre_jax._leaves.map_leaves import map_leaves
-from lorapre_jax._leaves.moments import init_moment, sketch_noise
+from lorapre_jax._leaves.moments import init_moment
 from lorapre_jax._leaves.plan import DenseLeaf, FactoredLeaf, Leaf, Plan
 from lorapre_jax._leaves.selection import Matrices
 from lorapre_jax._moments.low_rank import LowRank
@@ -195,7 +194,7 @@ def scale_by_lorapre_muon(
             consistent_rms=consistent_rms,
             update_scale=update_scale,
             count=unboxed(count),
-            noise=sketch_noise(state.plan, seed),
+            seed=seed,
             nesterov=nesterov,
             ns_steps=ns_steps,
             ns_coeffs=ns_coeffs,
@@ -259,7 +258,7 @@ class MuonRule:
     consistent_rms: jax.typing.ArrayLike | None
     update_scale: jax.typing.ArrayLike
     count: jax.Array
-    noise: Mapping[Any, jax.Array]
+    seed: jax.typing.ArrayLike
     nesterov: bool = dataclasses.field(metadata={"static": True})
     ns_steps: int = dataclasses.field(metadata={"static": True})
     ns_coeffs: Coefficients = dataclasses.field(metadata={"static": True})
@@ -274,7 +273,7 @@ class MuonRule:
         The matrix is `sigma R` for a `LowRank` momentum and the whole momentum
         otherwise, divided by its norm.
         """
-        method, step = leaf.methods[0], (self.count, self.noise)
+        method, step = leaf.methods[0], (self.count, self.seed)
         beta = jnp.asarray(self.beta, g.dtype)
         if isinstance(method, LowRank):
             mu, _, residual = method.split_moment(mu, g, beta, *step)

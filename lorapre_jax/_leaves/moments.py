@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lorapre_jax._leaves.plan import FactoredLeaf, Plan
-from lorapre_jax._moments.low_rank import LowRank
-from lorapre_jax._numerics.arrays import at_least_float32, random_columns
+from lorapre_jax._numerics.arrays import at_least_float32
 from lorapre_jax._trees.boxes import boxed_like, is_box, refilled, unboxed
 from lorapre_jax._trees.paths import is_masked, named_nodes
 from lorapre_jax._trees.sharding import known_sharding, like_parameter
@@ -50,20 +49,6 @@ def replace_moment(
     """Returns the state with another tree and, if it has any, other factors."""
     state = state._replace(**{name: dense})
     return state._replace(**{f"{name}_factors": factors}) if factors else state
-
-
-def sketch_noise(plan: Any, seed: jax.typing.ArrayLike) -> dict[Any, jax.Array]:
-    """Returns the noise that `LowRank` sketches with, by the shape `(q, r)`.
-
-    It is the same for all leaves and slices of a shape, and computed once for them.
-    """
-    shapes = {
-        (leaf.view.q, leaf.rank)
-        for leaf in (plan.leaves if isinstance(plan, Plan) else ())
-        if isinstance(leaf, FactoredLeaf)
-        and any(isinstance(method, LowRank) for method in leaf.methods)
-    }
-    return {shape: random_columns(seed, *shape) for shape in sorted(shapes)}
 
 
 def init_moment(plan, params, index: int, factor_dtype, seed) -> tuple[Any, Any]:

@@ -64,14 +64,14 @@ class AlgorithmOne:
         right = (0.02 * noise).astype(dtype)
         return FactorPair(left, jnp.broadcast_to(right, (*batch_shape, q, rank)))
 
-    def first_moment(self, state, g, decay, count, noise):
-        del noise
+    def first_moment(self, state, g, decay, count, seed):
+        del seed
         decay = jnp.asarray(decay, g.dtype)
         before = decay * state.product + (1 - decay) * g
         return before / self.first_weight(decay, count), self._step(state, g, decay)
 
-    def second_moment(self, state, g, decay, count, noise):
-        del noise
+    def second_moment(self, state, g, decay, count, seed):
+        del seed
         decay = jnp.asarray(decay, g.dtype)
         before = blend(decay, state.product, g)
         new = self._step(state, jnp.abs(g), jnp.sqrt(decay))

@@ -36,14 +36,14 @@ class Dense:
     first_weight = staticmethod(mass)
     second_weight = staticmethod(root_of_mass)
 
-    def first_moment(self, mu, g, decay, count, noise):
-        del noise
+    def first_moment(self, mu, g, decay, count, seed):
+        del seed
         decay = jnp.asarray(decay, g.dtype)
         mu = decay * mu + (1 - decay) * g
         return mu / self.first_weight(decay, count), mu
 
-    def second_moment(self, nu, g, decay, count, noise):
-        del noise
+    def second_moment(self, nu, g, decay, count, seed):
+        del seed
         decay = jnp.asarray(decay, g.dtype)
         nu = decay * nu + (1 - decay) * jnp.square(g)
         return root(nu) / self.second_weight(decay, count), nu

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair
-from lorapre_jax._numerics.arrays import dot
+from lorapre_jax._numerics.arrays import dot, random_columns
 from lorapre_jax._numerics.averages import blend, one, unbiased_decay
 from lorapre_jax._numerics.online_regression import subspace
 
@@ -89,33 +89,35 @@ class LowRank:
         left, right = (*batch_shape, p, rank), (*batch_shape, q, rank)
         return FactorPair(jnp.zeros(left, dtype), jnp.zeros(right, dtype))
 
-    def first_moment(self, state, g, decay, count, noise):
+    def first_moment(self, state, g, decay, count, seed):
         decay = unbiased_decay(decay, count, g.dtype)
-        new, _ = self._step(state, g, decay, noise)
+        new, _ = self._step(state, g, decay, seed)
         gain = self.residual_gain / (1 - decay)
         return _with_residual(1, gain, state, new, g, decay), new
 
-    def split_moment(self, state, g, decay, count, noise):
+    def split_moment(self, state, g, decay, count, seed):
         """Returns the new factors; `g^T B`, `(q, r)`; and the residual R, `(p, q)`.
 
         R has what the factors miss of g and what they drop of the old product.
         """
         decay = unbiased_decay(decay, count, g.dtype)
-        new, components = self._step(state, g, decay, noise)
+        new, components = self._step(state, g, decay, seed)
         residual = _with_residual(0, 1 / (1 - decay), state, new, g, decay)
         return new, components, residual
 
-    def second_moment(self, state, g, decay, count, noise):
+    def second_moment(self, state, g, decay, count, seed):
         target, decay = jnp.abs(g), jnp.asarray(decay, g.dtype)
         root_decay = unbiased_decay(jnp.sqrt(decay), count, g.dtype)
         decay = unbiased_decay(decay, count, g.dtype)
         # Read from the factors before the step: after it, g^2 would count twice.
         before = blend(decay, state.product, g)
-        return before, self._step(state, target, root_decay, noise)[0]
+        return before, self._step(state, target, root_decay, seed)[0]
 
-    def _step(self, state, target, decay, noise) -> tuple[FactorPair, jax.Array]:
+    def _step(self, state, target, decay, seed) -> tuple[FactorPair, jax.Array]:
         left, right = state
-        noise = noise[right.shape].astype(target.dtype)
+        # The same in all leaves of a shape, but an array that they shared would have
+        # one sharding, which the compiler would carry over to their factors.
+        noise = random_columns(seed, *right.shape).astype(target.dtype)
         new, components = subspace(left, right, target, decay, noise)
         return FactorPair(*new), components
 

@@ -5,15 +5,14 @@ matrix; batch axes are mapped outside. `Dense` also sees leaves of any other sha
 its state is an array of the leaf's shape.
 
     init(batch_shape, p, q, rank, dtype, seed)    -> state of (*batch_shape, p, q)
-    first_moment(state, g, decay, count, noise)   -> estimate of E[g], new state
-    second_moment(state, g, decay, count, noise)  -> estimate of sqrt(E[g^2]), new state
+    first_moment(state, g, decay, count, seed)   -> estimate of E[g], new state
+    second_moment(state, g, decay, count, seed)  -> estimate of sqrt(E[g^2]), new state
 
     first_weight(decay, count), second_weight(decay, count)  -> what bias correction
         divides the state by: the total weight in it of the gradients so far, or, for
         a second moment, what that makes of its root
 
-`noise` has normal numbers by the shape of the right factor, which `LowRank` sketches
-with. `factors_type` is the class of the state; `Dense` has none. `RotatedRankOne` has
+`factors_type` is the class of the state; `Dense` has none. `RotatedRankOne` has
 `rotated_moment` instead, which sees the gradient as `LowRank.split_moment` splits it.
 
 Second moments are returned as their roots, which have the gradient's scale. Factored

@@ -50,8 +50,8 @@ class RankOne:
             jnp.zeros((*batch_shape, p), dtype), jnp.zeros((*batch_shape, q), dtype)
         )
 
-    def second_moment(self, state, g, decay, count, noise):
-        del noise
+    def second_moment(self, state, g, decay, count, seed):
+        del seed
         decay = unbiased_decay(decay, count, g.dtype)
         # Averages of squares, kept as their roots. Squares are taken relative to the
         # largest entry, so that none under- or overflows.

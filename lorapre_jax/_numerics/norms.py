@@ -36,7 +36,7 @@ def normalized(x):
 def unit_columns(x):
     """Scales each column to norm one; zero stays zero."""
     x = x / largest(x)
-    return x * inverse_root(jnp.sum(jnp.square(x), axis=0))
+    return x * inverse_root(jnp.sum(jnp.square(x), axis=0, keepdims=True))
 
 
 def relative(x):

@@ -22,7 +22,7 @@ def orthonormal_columns(x: jax.Array) -> jax.Array:
     x = unit_columns(x)
     x = jax.lax.fori_loop(0, _PASSES, lambda _, x: dot(x, _triangular(x)), x)
     # A column that is not orthogonal to those before it would count them twice.
-    overlap = jnp.sum(jnp.square(jnp.triu(dot(x.T, x), 1)), axis=0)
+    overlap = _columns_sum(jnp.square(jnp.triu(dot(x.T, x), 1)))
     return jnp.where(overlap < _OVERLAP, x, 0)
 
 
@@ -49,16 +49,16 @@ def _triangular(x):
     shift = 8 * info.eps * rank
 
     def scales(gram):
-        diagonal = jnp.sum(gram * eye, axis=0)  # No gather, which takes copies.
+        diagonal = _columns_sum(gram * eye)  # A gather would need copies.
         return jax.lax.rsqrt(jnp.maximum(diagonal, shift))
 
     def step(_, carry):
         gram, total = carry
         scale = scales(gram)
-        gram, total = gram * scale * scale[:, None], total * scale
+        gram, total = gram * scale * scale.T, total * scale
         before = jnp.triu(gram, 1)
         image = dot(gram, before)
-        slope, curvature = jnp.sum(before * before, 0), jnp.sum(before * image, 0)
+        slope, curvature = _columns_sum(before * before), _columns_sum(before * image)
         # Of columns of norm one no curvature is less than the slope squared.
         curvature = jnp.maximum(curvature, jnp.square(slope))
         weight = slope / (curvature + info.eps**2)
@@ -70,6 +70,11 @@ def _triangular(x):
     gram, total = jax.lax.fori_loop(0, _STEPS, step, (gram + shift * eye, total))
     # What the shift took from columns that are orthonormal already is given back.
     return jnp.sqrt(1 + shift) * total * scales(gram)
+
+
+def _columns_sum(x):
+    """Returns the sums of the columns, `(1, r)`."""
+    return jnp.sum(x, axis=0, keepdims=True)
 
 
 @jax.jit  # So that op-by-op use compiles the loop once.
