@@ -61,12 +61,13 @@ class Subject:
 
     def measure(self) -> None:
         """Times each part once."""
-        params, opt_state, step = self.state
+        params, opt_state = self.state.params, self.state.opt_state
         seconds, found = _timed(lambda: self.gradient(params, self.batch))
         self.times["gradient"].append(seconds)
         seconds, new = _timed(lambda: self.update(params, opt_state, found[1]))
         self.times["update"].append(seconds)
-        state = type(self.state)(*new, step)
+        # The update was donated the old arrays.
+        state = self.state._replace(params=new[0], opt_state=new[1])
         seconds, (self.state, _) = _timed(lambda: self.step(state, self.batch))
         self.times["step"].append(seconds)
 
