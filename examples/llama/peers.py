@@ -64,8 +64,7 @@ class Peers:
             _shared([hosts, listener.getsockname()[1], token, self._name])
             in_background(self._accept, listener, token)
         else:
-            follower = in_background(self._connect, *_shared(None))
-            self._followers.append(follower)
+            in_background(self._connect, *_shared(None))
             self._is_connected.wait()
 
     def settle(self) -> None:
@@ -111,7 +110,7 @@ class Peers:
     def _accept(self, listener: socket.socket, token: str) -> None:
         while True:
             connection, _ = listener.accept()
-            self._followers.append(in_background(self._greet, connection, token))
+            in_background(self._greet, connection, token)
 
     def _greet(self, connection: socket.socket, token: str) -> None:
         with connection.makefile() as lines:
@@ -152,6 +151,8 @@ class Peers:
     def _follow(self, connection: socket.socket, lines: TextIO, name: str) -> None:
         """Waits until the other process, called ``name``, ends."""
         _probe(connection)
+        # In this order: whoever sees the connection finds its follower.
+        self._followers.append(threading.current_thread())
         self._connections.append(connection)
         self._is_connected.set()
         has_ended = False

@@ -24,11 +24,9 @@ def relay(address: str) -> str:
     return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def in_background(work: Callable[..., None], *args: Any) -> threading.Thread:
+def in_background(work: Callable[..., None], *args: Any) -> None:
     """Runs work in a thread until the process ends."""
-    thread = threading.Thread(target=work, args=args, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=work, args=args, daemon=True).start()
 
 
 def _accept(listener: socket.socket, address: tuple[str, int]) -> None:
