@@ -4,7 +4,7 @@ Nothing here comes from the package. Equation numbers are those of the LoRA-Pre 
 (arXiv 2602.24283) if it has them; the other rules are written as their definitions say.
 Symbols are those of docs/method.md: `b` and `a` are the factors B and A, `hat_b` is the
 decay rate of a bias-corrected average, `d`, `s` and `c` are averages of mean squares.
-`noise` is the standard normal (r, q) matrix of the random starts and sketches.
+`noise` is random, (r, q): standard normal for Algorithm 1's start, and else `sketch`.
 """
 
 import numpy as np
@@ -19,6 +19,16 @@ def basis(x):
 def times_pinv(g, a):
     """g A^T (A A^T + 1e-6 I)^-1 (Theorem 3.1, Appendix C.1), also for |g|."""
     return g @ a.T @ np.linalg.inv(a @ a.T + 1e-6 * np.eye(len(a)))
+
+
+def sketch(seed, q, r):
+    """Uniform numbers of mean square 1 / (q r), by the last steps of MurmurHash3."""
+    counter = np.arange(q * r, dtype=np.uint32).reshape(q, r)
+    bits = counter + np.uint32(seed * 0x9E3779B9 % 2**32)
+    bits = (bits ^ bits >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ bits >> np.uint32(13)) * np.uint32(0xC2B2AE35)
+    signed = (bits | np.uint32(1)).view(np.int32).astype(np.float32)
+    return (signed * np.float32(2.0**-31 * np.sqrt(3 / (q * r)))).astype(float).T
 
 
 def unbiased_decay(b, t):
@@ -42,8 +52,7 @@ class Regression:
         x = hat_b * self.product + (1 - hat_b) * target
         rows = self.b.T @ x
         size = np.linalg.norm(rows) or 1.0
-        noise = self.noise / np.linalg.norm(self.noise)
-        v = basis((rows / size + 1e-3 * noise).T)
+        v = basis((rows / size + 1e-3 * self.noise).T)
         self.b = basis(x @ v)
         self.a = self.b.T @ x
         return x

@@ -27,7 +27,7 @@ def gradients(shape, seed=0, steps=STEPS):
         yield 1e-2 * (left @ right + rng.normal(size=shape))
 
 
-def noise(q, rank=RANK, seed=SEED):
+def normal_noise(q, rank=RANK, seed=SEED):
     draw = jax.random.normal(jax.random.key(seed), (rank, q), jnp.float32)
     return np.asarray(draw, np.float64)
 
@@ -54,7 +54,7 @@ def assert_close(updates, expected, bound):
 
 def regression(shape, gain=1.0):
     p, q = shape
-    return oracle.Regression(p, q, RANK, noise(q), gain)
+    return oracle.Regression(p, q, RANK, oracle.sketch(SEED, q, RANK), gain)
 
 
 # The paper's rule inverts Gram matrices damped by as little as 1e-6.
@@ -104,7 +104,7 @@ METHODS = {
 
 def oracle_of(method, shape):
     if method == PAPER:
-        return oracle.Paper(shape[0], shape[1], RANK, noise(shape[1]))
+        return oracle.Paper(shape[0], shape[1], RANK, normal_noise(shape[1]))
     if isinstance(method, lp.LowRank):
         return regression(shape, method.residual_gain)
     others = {

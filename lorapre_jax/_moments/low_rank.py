@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair
-from lorapre_jax._numerics.arrays import dot, random_columns
+from lorapre_jax._numerics.arrays import dot, sketch_columns
 from lorapre_jax._numerics.averages import blend, one, unbiased_decay
 from lorapre_jax._numerics.online_regression import subspace
 
@@ -117,7 +117,7 @@ class LowRank:
         left, right = state
         # The same in all leaves of a shape, but an array that they shared would have
         # one sharding, which the compiler would carry over to their factors.
-        noise = random_columns(seed, *right.shape).astype(target.dtype)
+        noise = sketch_columns(seed, *right.shape).astype(target.dtype)
         new, components = subspace(left, right, target, decay, noise)
         return FactorPair(*new), components
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair, RotatedRowColumn, RowColumn
 from lorapre_jax._moments.row_column import FLOOR
-from lorapre_jax._numerics.arrays import dot, random_columns
+from lorapre_jax._numerics.arrays import dot, sketch_columns
 from lorapre_jax._numerics.norms import relative, root_mean_square
 from lorapre_jax._numerics.orthonormal import orthonormal_columns
 
@@ -128,7 +128,7 @@ def _outer(x: RowColumn) -> FactorPair:
 
 def _sketched(x: jax.Array, rank: int) -> FactorPair:
     size = min(rank + _OVERSAMPLING, *x.shape)
-    v = random_columns(0, x.shape[1], size).astype(x.dtype)
+    v = sketch_columns(0, x.shape[1], size).astype(x.dtype)
     for _ in range(_POWER_ITERATIONS):
         left = orthonormal_columns(dot(x, v))
         v = orthonormal_columns(dot(x.T, left))

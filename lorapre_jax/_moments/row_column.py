@@ -136,17 +136,17 @@ class RotatedRankOne:
           residual: R, `(p, q)`.
         """
         decay = unbiased_decay(decay, count, g.dtype)
-        # One scale for all squares, so that none under- or overflows; components are
-        # at most a root of p larger than entries of g.
-        scale = largest(g, residual, state.column)
+        # One scale for all squares, so that none under- or overflows: components and
+        # residual exceed the largest entries by far less than squares have room for.
+        scale = largest(g, state.column, state.row)
         squares, of_components, of_residual = (
             jnp.square(x / scale) for x in (g, components, residual)
         )
-        floor = FLOOR**2
+        column, floor = jnp.mean(squares, 0), FLOOR**2
         now = RotatedRowColumn(
-            row=jnp.mean(of_residual, 1) + floor * jnp.mean(squares, 1),
-            column=jnp.mean(squares, 0),
-            direction=jnp.mean(of_components, 0) + floor * jnp.mean(squares),
+            row=jnp.mean(of_residual + floor * squares, 1),
+            column=column,
+            direction=jnp.mean(of_components, 0) + floor * jnp.mean(column),
         )
         row, column, direction = (
             blend_squares(decay, old / scale, square)

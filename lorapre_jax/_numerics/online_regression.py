@@ -46,12 +46,12 @@ def subspace(left, right, target, decay, noise) -> tuple[Factors, jax.Array]:
     """Returns the new factors, and `T^T B'`, `(q, r)`.
 
     Columns of `left` are orthonormal or zero. If all are zero, the sketch is the
-    `noise`, normal `(q, r)`.
+    `noise`, random `(q, r)` of a norm near one.
     """
     columns = decay * right + (1 - decay) * (target.T @ left)  # X^T B
     # An orthonormal basis of them would differ by a triangular factor, which changes
     # nothing: `orthonormal_columns` takes columns in order.
-    v = normalized(columns) + _NOISE * normalized(noise)
+    v = normalized(columns) + _NOISE * noise
     y = decay * (left @ dot(right.T, v)) + (1 - decay) * (target @ v)  # X V
     new = orthonormal_columns(y)
     components = target.T @ new
