@@ -3,10 +3,11 @@
     python -m benchmarks.compile_time              # both models, for this machine's CPU
     python -m benchmarks.compile_time --tpu        # for a TPU v5e, where libtpu is
 
-The 60M Llama's matrices as 7 stacked leaves, at r = 128, and those of 6, 12 and 24
-layers of width 256 as separate leaves, at r = 32. Seconds are CPU seconds of all
-threads. By the TPU's compiler (`pip install '.[examples,tpu]'`; no TPU is needed) also
-the longest chain of dependent instructions, see `_chain.py`.
+The 60M Llama's matrices as 7 stacked leaves, at r = 128; those of 6, 12 and 24 layers
+of width 256 as separate leaves, at r = 32; and whole optimizers of examples/llama at
+such a size with `--no-scan-layers`, each in the row of its rule. Seconds are CPU
+seconds of all threads. By the TPU's compiler (`pip install '.[examples,tpu]'`; no TPU
+is needed) also the longest chain of dependent instructions, see `_chain.py`.
 
 Rows go to results/compile_time.json; rows of the other compiler, and of other
 transforms, stay there.
@@ -29,12 +30,13 @@ from benchmarks.update_time import AXES, RULES, SIZES, matrices
 
 STACKED = "7 stacked leaves"
 LAYERS = (6, 12, 24)
+EXAMPLE = f"example, {LAYERS[-1]} separate layers"
 WIDTH, FFN, RANK = 256, 688, 32
 DEVICE = "TPU v5e"
 
 
 def models() -> dict[str, tuple[Any, int]]:
-    """Abstract parameters and the rank of their factors."""
+    """Abstract matrices and the rank of their factors."""
     *shape, rank = SIZES["60m"]
     found = {STACKED: (jax.eval_shape(lambda: matrices(*shape)), rank)}
     layer = jax.eval_shape(lambda: matrices(WIDTH, FFN, 1))
@@ -43,6 +45,39 @@ def models() -> dict[str, tuple[Any, int]]:
         separate = {f"layer_{i}": layer for i in range(n)}
         found[f"{n * len(layer)} separate leaves"] = separate, RANK
     return found
+
+
+def cases(model: str) -> tuple[Any, dict[str, optax.GradientTransformation]]:
+    """Returns abstract parameters and the transforms, by the names of their rules."""
+    if model == EXAMPLE:
+        return example()
+    params, rank = models()[model]
+    return params, transforms(params, rank)
+
+
+def example() -> tuple[Any, dict[str, optax.GradientTransformation]]:
+    """Returns those of the trainer, with clipping, rates, and Adam for other leaves."""
+    # The trainer needs libraries of its own, which the other rows do not.
+    from benchmarks.step_time import VOCAB_SIZE
+    from examples.llama.config import ModelConfig, OptimizerConfig, OptimizerName
+    from examples.llama.optimizers import make_optimizer
+    from examples.llama.pure import PureLlama
+
+    config = ModelConfig(WIDTH, FFN, num_layers=LAYERS[-1], scan_layers=False)
+    params = jax.eval_shape(PureLlama(config, VOCAB_SIZE).init, jax.random.key(0))
+    names: dict[str, OptimizerName] = {
+        "optax adam": "adamw",
+        "optax muon": "muon",
+        "lorapre_adam": "lorapre_adamw",
+        "lorapre_muon": "lorapre_muon",
+    }
+    return params, {
+        name: make_optimizer(OptimizerConfig(of, rank=RANK), steps=1000)
+        for name, of in names.items()
+    }
+
+
+MODELS = [*models(), EXAMPLE]
 
 
 def transforms(params: Any, rank: int) -> dict[str, optax.GradientTransformation]:
@@ -66,7 +101,7 @@ def measured(
         (params, state),
     )
     start = time.process_time()
-    lowered = jax.jit(tx.update).lower(grads, state)
+    lowered = jax.jit(tx.update).lower(grads, state, grads)  # As its parameters.
     traced = time.process_time()
     program = lowered.compile()
     end = time.process_time()
@@ -112,15 +147,15 @@ def place(row: Mapping[str, Any]) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tpu", action="store_true")
-    parser.add_argument("--models", nargs="+", choices=models(), default=list(models()))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     args = parser.parse_args()
     sharding = tpu() if args.tpu else None
     kind = DEVICE if args.tpu else jax.devices()[0].device_kind
     jax.jit(jnp.cos).lower(1.0).compile()  # The compiler's own start.
     rows = []
     for model in args.models:
-        params, rank = models()[model]
-        for name, tx in transforms(params, rank).items():
+        params, transforms_of_model = cases(model)
+        for name, tx in transforms_of_model.items():
             key = {"for": kind, "model": model, "transform": name}
             jax.clear_caches()
             rows.append(key | measured(tx, params, sharding))

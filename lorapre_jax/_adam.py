@@ -219,38 +219,44 @@ class AdamRule:
 
     def __call__(self, leaf: Leaf, g, mu, nu):
         first, second = leaf.methods
-        # 1 - hat b_1 and 1 - hat b_2: the weights of this gradient in the two averages.
-        w1, w2 = (
-            1 - unbiased_decay(b, self.count, g.dtype) for b in (self.b1, self.b2)
+        b1, b2 = (
+            unbiased_decay(jnp.asarray(b, g.dtype), self.count)
+            for b in (self.b1, self.b2)
         )
+        eps, least = jnp.asarray(self.eps, g.dtype), jnp.sqrt(1 - b2)
         # The paper's rule stays as it was published.
         is_bounded = isinstance(leaf, FactoredLeaf) and not isinstance(
             second, AlgorithmOne
         )
 
-        def divide(m, root_v, weight):
-            # Low-rank estimates may be far too small. So the root is at least what it
-            # would be of one gradient as large as the share of m that one step adds
-            # (of R, all).
+        def divide(m, root_v, added):
             if is_bounded:
-                root_v = jnp.maximum(root_v, jnp.sqrt(w2) * weight * jnp.abs(m))
-            return m / (root_v + jnp.asarray(self.eps, g.dtype))
+                root_v = bounded(root_v, least * jnp.abs(added))
+            return m / (root_v + eps)
 
         if isinstance(second, RotatedRankOne):
-            mu, components, residual = first.split_moment(
-                mu, g, self.b1, self.count, self.seed
-            )
+            mu, components, residual = first.split_moment(mu, g, b1, self.seed)
             (root_v, root_w), nu = second.rotated_moment(
-                nu, g, components, residual, self.b2, self.count
+                nu, g, components, residual, b2
             )
             # The components A are divided in the basis of B, the residual entry by
-            # entry.
-            update = mu.left @ divide(mu.right, root_v, w1).T
-            update += first.residual_gain * divide(residual, root_w, 1)
+            # entry. A step adds the residual as a whole, and of A a share.
+            update = mu.left @ divide(mu.right, root_v, (1 - b1) * mu.right).T
+            update += first.residual_gain * divide(residual, root_w, residual)
         else:
             m, mu = first.first_moment(mu, g, self.b1, self.count, self.seed)
             root_v, nu = second.second_moment(nu, g, self.b2, self.count, self.seed)
-            update = divide(m, root_v, w1)
+            update = divide(m, root_v, (1 - b1) * m)
         if isinstance(leaf, FactoredLeaf):
             update = update * jnp.asarray(self.update_scale, g.dtype)
         return update, mu, nu
+
+
+def bounded(root_v, least):
+    """Bounds the root of v, since low-rank estimates may be far too small.
+
+    Args:
+      least: The root of one gradient's share of v, if that gradient were as large as
+        what a step adds to m.
+    """
+    return jnp.maximum(root_v, least)

@@ -25,14 +25,14 @@ from lorapre_jax._muon_shares import (
     plan_shares,
     without_underflow,
 )
-from lorapre_jax._numerics.averages import mass
+from lorapre_jax._numerics.averages import mass, unbiased_decay
 from lorapre_jax._numerics.newton_schulz import (
     NS_COEFFS,
     NS_STEPS,
     Coefficients,
     orthogonalize,
 )
-from lorapre_jax._numerics.norms import divide_by_norm, frobenius_norm, hypot
+from lorapre_jax._numerics.norms import divide_by_norm, frobenius_norm
 from lorapre_jax._trees.boxes import unboxed
 from lorapre_jax._trees.sharding import replicated_zero
 
@@ -276,12 +276,13 @@ class MuonRule:
         method, step = leaf.methods[0], (self.count, self.seed)
         beta = jnp.asarray(self.beta, g.dtype)
         if isinstance(method, LowRank):
-            mu, _, residual = method.split_moment(mu, g, beta, *step)
+            decay = unbiased_decay(beta, self.count)
+            mu, _, residual = method.split_moment(mu, g, decay, self.seed)
             residual = _share_of_noise(beta, self.count) * residual
             # The norm of the whole average, since B A and sigma R are nearly
             # orthogonal. Divided by its own norm, a residual that is only rounding
             # would be blown up.
-            norm = hypot(frobenius_norm(mu.right), frobenius_norm(residual))
+            norm = frobenius_norm(mu.right, residual)
             return divide_by_norm(residual, norm, self.eps), mu
         m, mu = method.first_moment(mu, g, beta, *step)
         m = self.look_ahead(m, g)

@@ -27,8 +27,7 @@ def sketch(seed, q, r):
     bits = counter + np.uint32(seed * 0x9E3779B9 % 2**32)
     bits = (bits ^ bits >> np.uint32(16)) * np.uint32(0x85EBCA6B)
     bits = (bits ^ bits >> np.uint32(13)) * np.uint32(0xC2B2AE35)
-    signed = (bits | np.uint32(1)).view(np.int32).astype(np.float32)
-    return (signed * np.float32(2.0**-31 * np.sqrt(3 / (q * r)))).astype(float).T
+    return 2.0**-31 * np.sqrt(3 / (q * r)) * (bits | np.uint32(1)).view(np.int32).T
 
 
 def unbiased_decay(b, t):

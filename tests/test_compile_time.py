@@ -82,6 +82,14 @@ def test_a_row_of_every_transform():
         assert row["compile s"] > 0, name
 
 
+def test_the_example_has_every_transform():
+    params, transforms = compile_time.example()
+    assert len(jax.tree.leaves(params)) > 168
+    assert transforms.keys() == compile_time.transforms({}, 8).keys()
+    for name, tx in transforms.items():
+        assert jax.eval_shape(tx.init, params) is not None, name
+
+
 def test_models_have_the_leaves_that_their_names_say():
     for name, (params, _) in compile_time.models().items():
         assert len(jax.tree.leaves(params)) == int(name.split()[0])

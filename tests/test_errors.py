@@ -105,6 +105,7 @@ def regression(**kwargs: Any):
         (lambda: adam(eps=np.inf), ValueError, "`eps` must be at least 0 and finite"),
         (lambda: adam(seed=1.5), TypeError, "`seed` must be an int, got 1.5"),
         (lambda: muon(seed=None), TypeError, "`seed` must be an int, got None"),
+        (lambda: adam(seed=2**31), ValueError, "`seed` must fit into 32 bits"),
         (lambda: adam(seed=jnp.ones(2, int)), TypeError, "`seed` must be an int"),
         (lambda: adam(factor_dtype=None), ValueError, "or float64, got None"),
         (lambda: adam(factor_dtype="half"), ValueError, "or float64, got 'half'"),

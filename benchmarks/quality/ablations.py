@@ -4,6 +4,7 @@ The steps from Algorithm 1 to the default have rows in results/archive. Their co
 longer in the library; the commit that each row names has it.
 """
 
+import inspect
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -22,8 +23,8 @@ from benchmarks.quality.methods import (
     rank_one,
 )
 from lorapre_jax import _adam as adam_module
+from lorapre_jax._leaves import map_leaves
 from lorapre_jax._moments import factors, low_rank, row_column
-from lorapre_jax._numerics import online_regression
 
 GAINS = (0.5, 1.4, 2.0)
 _HIGH = (1e-3, 2e-3, 4e-3)
@@ -56,12 +57,23 @@ def _with(module: ModuleType, **values: Any) -> Method:
         default = ours(8)(width, b2)
 
         def update(updates, state, params=None):
-            with mock.patch.multiple(module, **values):
+            traced_anew = {"_run_kind": inspect.unwrap(map_leaves._run_kind)}
+            with (
+                mock.patch.multiple(module, **values),
+                mock.patch.multiple(map_leaves, **traced_anew),
+            ):
                 return default.update(updates, state, params)
 
         return optax.GradientTransformation(default.init, update)
 
     return Method(rule, _HIGH)
+
+
+class _Uncorrected(lp.LowRank):
+    """Without bias correction."""
+
+    def split_moment(self, state, g, decay, seed):
+        return super().split_moment(state, g, jnp.full_like(decay, B1), seed)
 
 
 class _FromRandomDirections(lp.LowRank):
@@ -99,14 +111,10 @@ ABLATIONS: dict[str, Method] = {
     **{f"b1 = {b1}": _adam(b1=b1) for b1 in (0.5, 0.8)},
     # Constants, which no argument changes.
     "no floor under v": _with(row_column, FLOOR=0.0),
-    "no bounds on quotients": _with(
-        adam_module, unbiased_decay=lambda decay, count, dtype: jnp.ones((), dtype)
-    ),
-    "no bias correction": _with(
-        low_rank, unbiased_decay=lambda decay, count, dtype: jnp.asarray(decay, dtype)
-    ),
+    "no bounds on quotients": _with(adam_module, bounded=lambda root_v, least: root_v),
+    "no bias correction": _adam(first_moment=_Uncorrected()),
     **{
-        f"{share:g} of noise in the sketch": _with(online_regression, _NOISE=share)
+        f"{share:g} of noise in the sketch": _with(low_rank, _NOISE=share)
         for share in (1e-4, 1e-2)
     },
     "start from random directions": _adam(first_moment=_FromRandomDirections()),

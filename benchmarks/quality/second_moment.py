@@ -23,6 +23,7 @@ from benchmarks.quality.run import Race, pick
 from benchmarks.quality.scales import SCALES, load_texts
 from examples.llama.data.batches import train_batches
 from examples.llama.data.rows import PackedRows
+from lorapre_jax._numerics.averages import unbiased_decay
 
 SHARE = 8  # Of the width: the rank.
 STEPS = (1, 3, 10, 30, 100, 300)
@@ -52,9 +53,10 @@ def start(g: jax.Array, rank: int) -> dict[str, Any]:
 
 def look(states: dict[str, Any], g: jax.Array, count: jax.Array):
     """Returns pairs of the estimated and the exact root, and the new states."""
-    mu, components, residual = FIRST.split_moment(states["first"], g, B1, count, 0)
+    b1, b2 = (unbiased_decay(jnp.asarray(b, g.dtype), count) for b in (B1, B2))
+    mu, components, residual = FIRST.split_moment(states["first"], g, b1, 0)
     (root_v, root_w), nu = ROTATED.rotated_moment(
-        states["rotated"], g, components, residual, B2, count
+        states["rotated"], g, components, residual, b2
     )
     exact, after = {}, {"first": mu, "rotated": nu}
     for name, x in {"g": g, "B^T g": components, "R": residual}.items():

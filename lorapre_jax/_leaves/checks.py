@@ -71,6 +71,8 @@ def check_storage(rank: Any, slices_at_once: Any, factor_dtype: Any, seed: Any) 
     dtype = getattr(seed, "dtype", np.dtype(type(seed)))
     if not jnp.issubdtype(dtype, jnp.integer) or jnp.shape(seed) != ():
         raise TypeError(f"`seed` must be an int, got {seed!r}.")
+    if isinstance(seed, int | np.integer) and not -(2**31) <= seed < 2**31:
+        raise ValueError(f"`seed` must fit into 32 bits with its sign, got {seed}.")
 
 
 def check_state(state: Any, kind: type) -> None:

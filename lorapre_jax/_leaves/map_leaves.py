@@ -1,5 +1,6 @@
 """Maps an optimizer's function over the matrices of all leaves, as planned."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -94,8 +95,15 @@ def _run_stack(rule, stack: list[Leaf], slices_at_once, arrays) -> list[Any]:
     return [jax.tree.map(lambda x: x[i], done) for i in range(count)]  # noqa: B023
 
 
-def _run_leaf(rule, leaf: Leaf, slices_at_once, g, inputs, states):
-    """Applies the rule to one leaf: seen as matrices, in the compute dtype."""
+def _run_leaf(rule, leaf: Leaf, slices_at_once, *arrays):
+    """Applies the rule to one leaf, in a program that leaves of its kind share."""
+    kind = dataclasses.replace(leaf, path="")
+    return _run_kind(rule, kind, leaf.batch_shards, slices_at_once, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # So that it is traced once.
+def _run_kind(rule, leaf: Leaf, shards: int, slices_at_once, g, inputs, states):
+    """Applies the rule to a leaf: seen as matrices, in the compute dtype."""
     compute = at_least_float32(
         g.dtype, leaf.dtype, *(x.dtype for x in jax.tree.leaves(states))
     )
@@ -118,7 +126,7 @@ def _run_leaf(rule, leaf: Leaf, slices_at_once, g, inputs, states):
             view.fuse(x) if is_factors(x) else view.to_matrix(x) for x in arrays
         ]
         ndim = len(view.batch_shape)
-        mapped = over_batch(one, ndim, slices_at_once, leaf.batch_shards)
+        mapped = over_batch(one, ndim, slices_at_once, shards)
         return tuple(
             view.unfuse(x) if is_factors(x) else view.from_matrix(x)
             for x in mapped(*matrices)

@@ -12,6 +12,11 @@ from lorapre_jax._numerics.arrays import dot, sketch_columns
 from lorapre_jax._numerics.averages import blend, one, unbiased_decay
 from lorapre_jax._numerics.online_regression import subspace
 
+# Norm of the random directions in what the step sketches with, whose norm is one:
+# enough to bring back a direction that vanished and to keep the sketch well-conditioned
+# in float32, too little to disturb the others.
+_NOISE = 1e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
@@ -90,25 +95,23 @@ class LowRank:
         return FactorPair(jnp.zeros(left, dtype), jnp.zeros(right, dtype))
 
     def first_moment(self, state, g, decay, count, seed):
-        decay = unbiased_decay(decay, count, g.dtype)
+        decay = unbiased_decay(jnp.asarray(decay, g.dtype), count)
         new, _ = self._step(state, g, decay, seed)
-        gain = self.residual_gain / (1 - decay)
-        return _with_residual(1, gain, state, new, g, decay), new
+        return _with_residual(1, self.residual_gain, state, new, g, decay), new
 
-    def split_moment(self, state, g, decay, count, seed):
+    def split_moment(self, state, g, decay, seed):
         """Returns the new factors; `g^T B`, `(q, r)`; and the residual R, `(p, q)`.
 
-        R has what the factors miss of g and what they drop of the old product.
+        R has what the factors miss of g and what they drop of the old product. The
+        decay is hat b.
         """
-        decay = unbiased_decay(decay, count, g.dtype)
         new, components = self._step(state, g, decay, seed)
-        residual = _with_residual(0, 1 / (1 - decay), state, new, g, decay)
-        return new, components, residual
+        return new, components, _with_residual(0, 1, state, new, g, decay)
 
     def second_moment(self, state, g, decay, count, seed):
         target, decay = jnp.abs(g), jnp.asarray(decay, g.dtype)
-        root_decay = unbiased_decay(jnp.sqrt(decay), count, g.dtype)
-        decay = unbiased_decay(decay, count, g.dtype)
+        root_decay = unbiased_decay(jnp.sqrt(decay), count)
+        decay = unbiased_decay(decay, count)
         # Read from the factors before the step: after it, g^2 would count twice.
         before = blend(decay, state.product, g)
         return before, self._step(state, target, root_decay, seed)[0]
@@ -117,20 +120,21 @@ class LowRank:
         left, right = state
         # The same in all leaves of a shape, but an array that they shared would have
         # one sharding, which the compiler would carry over to their factors.
-        noise = sketch_columns(seed, *right.shape).astype(target.dtype)
+        noise = sketch_columns(seed, right.shape, _NOISE, target.dtype)
         new, components = subspace(left, right, target, decay, noise)
         return FactorPair(*new), components
 
 
 def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):
-    """Returns `weight * B A + gain * (X - B A)`, with `B A` the new product.
+    """Returns `weight * B A + gain * R`, with `B A` the new product.
 
-        X = hat b * (old product) + (1 - hat b) g
+        R = (X - B A) / (1 - hat b),  X = hat b * (old product) + (1 - hat b) g
 
     This is one product of `(p, 2r)` and `(2r, q)`, so that one (p, q) buffer serves
-    both terms. It is in full precision, since the terms may be `gain` times larger than
-    their difference.
+    both terms. It is in full precision, since the terms may be `1 / (1 - hat b)` times
+    larger than their difference.
     """
-    left = jnp.concatenate([(weight - gain) * new.left, gain * decay * old.left], 1)
+    share = gain / (1 - decay)
+    left = jnp.concatenate([(weight - share) * new.left, share * decay * old.left], 1)
     right = jnp.concatenate([new.right, old.right], axis=1)
-    return dot(left, right.T) + gain * (1 - decay) * g
+    return dot(left, right.T) + gain * g

@@ -128,7 +128,7 @@ def _outer(x: RowColumn) -> FactorPair:
 
 def _sketched(x: jax.Array, rank: int) -> FactorPair:
     size = min(rank + _OVERSAMPLING, *x.shape)
-    v = sketch_columns(0, x.shape[1], size).astype(x.dtype)
+    v = sketch_columns(0, (x.shape[1], size), 1.0, x.dtype)
     for _ in range(_POWER_ITERATIONS):
         left = orthonormal_columns(dot(x, v))
         v = orthonormal_columns(dot(x.T, left))

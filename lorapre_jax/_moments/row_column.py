@@ -52,7 +52,7 @@ class RankOne:
 
     def second_moment(self, state, g, decay, count, seed):
         del seed
-        decay = unbiased_decay(decay, count, g.dtype)
+        decay = unbiased_decay(jnp.asarray(decay, g.dtype), count)
         # Averages of squares, kept as their roots. Squares are taken relative to the
         # largest entry, so that none under- or overflows.
         scale = largest(g, *state)
@@ -128,14 +128,14 @@ class RotatedRankOne:
             *(jnp.zeros((*batch_shape, n), dtype) for n in (p, q, rank))
         )
 
-    def rotated_moment(self, state, g, components, residual, decay, count):
+    def rotated_moment(self, state, g, components, residual, decay):
         """Returns the roots of v, `(q, r)`, and of w, `(p, q)`; and the new state.
 
         Args:
           components: `g^T B`, `(q, r)`.
           residual: R, `(p, q)`.
+          decay: hat b.
         """
-        decay = unbiased_decay(decay, count, g.dtype)
         # One scale for all squares, so that none under- or overflows: components and
         # residual exceed the largest entries by far less than squares have room for.
         scale = largest(g, state.column, state.row)
@@ -153,5 +153,5 @@ class RotatedRankOne:
             for old, square in zip(state, now, strict=True)
         )
         shares = column * inverse_root(jnp.mean(jnp.square(column)))
-        roots = jnp.outer(shares, scale * direction), jnp.outer(scale * row, shares)
-        return roots, RotatedRowColumn(scale * row, scale * column, scale * direction)
+        new = RotatedRowColumn(scale * row, scale * column, scale * direction)
+        return (jnp.outer(shares, new.direction), jnp.outer(new.row, shares)), new

@@ -1,5 +1,7 @@
 """Products, dtypes and random starts of factors."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,20 +17,20 @@ def random_columns(seed, q: int, rank: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (rank, q), jnp.float32).T
 
 
-def sketch_columns(seed, q: int, rank: int) -> jax.Array:
-    """Returns uniform numbers `(q, rank)`, float32, of a Frobenius norm near one.
+def sketch_columns(seed, shape: tuple[int, ...], norm: float, dtype) -> jax.Array:
+    """Returns uniform numbers `(q, rank)` of nearly this Frobenius norm.
 
     Only the arguments decide them. They mix the bits of a counter, since JAX's normal
     numbers take a hundred times as many operations, which every leaf would compile.
     """
-    counter = jax.lax.iota(jnp.uint32, q * rank).reshape(q, rank)
-    if isinstance(seed, int):
-        seed = np.uint32(seed % 2**32)  # As arrays of integers wrap.
+    size = math.prod(shape)
+    counter = jax.lax.iota(jnp.uint32, size).reshape(shape)
     bits = counter + _GOLDEN * jnp.asarray(seed).astype(jnp.uint32)
     for shift, factor in _MIXER:
         bits = (bits ^ (bits >> shift)) * factor
-    signed = jax.lax.bitcast_convert_type(bits | 1, jnp.int32).astype(jnp.float32)
-    return signed * (2.0**-31 * (3 / (q * rank)) ** 0.5)
+    odd = bits | 1  # None is zero, so that no entry of a gradient is overlooked.
+    signed = jax.lax.bitcast_convert_type(odd, jnp.int32).astype(dtype)
+    return signed * (2.0**-31 * norm * (3 / size) ** 0.5)
 
 
 # The last steps of Austin Appleby's MurmurHash3, and the odd number nearest to 2^32

@@ -26,9 +26,8 @@ def mass_of_root(decay, count):
     return mass(jnp.sqrt(decay), count)
 
 
-def unbiased_decay(decay, count, dtype):
+def unbiased_decay(decay, count):
     """Returns hat b, the decay from one bias-corrected average to the next."""
-    decay = jnp.asarray(decay, dtype)
     return decay * mass(decay, count - 1) / mass(decay, count)
 
 

@@ -40,20 +40,30 @@ def orthogonalize(x: jax.Array, coefficients: Coefficients, steps: int) -> jax.A
     if q >= _LONG * p:
         return dot(_product_of_factors(x, coefficients, steps), x)
     # Written out, for loops of several leaves would run one after the other.
-    for a, b, c in _per_step(coefficients, steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    for each in _per_step(coefficients, steps):
+        x = _step(x, *each)
     return x
+
+
+@jax.jit  # So that all steps are traced once.
+def _step(x, a, b, c):
+    gram = x @ x.T
+    return a * x + (b * gram + c * (gram @ gram)) @ x
 
 
 def _product_of_factors(x, coefficients: Coefficients, steps: int) -> jax.Array:
     """Returns the product of all F, which needs the Gram matrix only."""
     gram = dot(x, x.T)
-    total = eye = jnp.eye(len(x), dtype=x.dtype)
-    for a, b, c in _per_step(coefficients, steps):
-        factor = a * eye + b * gram + c * dot(gram, gram)
-        gram, total = dot(dot(factor, gram), factor), dot(factor, total)
+    total = jnp.eye(len(x), dtype=x.dtype)
+    for each in _per_step(coefficients, steps):
+        gram, total = _gram_step(gram, total, *each)
     return total
+
+
+@jax.jit
+def _gram_step(gram, total, a, b, c):
+    factor = a * jnp.eye(len(gram), dtype=gram.dtype) + b * gram + c * dot(gram, gram)
+    return dot(dot(factor, gram), factor), dot(factor, total)
 
 
 def _per_step(coefficients: Any, steps: int) -> tuple[tuple[float, float, float], ...]:

@@ -27,18 +27,6 @@ def root(x):
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
 
-def normalized(x):
-    """Scales `x` to Frobenius norm one; zero stays zero."""
-    x = x / largest(x)
-    return x * inverse_root(jnp.sum(jnp.square(x)))
-
-
-def unit_columns(x):
-    """Scales each column to norm one; zero stays zero."""
-    x = x / largest(x)
-    return x * inverse_root(jnp.sum(jnp.square(x), axis=0, keepdims=True))
-
-
 def relative(x):
     """Divides `x` by its root mean square; zero stays zero."""
     x = x / largest(x)
@@ -50,14 +38,10 @@ def root_mean_square(x, axis=None):
     return scale * root(jnp.mean(jnp.square(x / scale), axis))
 
 
-def hypot(x, y):
-    """Returns `sqrt(x^2 + y^2)`."""
-    scale = largest(x, y)
-    return scale * root(jnp.square(x / scale) + jnp.square(y / scale))
-
-
-def frobenius_norm(x: jax.Array) -> jax.Array:
-    return root_mean_square(x) * jnp.sqrt(jnp.asarray(x.size, x.dtype))
+def frobenius_norm(*arrays: jax.Array) -> jax.Array:
+    """Returns the norm of all arrays together."""
+    scale = largest(*arrays)
+    return scale * root(sum(jnp.sum(jnp.square(x / scale)) for x in arrays))
 
 
 def divide_by_norm(

@@ -24,20 +24,15 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax._numerics.arrays import dot
-from lorapre_jax._numerics.norms import normalized
+from lorapre_jax._numerics.norms import inverse_root, largest
 from lorapre_jax._numerics.orthonormal import (
+    gram_schmidt,
     inverse_cholesky,
-    orthonormal_columns,
     rounding,
     shifted,
 )
 
 Factors = tuple[jax.Array, jax.Array]
-
-# Share of random directions in what `subspace` sketches with: enough to bring back a
-# direction that vanished and to keep the sketch well-conditioned in float32, too little
-# to disturb the others.
-_NOISE = 1e-3
 
 _DAMPING = 1e-6  # Of `jacobi` (Appendix C.1).
 
@@ -45,18 +40,20 @@ _DAMPING = 1e-6  # Of `jacobi` (Appendix C.1).
 def subspace(left, right, target, decay, noise) -> tuple[Factors, jax.Array]:
     """Returns the new factors, and `T^T B'`, `(q, r)`.
 
-    Columns of `left` are orthonormal or zero. If all are zero, the sketch is the
-    `noise`, random `(q, r)` of a norm near one.
+    Columns of `left` are orthonormal or zero. The sketch is `X^T B` at norm one plus
+    the `noise`, small and random `(q, r)`, which alone is left if B is zero.
     """
-    columns = decay * right + (1 - decay) * (target.T @ left)  # X^T B
+    weight, old = 1 - decay, decay * right
+    # One scale for X, so that no square of what follows under- or overflows.
+    scale = largest(target, old)
+    columns = (old + weight * (target.T @ left)) / scale  # X^T B
     # An orthonormal basis of them would differ by a triangular factor, which changes
-    # nothing: `orthonormal_columns` takes columns in order.
-    v = normalized(columns) + _NOISE * noise
-    y = decay * (left @ dot(right.T, v)) + (1 - decay) * (target @ v)  # X V
-    new = orthonormal_columns(y)
+    # nothing: `gram_schmidt` takes columns in order.
+    v = columns * inverse_root(jnp.sum(jnp.square(columns))) + noise
+    y = (left @ dot(old.T, v) + weight * (target @ v)) / scale  # X V
+    new = gram_schmidt(y)
     components = target.T @ new
-    old = dot(right, dot(left.T, new))
-    return (new, decay * old + (1 - decay) * components), components
+    return (new, dot(old, dot(left.T, new)) + weight * components), components
 
 
 def jacobi(left, right, target, decay) -> Factors:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lorapre_jax._numerics.arrays import dot
-from lorapre_jax._numerics.norms import unit_columns
+from lorapre_jax._numerics.norms import inverse_root, largest
 
 
 def orthonormal_columns(x: jax.Array) -> jax.Array:
@@ -19,11 +19,22 @@ def orthonormal_columns(x: jax.Array) -> jax.Array:
     only rounding tells from zero gives a column of any norm up to one, which is nearly
     orthogonal to the others, or zero.
     """
-    x = unit_columns(x)
-    x = jax.lax.fori_loop(0, _PASSES, lambda _, x: dot(x, _triangular(x)), x)
+    return gram_schmidt(x / largest(x))
+
+
+def gram_schmidt(x: jax.Array) -> jax.Array:
+    """Does what `orthonormal_columns` does if no square in `x` under- or overflows."""
+    x = x * inverse_root(_columns_sum(jnp.square(x)))
+    row, column = (
+        jax.lax.broadcasted_iota(jnp.int32, (x.shape[1],) * 2, axis) for axis in (0, 1)
+    )
+    upper, eye = (row < column).astype(x.dtype), (row == column).astype(x.dtype)
+    x = jax.lax.fori_loop(
+        0, _PASSES, lambda _, x: dot(x, _triangular(x, upper, eye)), x
+    )
     # A column that is not orthogonal to those before it would count them twice.
-    overlap = _columns_sum(jnp.square(jnp.triu(dot(x.T, x), 1)))
-    return jnp.where(overlap < _OVERLAP, x, 0)
+    overlap = _columns_sum(jnp.square(upper * dot(x.T, x)))
+    return jnp.where(overlap > _OVERLAP, 0, x)
 
 
 # A pass tells columns apart as far as the rounding of its Gram matrix lets it. So many
@@ -33,20 +44,20 @@ _PASSES, _STEPS = 5, 4
 _OVERLAP = 1e-4
 
 
-def _triangular(x):
+def _triangular(x, upper, eye):
     """Returns an upper triangular T such that `x T` is nearly orthonormal.
 
-    Columns of `x` have norm one at most. There are products alone here, since a
-    factorisation would be a chain of r small steps. Each step subtracts from every
-    column at once its components along the columns before it. These need not be
-    orthogonal yet, so the components have the weight that leaves the smallest norm.
-    Then the column is scaled to norm one. Thus no column ever grows, the first k
-    columns are done after k steps at most, and small errors are squared by a step.
+    Columns of `x` have norm one at most; `upper` is one above the diagonal, `eye` on
+    it. There are products alone here, since a factorisation would be a chain of r small
+    steps. Each step subtracts from every column at once its components along the
+    columns before it. These need not be orthogonal yet, so the components have the
+    weight that leaves the smallest norm. Then the column is scaled to norm one. Thus no
+    column ever grows, the first k columns are done after k steps at most, and small
+    errors are squared by a step.
     """
-    info, rank = jnp.finfo(x.dtype), x.shape[1]
-    gram, eye = dot(x.T, x), jnp.eye(rank, dtype=x.dtype)
+    info, gram = jnp.finfo(x.dtype), dot(x.T, x)
     # Keeps the Gram matrix positive definite under rounding.
-    shift = 8 * info.eps * rank
+    shift = 8 * float(info.eps) * len(gram)
 
     def scales(gram):
         diagonal = _columns_sum(gram * eye)  # A gather would need copies.
@@ -56,7 +67,7 @@ def _triangular(x):
         gram, total = carry
         scale = scales(gram)
         gram, total = gram * scale * scale.T, total * scale
-        before = jnp.triu(gram, 1)
+        before = upper * gram
         image = dot(gram, before)
         slope, curvature = _columns_sum(before * before), _columns_sum(before * image)
         # Of columns of norm one no curvature is less than the slope squared.
@@ -69,7 +80,7 @@ def _triangular(x):
     total = jnp.zeros_like(gram) + eye
     gram, total = jax.lax.fori_loop(0, _STEPS, step, (gram + shift * eye, total))
     # What the shift took from columns that are orthonormal already is given back.
-    return jnp.sqrt(1 + shift) * total * scales(gram)
+    return (1 + shift) ** 0.5 * total * scales(gram)
 
 
 def _columns_sum(x):
