@@ -170,8 +170,8 @@ def test_degenerate_gradients(name, shape, seed, kind):
         assert (sizes[:, 1] < 1e-4 * sizes[:, 0]).all()
 
 
-# Up to where the state keeps them. Beyond, sums over a side of a matrix overflow, or the
-# squares of Algorithm 1; or the reciprocal of the largest entry underflows.
+# Up to where the state keeps them. Beyond, sums over a side of a matrix overflow, or
+# the squares of Algorithm 1; or the reciprocal of the largest entry underflows.
 LARGEST = dict.fromkeys(TRANSFORMS, 1e37) | {"adam_paper": 1e18}
 TOO_LARGE = dict.fromkeys(TRANSFORMS, 3e38) | {"adam_paper": 1e20}
 
