@@ -26,11 +26,14 @@ OF_TRAINER = {
 """The race's names for the rules of the trainer's optimizers."""
 
 
-def save(name: str, rows: Sequence[Row], methods: Iterable[str]) -> Path:
+def save(
+    name: str, rows: Sequence[Row], methods: Iterable[str], **numbers: Any
+) -> Path:
     """Writes `results/<name>.json`; returns its path.
 
     Args:
       methods: The methods of the race whose rules made the results; see `stale.py`.
+      numbers: What holds for all rows, such as the machine's rates.
     """
     spec = sys.modules["__main__"].__spec__  # None if it is run by path.
     module = spec.name if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
@@ -42,6 +45,7 @@ def save(name: str, rows: Sequence[Row], methods: Iterable[str]) -> Path:
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "fingerprints": {x: fingerprint.of(ENTRANTS[x]) for x in methods},
+        **numbers,
         "rows": list(rows),
     }
     path = RESULTS / f"{name}.json"

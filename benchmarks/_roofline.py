@@ -11,6 +11,7 @@ the default precision, which is lower and faster on most accelerators, so the sh
 this rate that an update reaches is not bounded by one there.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -115,17 +116,15 @@ def work(transform: str, params: Mapping[str, Any], rank: int) -> Work | None:
 def measured_rates(side: int = SIDE, copied: int = COPIED) -> Rates:
     """Returns the rates of a square product and of a copy, the medians of some runs."""
 
-    @jax.jit
-    def product(x: jax.Array) -> jax.Array:
-        return jnp.matmul(x, x, precision=jax.lax.Precision.HIGHEST)
-
-    # Not the very numbers, since a compiler may leave out a copy.
+    # Random, since products of zeros are faster, and of a size that stays.
+    x, y = jax.random.normal(jax.random.key(0), (2, side, side))
+    y = y / side**0.5
+    product = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+    # Negated, since a compiler may leave out a plain copy.
     negative = jax.jit(jnp.negative, donate_argnums=0)
-    # Its own square, and so of any size of rounding.
-    identity = jnp.eye(side)
     array = jnp.ones(copied // FLOAT_BYTES)
     return Rates(
-        2 * side**3 / _seconds(product, identity),
+        2 * side**3 / _seconds(lambda x: product(x, y), x),
         2 * array.nbytes / _seconds(negative, array),
     )
 
