@@ -1,5 +1,6 @@
 """Stores results: rows, the command that made them, and versions and device."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -27,40 +28,44 @@ OF_TRAINER = {
 
 
 def save(
-    name: str, rows: Sequence[Row], methods: Iterable[str], **numbers: Any
+    name: str, rows: Sequence[Row], methods: Iterable[str], folder: Path | None = None
 ) -> Path:
-    """Writes `results/<name>.json`; returns its path.
+    """Writes `<name>.json` in the folder, by default `RESULTS`; returns its path.
 
     Args:
       methods: The methods of the race whose rules made the results; see `stale.py`.
-      numbers: What holds for all rows, such as the machine's rates.
     """
     spec = sys.modules["__main__"].__spec__  # None if it is run by path.
     module = spec.name if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
     module = module.removesuffix(".__main__")
+    path = (folder or RESULTS) / f"{name}.json"
+    now, old = commit(), _of_this_commit(path)
+    # They are of the code alone, and take a while. Edits may have followed the old.
+    known = {} if now.endswith(_DIRTY) else old.get("fingerprints", {})
     record = {
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
-        "commit": commit(),
-        "versions": {p: version(p) for p in ("jax", "jaxlib", "optax", "lorapre-jax")},
+        "commit": now,
+        "versions": {p: version(p) for p in ("jax", "jaxlib", "optax")},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
-        "fingerprints": {x: fingerprint.of(ENTRANTS[x]) for x in methods},
-        **numbers,
+        "fingerprints": {
+            x: known[x] if x in known else fingerprint.of(ENTRANTS[x]) for x in methods
+        },
         "rows": list(rows),
     }
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 
-def rows_of_this_commit(name: str) -> list[dict[str, Any]]:
-    """Returns the rows in `results/<name>.json` if they are of this commit, or none."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return []
-    record = json.loads(path.read_text())
-    return record["rows"] if record["commit"] == commit() else []
+def rows_of_this_commit(name: str, folder: Path | None = None) -> list[dict[str, Any]]:
+    """Returns the rows in the file of `save` if they are of this commit, or none."""
+    return _of_this_commit((folder or RESULTS) / f"{name}.json").get("rows", [])
+
+
+def _of_this_commit(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record if record.get("commit") == commit() else {}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -77,12 +82,31 @@ def _cell(value: Any) -> str:
 
 
 def commit() -> str:
-    """Returns the short HEAD, with "-dirty" if tracked Python files differ from it."""
-    head = _git("rev-parse", "--short", "HEAD") or "unknown"
-    return head + "-dirty" * bool(_git("diff", "--name-only", "HEAD", "--", "*.py"))
+    """Returns the short HEAD, with "-dirty" if tracked Python files differ from it.
+
+    Where there is no repository, it is a digest of the code instead.
+    """
+    head = _git("rev-parse", "--short", "HEAD")
+    if not head:
+        return f"no commit, code {_digest()}"
+    return head + _DIRTY * bool(_git("diff", "--name-only", "HEAD", "--", "*.py"))
+
+
+_DIRTY = "-dirty"
+
+
+def _digest() -> str:
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder in ("lorapre_jax", "examples", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()

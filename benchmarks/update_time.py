@@ -113,14 +113,16 @@ def shares(
     work: _roofline.Work | None, seconds: float, rates: _roofline.Rates
 ) -> dict[str, float | None]:
     """Returns the columns of the roofline, empty where there is no formula."""
-    columns = ("gigaoperations", "gigabytes", "of matmul rate", "of copy rate")
-    if work is None:
-        return dict.fromkeys(columns)
-    numbers = [number / 1e9 for number in work]
-    reached = [
-        number / seconds / rate for number, rate in zip(work, rates, strict=True)
-    ]
-    return dict(zip(columns, numbers + reached, strict=True))
+    columns: dict[str, float | None] = {}
+    for what, part in (("operations", "matmul"), ("bytes", "copy")):
+        number = None if work is None else getattr(work, what)
+        rate = getattr(rates, what)
+        columns |= {
+            f"10^9 {what}": number and number / 1e9,
+            f"{part}: 10^9 {what} / s": rate / 1e9,
+            f"of {part} rate": number and number / seconds / rate,
+        }
+    return columns
 
 
 def main() -> None:
@@ -137,9 +139,8 @@ def main() -> None:
     ranks = args.rank or [SIZES[args.size][-1]]
     rows = measured(args.size, ranks, args.repeats, rates)
     device = jax.devices()[0]
-    print(f"{args.size}, on {device.device_kind}\n\n{_record.table(rows)}\n\n{rates}")
-    name = f"update_time_{args.size}_{device.platform}"
-    path = _record.save(name, rows, RULES, rates=rates._asdict())
+    print(f"{args.size}, on {device.device_kind}\n\n{_record.table(rows)}")
+    path = _record.save(f"update_time_{args.size}_{device.platform}", rows, RULES)
     print(f"\nWritten to {path.name}.")
 
 
