@@ -39,12 +39,10 @@ def save(
     module = spec.name if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
     module = module.removesuffix(".__main__")
     path = (folder or RESULTS) / f"{name}.json"
-    now, old = commit(), _of_this_commit(path)
-    # They are of the code alone, and take a while. Edits may have followed the old.
-    known = {} if now.endswith(_DIRTY) else old.get("fingerprints", {})
+    known = _of_this_commit(path).get("fingerprints", {})  # They take a while.
     record = {
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
-        "commit": now,
+        "commit": commit(),
         "versions": {p: version(p) for p in ("jax", "jaxlib", "optax")},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
@@ -82,17 +80,15 @@ def _cell(value: Any) -> str:
 
 
 def commit() -> str:
-    """Returns the short HEAD, with "-dirty" if tracked Python files differ from it.
+    """Returns the short HEAD.
 
-    Where there is no repository, it is a digest of the code instead.
+    If tracked Python files differ from it, or there is no repository, there is a digest
+    of the code in it as well, so that other code always has another name.
     """
     head = _git("rev-parse", "--short", "HEAD")
-    if not head:
-        return f"no commit, code {_digest()}"
-    return head + _DIRTY * bool(_git("diff", "--name-only", "HEAD", "--", "*.py"))
-
-
-_DIRTY = "-dirty"
+    if head and not _git("diff", "--name-only", "HEAD", "--", "*.py"):
+        return head
+    return f"{head}-dirty-{_digest()}" if head else f"no-commit-{_digest()}"
 
 
 def _digest() -> str:

@@ -146,7 +146,7 @@ def rows_of(subjects: Mapping[str, Subject]) -> list[dict[str, Any]]:
                 strict=True,
             )
             paired = [mine / theirs for mine, theirs in turns]
-            row[f"{part}, ratio, range"] = f"{min(paired):.2f} to {max(paired):.2f}"
+            row[f"{part}, ratio, range"] = f"{min(paired):.3f} to {max(paired):.3f}"
     return rows
 
 

@@ -88,7 +88,7 @@ def measured(
         for name, tx in transforms(params, rank).items()
         if (is_ours := not name.startswith("optax")) or rank == ranks[0]
     ]
-    for rank, name, tx in subjects:
+    for rank, _, tx in subjects:
         if rank and not all(x.is_factored for x in lp.describe(tx, params).leaves):
             raise ValueError(
                 f"At rank {rank} a matrix of size {size} stays dense. Take a lower one."

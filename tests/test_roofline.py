@@ -10,8 +10,8 @@ import pytest
 from benchmarks import _roofline, update_time
 
 SHAPES = {
-    "small": ({"wide": (2, 24, 40), "tall": (2, 40, 24), "square": (1, 32, 32)}, 8),
-    "larger": ({"wide": (2, 128, 352), "tall": (1, 352, 128), "long": (1, 96, 400)}, 24),
+    "small": (((2, 24, 40), (2, 40, 24), (1, 32, 32)), 8),
+    "larger": (((2, 128, 352), (1, 352, 128), (1, 96, 400)), 24),
 }
 TRANSFORMS = ("optax adam", "optax muon", "lorapre_adam, default", "lorapre_muon")
 
@@ -46,7 +46,8 @@ def _is_program(x) -> bool:
 @pytest.fixture(params=SHAPES)
 def sizes(request):
     shapes, rank = SHAPES[request.param]
-    return {k: jax.ShapeDtypeStruct(x, jnp.float32) for k, x in shapes.items()}, rank
+    params = {str(x): jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes}
+    return params, rank
 
 
 def traced(name, params, rank):
@@ -101,3 +102,26 @@ def test_the_compiler_computes_once_what_is_written_twice():
 def test_rates_are_measured():
     rates = _roofline.measured_rates(side=16, copied=2**10)
     assert all(rate > 0 for rate in rates)
+
+
+def test_a_row_of_each_rank_and_shares_in_the_median_time(monkeypatch):
+    monkeypatch.setattr(update_time, "measure", lambda *_: (1.0, 0.5, 0.7))
+    rates = _roofline.Rates(operations=1e12, bytes=1e9)
+    rows = update_time.measured("tiny", (16, 8), repeats=1, rates=rates)
+    by_name = {(row["transform"], row["rank"]): row for row in rows}
+    assert len(by_name) == len(rows) == 2 + 2 * 4  # optax's once
+    params = update_time.matrices(*update_time.SIZES["tiny"][:3])
+    for rank in (16, 8):
+        row = by_name["lorapre_muon", rank]
+        work = _roofline.work("lorapre_muon", params, rank)
+        assert work is not None
+        assert row["of matmul rate"] == pytest.approx(work.operations / 0.5 / 1e12)
+        assert row["of copy rate"] == pytest.approx(work.bytes / 0.5 / 1e9)
+        assert by_name["lorapre_adam, paper", rank]["of matmul rate"] is None
+    assert by_name["optax adam", None]["of matmul rate"] == 0
+
+
+def test_a_rank_at_which_a_matrix_stays_dense():
+    rates = _roofline.Rates(1.0, 1.0)
+    with pytest.raises(ValueError, match="At rank 100 a matrix of size tiny stays"):
+        update_time.measured("tiny", (8, 100), repeats=1, rates=rates)
