@@ -24,7 +24,7 @@ FLOAT_BYTES = 4
 NS_STEPS = 5
 SIDE, COPIED = 4096, 512 * 2**20
 """Of the product, and bytes of the array, whose rates are measured."""
-RUNS, REPEATS = 5, 3
+RUNS = 5
 
 
 class Work(NamedTuple):
@@ -124,18 +124,18 @@ def measured_rates(side: int = SIDE, copied: int = COPIED) -> Rates:
     negative = jax.jit(jnp.negative, donate_argnums=0)
     array = jnp.ones(copied // FLOAT_BYTES)
     return Rates(
-        2 * side**3 / _seconds(lambda x: product(x, y), x),
-        2 * array.nbytes / _seconds(negative, array),
+        2 * side**3 / _seconds(lambda x: product(x, y), x, 2),
+        2 * array.nbytes / _seconds(negative, array, 10),
     )
 
 
-def _seconds(step: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    """Returns the time of one step, of several that are queued at once."""
+def _seconds(step: Callable[[jax.Array], jax.Array], x: jax.Array, queued: int):
+    """Returns the time of one step, of some that are queued at once."""
     x, times = jax.block_until_ready(step(x)), []
     for _ in range(RUNS):
         start = time.perf_counter()
-        for _ in range(REPEATS):
+        for _ in range(queued):
             x = step(x)
         jax.block_until_ready(x)
-        times.append((time.perf_counter() - start) / REPEATS)
+        times.append((time.perf_counter() - start) / queued)
     return statistics.median(times)

@@ -145,6 +145,8 @@ def _step(model: Model, rival: OptimizerName, micro: int) -> Rows | None:
 
 def run_part(name: str, tiny: bool, folder: Path) -> None:
     """Runs a part, and adds its rows to the file, unless they are there."""
+    if jax.default_backend() == "cpu" and not tiny:
+        sys.exit("JAX finds no accelerator. With --tiny, all of it is tried on a CPU.")
     kind = jax.devices()[0].device_kind.lower().replace(" ", "_")
     file = f"device_{kind}" + "_tiny" * tiny
     done = _record.rows_of_this_commit(file, folder)

@@ -113,3 +113,8 @@ def test_an_unknown_part(capsys):
     with pytest.raises(SystemExit):
         device.main(["--tiny", "--only", "update"])
     assert "'update' is not one of check-" in capsys.readouterr().err
+
+
+def test_without_an_accelerator():
+    with pytest.raises(SystemExit, match="no accelerator. With --tiny"):
+        device.main(["--only", "update-60m"])
