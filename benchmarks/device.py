@@ -17,6 +17,7 @@ their gradient is accumulated over fewer rows at once: half as many, until they 
 
 import argparse
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -43,6 +44,7 @@ CHECKS = {
 ROOT = Path(__file__).parents[1]
 SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 90, 30, 4
 """About how long steps are measured, and in how many rounds."""
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "ut of memory")
 Rows = list[dict[str, Any]]
 
 
@@ -116,20 +118,25 @@ def step(model: Model, rival: OptimizerName) -> Rows:
     while (rows := _step(model, rival, micro)) is None:
         print(f"{micro} rows at once do not fit.", flush=True)
         micro //= 2
-    ratio, spread = (rows[-1][f"step, ratio{x}"] for x in ("", ", range"))
-    print(f"{rival}: a step takes {ratio:.4f} ({spread}) of AdamW's; goal: {GOAL}.")
+        gc.collect()  # The traceback may still hold arrays.
+    ours = rows[-1]
+    print(
+        f"{rival}: with {micro} rows at once, a step takes {ours['step, ratio']:.4f} "
+        f"({ours['step, ratio, range']}) of AdamW's; goal: {GOAL}. "
+        f"Peak memory: {ours['peak MB, ratio']:.3f} of AdamW's."
+    )
     return [row | {"rows at once": micro} for row in rows]
 
 
 def _step(model: Model, rival: OptimizerName, micro: int) -> Rows | None:
-    """Returns None if it does not fit."""
+    """Returns None if so many rows at once do not fit."""
     try:
         batch = step_time.random_batch(model.rows, model.seq_len)
         subjects = {}
         for name in ("adamw", rival):
             optimizer = OptimizerConfig(name, rank=model.ranks[0])
             subject = step_time.Subject(model.preset, optimizer, batch, micro)
-            subject.measure()  # So that what does not fit is known before the next.
+            subject.measure()  # AdamW's tells before the other compiles.
             subjects[name] = subject
         start = time.perf_counter()
         step_time.take_turns(list(subjects.values()), 0)
@@ -137,7 +144,7 @@ def _step(model: Model, rival: OptimizerName, micro: int) -> Rows | None:
         rounds = min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
         step_time.take_turns(list(subjects.values()), rounds)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error) and micro > 1:
+        if micro > 1 and any(text in str(error) for text in OUT_OF_MEMORY):
             return None
         raise
     return step_time.rows_of(subjects)

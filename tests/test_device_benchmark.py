@@ -69,7 +69,7 @@ def test_fewer_rows_at_once_where_they_do_not_fit(main, monkeypatch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return SimpleNamespace(measure=lambda: None)
 
-    ratios = {"step, ratio": 1.0, "step, ratio, range": "1 to 1"}
+    ratios = {"step, ratio": 1, "step, ratio, range": "1 to 1", "peak MB, ratio": 1}
     monkeypatch.setattr(step_time, "Subject", subject)
     monkeypatch.setattr(step_time, "take_turns", lambda subjects, repeats: None)
     monkeypatch.setattr(step_time, "rows_of", lambda subjects: [ratios])
