@@ -116,5 +116,5 @@ def test_an_unknown_part(capsys):
 
 
 def test_without_an_accelerator():
-    with pytest.raises(SystemExit, match="no accelerator. With --tiny"):
+    with pytest.raises(SystemExit, match=r"no accelerator\. With --tiny"):
         device.main(["--only", "update-60m"])
