@@ -68,14 +68,10 @@ bench-quality: bootstrap  ## Six optimizers at their committed best rates, three
 	$(BIN)/python -m benchmarks.quality.table --main $(if $(DATA),--data $(DATA)) --out $(ROWS)
 	$(BIN)/python -m benchmarks.quality.report --rows $(ROWS)
 
-bench-device: bootstrap  ## Oracle checks and figures on an NVIDIA GPU.
-	$(BIN)/python -m pip install --quiet 'jax[cuda13]'
-	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest \
-	  $(BIN)/python -m pytest tests/test_trajectories.py tests/test_properties.py
-	$(BIN)/python -m benchmarks.update_time --size 60m --repeats 50
-	$(BIN)/python -m benchmarks.update_time --size 350m --repeats 20
-	$(BIN)/python -m benchmarks.step_time --preset 60m --micro-batch-size 64
-	$(BIN)/python -m benchmarks.update_memory
+# By PYTHON's own packages, since JAX for an accelerator is a matter of its machine.
+# PART: one of `python -m benchmarks.device --list`; without it, all that are not done.
+bench-device:  ## Oracle checks and figures on the accelerator of PYTHON's JAX.
+	$(PYTHON) -m benchmarks.device $(if $(PART),--only $(PART))
 
 bootstrap: $(VENV)/.installed
 

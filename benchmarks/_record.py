@@ -1,5 +1,6 @@
 """Stores results: rows, the command that made them, and versions and device."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -26,8 +27,10 @@ OF_TRAINER = {
 """The race's names for the rules of the trainer's optimizers."""
 
 
-def save(name: str, rows: Sequence[Row], methods: Iterable[str]) -> Path:
-    """Writes `results/<name>.json`; returns its path.
+def save(
+    name: str, rows: Sequence[Row], methods: Iterable[str], folder: Path | None = None
+) -> Path:
+    """Writes `<name>.json` in the folder, by default `RESULTS`; returns its path.
 
     Args:
       methods: The methods of the race whose rules made the results; see `stale.py`.
@@ -35,28 +38,32 @@ def save(name: str, rows: Sequence[Row], methods: Iterable[str]) -> Path:
     spec = sys.modules["__main__"].__spec__  # None if it is run by path.
     module = spec.name if spec else f"benchmarks.{Path(sys.argv[0]).stem}"
     module = module.removesuffix(".__main__")
+    path = (folder or RESULTS) / f"{name}.json"
+    known = _of_this_commit(path).get("fingerprints", {})  # They take a while.
     record = {
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
         "commit": commit(),
-        "versions": {p: version(p) for p in ("jax", "jaxlib", "optax", "lorapre-jax")},
+        "versions": {p: version(p) for p in ("jax", "jaxlib", "optax")},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
-        "fingerprints": {x: fingerprint.of(ENTRANTS[x]) for x in methods},
+        "fingerprints": {
+            x: known[x] if x in known else fingerprint.of(ENTRANTS[x]) for x in methods
+        },
         "rows": list(rows),
     }
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 
-def rows_of_this_commit(name: str) -> list[dict[str, Any]]:
-    """Returns the rows in `results/<name>.json` if they are of this commit, or none."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return []
-    record = json.loads(path.read_text())
-    return record["rows"] if record["commit"] == commit() else []
+def rows_of_this_commit(name: str, folder: Path | None = None) -> list[dict[str, Any]]:
+    """Returns the rows in the file of `save` if they are of this commit, or none."""
+    return _of_this_commit((folder or RESULTS) / f"{name}.json").get("rows", [])
+
+
+def _of_this_commit(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record if record.get("commit") == commit() else {}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -73,12 +80,29 @@ def _cell(value: Any) -> str:
 
 
 def commit() -> str:
-    """Returns the short HEAD, with "-dirty" if tracked Python files differ from it."""
-    head = _git("rev-parse", "--short", "HEAD") or "unknown"
-    return head + "-dirty" * bool(_git("diff", "--name-only", "HEAD", "--", "*.py"))
+    """Returns the short HEAD.
+
+    If tracked Python files differ from it, or there is no repository, there is a digest
+    of the code in it as well, so that other code always has another name.
+    """
+    head = _git("rev-parse", "--short", "HEAD")
+    if head and not _git("diff", "--name-only", "HEAD", "--", "*.py"):
+        return head
+    return f"{head}-dirty-{_digest()}" if head else f"no-commit-{_digest()}"
+
+
+def _digest() -> str:
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder in ("lorapre_jax", "examples", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()

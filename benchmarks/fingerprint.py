@@ -74,6 +74,8 @@ def _looker(tx: optax.GradientTransformation, shapes: Shapes) -> Look:
         update, state = tx.update(g, state, params)
         return state, update
 
+    # So that an accelerator, whose default precision is lower, has a CPU's numbers.
+    @jax.default_matmul_precision("highest")
     @jax.jit
     def updates(params: Any, grads: Any):
         return jax.lax.scan(step, tx.init(params), grads)[1]

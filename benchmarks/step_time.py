@@ -14,7 +14,7 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,13 +36,22 @@ SEQ_LEN, VOCAB_SIZE = 256, 32_000
 
 
 class Subject:
-    """One optimizer's state and its compiled functions."""
+    """One optimizer's state and its compiled functions.
 
-    def __init__(self, name: OptimizerName, args: argparse.Namespace, batch: Batch):
+    The gradient of the batch is computed in parts of `micro` rows, all at once if None.
+    """
+
+    def __init__(
+        self,
+        preset: str,
+        optimizer: OptimizerConfig,
+        batch: Batch,
+        micro: int | None = None,
+    ):
         mesh = layout.make_mesh("", jax.devices()[:1])
-        model = PureLlama(PRESETS[args.preset], VOCAB_SIZE, mesh)
-        tx = make_optimizer(OptimizerConfig(name, rank=args.rank), steps=1000)
-        loss_and_grads = make_loss_and_grads(model)
+        model = PureLlama(PRESETS[preset], VOCAB_SIZE, mesh)
+        tx = make_optimizer(optimizer, steps=1000)
+        loss_and_grads = make_loss_and_grads(model, micro)
         step = make_train_step(loss_and_grads, tx, abstract_state(model, tx, mesh))
         init = jax.jit(functools.partial(init_state, model, tx))
         self.state, self.batch = init(jax.random.key(0)), batch
@@ -84,22 +93,42 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def rows_of(subjects: Mapping[str, Subject], micro: int) -> list[dict[str, Any]]:
-    """Returns medians, and their ratios to AdamW's."""
+def random_batch(rows: int, seq_len: int = SEQ_LEN) -> Batch:
+    shape = (rows, seq_len)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32)
+    batch = Batch(tokens, np.roll(tokens, -1, 1), np.ones(shape, np.float32))
+    return jax.device_put(batch)
+
+
+def take_turns(subjects: Sequence[Subject], repeats: int) -> None:
+    """Measures each, after a warm-up; each round begins with another one."""
+    for subject in subjects:
+        subject.measure()
+        subject.times = {name: [] for name in subject.times}
+    for turn in range(repeats):
+        first = turn % len(subjects)
+        for subject in (*subjects[first:], *subjects[:first]):
+            subject.measure()
+
+
+def rows_of(subjects: Mapping[str, Subject]) -> list[dict[str, Any]]:
+    """Returns medians, and their ratios to those of the first, AdamW."""
     # The gradient is the same for every optimizer, and so is its time.
     all_times = [t for subject in subjects.values() for t in subject.times["gradient"]]
     gradient = statistics.median(all_times)
+    rows_of_batch, seq_len = next(iter(subjects.values())).batch.inputs.shape
     rows = []
     for name, subject in subjects.items():
         update, step = (statistics.median(subject.times[x]) for x in ("update", "step"))
-        composed = PUBLISHED_ROWS / micro * gradient + update
+        composed = PUBLISHED_ROWS / rows_of_batch * gradient + update
         rows.append(
             {
                 "optimizer": name,
+                "rows": rows_of_batch,
                 "gradient s": gradient,
                 "update s": update,
                 "step s": step,
-                "tokens/s": micro * SEQ_LEN / step,
+                "tokens/s": rows_of_batch * seq_len / step,
                 "published step (composed) s": composed,
                 "peak MB": subject.peak_bytes / 1e6,
                 "compile s": subject.compile_seconds,
@@ -117,7 +146,7 @@ def rows_of(subjects: Mapping[str, Subject], micro: int) -> list[dict[str, Any]]
                 strict=True,
             )
             paired = [mine / theirs for mine, theirs in turns]
-            row[f"{part}, ratio, range"] = f"{min(paired):.2f} to {max(paired):.2f}"
+            row[f"{part}, ratio, range"] = f"{min(paired):.3f} to {max(paired):.3f}"
     return rows
 
 
@@ -130,20 +159,13 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=8, help="rows")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
-    shape = (args.micro_batch_size, SEQ_LEN)
-    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32)
-    batch = Batch(tokens, np.roll(tokens, -1, 1), np.ones(shape, np.float32))
-    batch = jax.device_put(batch)
-    subjects = {name: Subject(name, args, batch) for name in NAMES}
-    for subject in subjects.values():
-        subject.measure()
-        subject.times = {name: [] for name in subject.times}  # It was a warm-up.
-    order = list(subjects.values())
-    for turn in range(args.repeats):
-        first = turn % len(order)
-        for subject in order[first:] + order[:first]:
-            subject.measure()
-    rows = rows_of(subjects, args.micro_batch_size)
+    batch = random_batch(args.micro_batch_size)
+    subjects = {
+        name: Subject(args.preset, OptimizerConfig(name, rank=args.rank), batch)
+        for name in NAMES
+    }
+    take_turns(list(subjects.values()), args.repeats)
+    rows = rows_of(subjects)
     print(_record.table(rows))
     rules = [_record.OF_TRAINER[name] for name in NAMES]
     name = f"step_time_{args.preset}_{jax.devices()[0].platform}"

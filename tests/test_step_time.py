@@ -1,32 +1,26 @@
 """The benchmark of a step runs on the trainer's own state."""
 
-import argparse
-
-import jax
-import numpy as np
 import pytest
 
 from benchmarks import step_time
-from examples.llama.config import PRESETS
-from examples.llama.data.rows import Batch
+from examples.llama.config import PRESETS, OptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_each_part_is_timed_and_the_state_goes_on():
     smallest = min(PRESETS, key=lambda name: PRESETS[name].width)
-    args = argparse.Namespace(preset=smallest, rank=4)
-    tokens = np.random.default_rng(0).integers(0, 256, (2, 16), np.int32)
-    batch = Batch(tokens, np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32))
-    subject = step_time.Subject("lorapre_adamw", args, jax.device_put(batch))
-    for _ in range(2):
-        subject.measure()
+    batch = step_time.random_batch(rows=2, seq_len=16)
+    optimizer = OptimizerConfig("lorapre_adamw", rank=4)
+    subject = step_time.Subject(smallest, optimizer, batch, micro=1)
+    step_time.take_turns([subject], repeats=2)
     assert {name: len(times) for name, times in subject.times.items()} == {
         "gradient": 2,
         "update": 2,
         "step": 2,
     }
-    assert int(subject.state.step) == 2
+    assert int(subject.state.step) == 1 + 2  # The first one was a warm-up.
     assert subject.peak_bytes > 0
-    (row,) = step_time.rows_of({"adamw": subject}, micro=2)
+    (row,) = step_time.rows_of({"adamw": subject})
     assert row["step, ratio"] == 1
+    assert row["rows"] == 2
