@@ -62,8 +62,9 @@ def _product_of_factors(x, coefficients: Coefficients, steps: int) -> jax.Array:
 
 @jax.jit
 def _gram_step(gram, total, a, b, c):
-    factor = a * jnp.eye(len(gram), dtype=gram.dtype) + b * gram + c * dot(gram, gram)
-    return dot(dot(factor, gram), factor), dot(factor, total)
+    rest = b * gram + c * dot(gram, gram)  # F = a I + rest
+    once = a * gram + dot(rest, gram)
+    return a * once + dot(once, rest), a * total + dot(rest, total)
 
 
 def _per_step(coefficients: Any, steps: int) -> tuple[tuple[float, float, float], ...]:
