@@ -11,9 +11,14 @@ import jax.numpy as jnp
 
 
 def largest(*arrays):
-    """Returns the largest magnitude in the arrays, or one if all are zero."""
+    """Returns the largest magnitude in the arrays, or one if all are zero.
+
+    It is a constant to derivatives. What is computed at this scale and scaled back does
+    not depend on the scale, and the derivative of a maximum is NaN where the compiler
+    rounds the array in two ways.
+    """
     found = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in arrays])
-    return jnp.where(found > 0, found, 1)
+    return jax.lax.stop_gradient(jnp.where(found > 0, found, 1))
 
 
 def inverse_root(x):
