@@ -273,8 +273,7 @@ class MuonRule:
         The matrix is `sigma R` for a `LowRank` momentum and the whole momentum
         otherwise, divided by its norm.
         """
-        method, step = leaf.methods[0], (self.count, self.seed)
-        beta = jnp.asarray(self.beta, g.dtype)
+        method, beta = leaf.methods[0], jnp.asarray(self.beta, g.dtype)
         if isinstance(method, LowRank):
             decay = unbiased_decay(beta, self.count)
             mu, _, residual = method.split_moment(mu, g, decay, self.seed)
@@ -284,7 +283,7 @@ class MuonRule:
             # would be blown up.
             norm = frobenius_norm(mu.right, residual)
             return divide_by_norm(residual, norm, self.eps), mu
-        m, mu = method.first_moment(mu, g, beta, *step)
+        m, mu = method.first_moment(mu, g, beta, self.count, self.seed)
         m = self.look_ahead(m, g)
         return divide_by_norm(m, frobenius_norm(m), self.eps), mu
 

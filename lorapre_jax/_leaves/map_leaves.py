@@ -96,12 +96,14 @@ def _run_stack(rule, stack: list[Leaf], slices_at_once, arrays) -> list[Any]:
 
 
 def _run_leaf(rule, leaf: Leaf, slices_at_once, *arrays):
-    """Applies the rule to one leaf, in a program that leaves of its kind share."""
+    """Applies the rule to one leaf."""
     kind = dataclasses.replace(leaf, path="")
     return _run_kind(rule, kind, leaf.batch_shards, slices_at_once, *arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # So that it is traced once.
+# Compiled, so that leaves that differ in their paths only are traced once. `shards` is
+# an argument since plans compare equal without it.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _run_kind(rule, leaf: Leaf, shards: int, slices_at_once, g, inputs, states):
     """Applies the rule to a leaf: seen as matrices, in the compute dtype."""
     compute = at_least_float32(
