@@ -136,9 +136,10 @@ class RotatedRankOne:
           residual: R, `(p, q)`.
           decay: hat b.
         """
-        # One scale for all squares, so that none under- or overflows: components and
-        # residual exceed the largest entries by far less than squares have room for.
-        scale = largest(g, state.column, state.row)
+        # One scale for all squares, so that none under- or overflows; components are
+        # at most a root of p larger than entries of g. As it needs the residual, no
+        # square is in memory while that is computed.
+        scale = largest(g, residual, state.column)
         squares, of_components, of_residual = (
             jnp.square(x / scale) for x in (g, components, residual)
         )
