@@ -28,12 +28,12 @@ def test_every_method_has_one():
 
 
 def test_every_ablation_has_its_own():
-    """However small its effect is."""
-    now = stale.today()
+    """Except that a tenth of the noise changes less than rounding may."""
+    now, unseen = stale.today(), {"0.0001 of noise in the sketch"}
     for name in ABLATIONS:
         default = "default_muon/8" if name.startswith("muon") else "default/8"
         same = fingerprint.is_same(now[name].numbers, *now[default])
-        assert not same, name
+        assert same == (name in unseen), name
 
 
 def test_a_fingerprint_is_of_the_rule_and_not_of_its_rounding(quick_compilation):
