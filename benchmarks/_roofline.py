@@ -42,12 +42,12 @@ class Rates(NamedTuple):
 def _subspace(p: int, q: int, r: int) -> int:
     """One step of subspace iteration (`online_regression.subspace`).
 
-    g^T B, g V and g^T B' take 2 p q r each, and B (A V) and A (B^T B') four products
-    with an (r, r) matrix. The basis of the (p, r) columns has 5 passes, each with a
-    Gram matrix, a product with (r, r) and 4 steps of 3 products of (r, r) matrices; and
-    a last Gram matrix.
+    g^T B, g V and g^T B' take 2 p q r each, and B (A V), A (B^T B') and what B' misses
+    of B five products with an (r, r) matrix. The basis of the (p, r) columns has 5
+    passes, each with a Gram matrix, a product with (r, r) and 4 steps of 3 products of
+    (r, r) matrices; and a last Gram matrix.
     """
-    small = 2 * r**2 * (2 * p + 2 * q)
+    small = 2 * r**2 * (3 * p + 2 * q)
     return 6 * p * q * r + small + 5 * (4 * p * r**2 + 4 * 6 * r**3) + 2 * p * r**2
 
 

@@ -4,11 +4,10 @@ import dataclasses
 import math
 import numbers
 
-import jax
 import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair
-from lorapre_jax._numerics.arrays import dot, sketch_columns
+from lorapre_jax._numerics.arrays import sketch_columns
 from lorapre_jax._numerics.averages import blend, one, unbiased_decay
 from lorapre_jax._numerics.online_regression import subspace
 
@@ -96,8 +95,11 @@ class LowRank:
 
     def first_moment(self, state, g, decay, count, seed):
         decay = unbiased_decay(jnp.asarray(decay, g.dtype), count)
-        new, _ = self._step(state, g, decay, seed)
-        return _with_residual(1, self.residual_gain, state, new, g, decay), new
+        new, components, missed = self._step(state, g, decay, seed)
+        gain = self.residual_gain
+        right = gain * components - new.right  # So that the sum is B A + gain R.
+        m = _less(new.left, right, gain * missed, state.right, decay, gain * g)
+        return m, new
 
     def split_moment(self, state, g, decay, seed):
         """Returns the new factors; `g^T B`, `(q, r)`; and the residual R, `(p, q)`.
@@ -105,8 +107,9 @@ class LowRank:
         R has what the factors miss of g and what they drop of the old product. The
         decay is hat b.
         """
-        new, components = self._step(state, g, decay, seed)
-        return new, components, _with_residual(0, 1, state, new, g, decay)
+        new, components, missed = self._step(state, g, decay, seed)
+        residual = _less(new.left, components, missed, state.right, decay, g)
+        return new, components, residual
 
     def second_moment(self, state, g, decay, count, seed):
         target, decay = jnp.abs(g), jnp.asarray(decay, g.dtype)
@@ -116,25 +119,25 @@ class LowRank:
         before = blend(decay, state.product, g)
         return before, self._step(state, target, root_decay, seed)[0]
 
-    def _step(self, state, target, decay, seed) -> tuple[FactorPair, jax.Array]:
+    def _step(self, state, target, decay, seed):
         left, right = state
         # The same in all leaves of a shape, but an array that they shared would have
         # one sharding, which the compiler would carry over to their factors.
         noise = sketch_columns(seed, right.shape, _NOISE, target.dtype)
-        new, components = subspace(left, right, target, decay, noise)
-        return FactorPair(*new), components
+        new, components, missed = subspace(left, right, target, decay, noise)
+        return FactorPair(*new), components, missed
 
 
-def _with_residual(weight, gain, old: FactorPair, new: FactorPair, g, decay):
-    """Returns `weight * B A + gain * R`, with `B A` the new product.
+def _less(left, right, missed, old_right, decay, g):
+    """Returns `g - left right^T + hat b / (1 - hat b) missed old_right^T`, `(p, q)`.
+
+    With `right` the components of g along the new B, and `missed` what that misses of
+    the old B, this is the residual
 
         R = (X - B A) / (1 - hat b),  X = hat b * (old product) + (1 - hat b) g
 
-    This is one product of `(p, 2r)` and `(2r, q)`, so that one (p, q) buffer serves
-    both terms. It is in full precision, since the terms may be `1 / (1 - hat b)` times
-    larger than their difference.
+    without the small difference of large products, so that low precision will do. It is
+    one product of `(p, 2r)` and `(2r, q)`, so that one (p, q) buffer serves both terms.
     """
-    share = gain / (1 - decay)
-    left = jnp.concatenate([(weight - share) * new.left, share * decay * old.left], 1)
-    right = jnp.concatenate([new.right, old.right], axis=1)
-    return dot(left, right.T) + gain * g
+    left = jnp.concatenate([left, decay / (decay - 1) * missed], axis=1)
+    return g - left @ jnp.concatenate([right, old_right], axis=1).T

@@ -37,8 +37,8 @@ Factors = tuple[jax.Array, jax.Array]
 _DAMPING = 1e-6  # Of `jacobi` (Appendix C.1).
 
 
-def subspace(left, right, target, decay, noise) -> tuple[Factors, jax.Array]:
-    """Returns the new factors, and `T^T B'`, `(q, r)`.
+def subspace(left, right, target, decay, noise) -> tuple[Factors, jax.Array, jax.Array]:
+    """Returns the new factors; `T^T B'`, `(q, r)`; and what B' misses of B, `(p, r)`.
 
     Columns of `left` are orthonormal or zero. The sketch is `X^T B` at norm one plus
     the `noise`, small and random `(q, r)`, which alone is left if B is zero.
@@ -50,10 +50,12 @@ def subspace(left, right, target, decay, noise) -> tuple[Factors, jax.Array]:
     # An orthonormal basis of them would differ by a triangular factor, which changes
     # nothing: `gram_schmidt` takes columns in order.
     v = columns * inverse_root(jnp.sum(jnp.square(columns))) + noise
-    y = (left @ dot(old.T, v) + weight * (target @ v)) / scale  # X V
+    y = (left @ (old.T @ v) + weight * (target @ v)) / scale  # X V
     new = gram_schmidt(y)
     components = target.T @ new
-    return (new, dot(old, dot(left.T, new)) + weight * components), components
+    overlap = dot(new.T, left)
+    moved = dot(old, overlap.T) + weight * components
+    return (new, moved), components, left - dot(new, overlap)
 
 
 def jacobi(left, right, target, decay) -> Factors:
