@@ -83,7 +83,7 @@ def texts_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=("a", "b", "c"), default="a")
+    parser.add_argument("--scale", choices=SCALES, default="a")
     parser.add_argument("--data", type=Path, help="folder with c4/ and text/")
     parser.add_argument("--cache", type=Path, default=Path("runs/quality"))
     return parser

@@ -37,9 +37,10 @@ class Scale:
     """How much of the training text is used, from its beginning."""
 
 
+_SMALL = ModelConfig(width=128, ffn_width=352, num_layers=2, scan_layers=False)
 SCALES = {
     "a": Scale(
-        ModelConfig(width=128, ffn_width=352, num_layers=2, scan_layers=False),
+        _SMALL,
         folder="c4",
         vocab_size=None,
         steps=1200,
@@ -70,6 +71,10 @@ SCALES = {
         batch_size=512,
         seq_len=256,
         train_characters=10**9,
+    ),
+    # For ten times the steps and larger batches: no document is seen twice.
+    "d": Scale(
+        _SMALL, folder="text", vocab_size=None, steps=1200, batch_size=16, seq_len=128
     ),
 }
 
