@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.quality.methods import B2, Method
+from benchmarks.quality.rules import B2, Method
 
 STEPS = 20
 SPIKE = 10

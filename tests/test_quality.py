@@ -10,8 +10,9 @@ from numpy.testing import assert_allclose
 from benchmarks import fingerprint, stale
 from benchmarks.quality import jobs, report, rows, search, summary, table
 from benchmarks.quality.conditions import CONDITIONS
-from benchmarks.quality.methods import METHODS, Method, adam
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Key
+from benchmarks.quality.rules import Method, adam
 from benchmarks.quality.scales import SCALES
 
 KEY = Key("a", "choose", "plain", "adamw", 2e-3, 4e-3, 0, 10)

@@ -17,7 +17,8 @@ import lorapre_jax as lp
 from benchmarks.quality import scales
 from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.conditions import CONDITIONS, Condition
-from benchmarks.quality.methods import METHODS, Method, adam, ours, stacked
+from benchmarks.quality.methods import METHODS, ours
+from benchmarks.quality.rules import Method, adam, stacked
 from benchmarks.quality.run import Race, group_of
 from benchmarks.quality.scales import SCALES, Texts
 from examples.llama.config import ModelConfig

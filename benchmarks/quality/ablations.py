@@ -14,20 +14,13 @@ import jax.numpy as jnp
 import optax
 
 import lorapre_jax as lp
-from benchmarks.quality.methods import (
-    B1,
-    METHODS,
-    Method,
-    our_muon,
-    ours,
-    rank_one,
-)
+from benchmarks.quality.methods import METHODS, our_muon, ours, rank_one
+from benchmarks.quality.rules import ADAM_RATES, B1, Method
 from lorapre_jax import _adam as adam_module
 from lorapre_jax._leaves import map_leaves
 from lorapre_jax._moments import factors, low_rank, row_column
 
 GAINS = (0.5, 1.4, 2.0)
-_HIGH = (1e-3, 2e-3, 4e-3)
 # Without factors, the only basis is that of the entries.
 _DENSE_M: dict[str, Any] = {
     "first_moment": lp.Dense(),
@@ -36,7 +29,7 @@ _DENSE_M: dict[str, Any] = {
 
 
 def _adam(**fields: Any) -> Method:
-    return Method(ours(8, **fields), _HIGH)
+    return Method(ours(8, **fields), ADAM_RATES)
 
 
 def _gain(gain: float) -> lp.LowRank:
@@ -66,7 +59,7 @@ def _with(module: ModuleType, **values: Any) -> Method:
 
         return optax.GradientTransformation(default.init, update)
 
-    return Method(rule, _HIGH)
+    return Method(rule, ADAM_RATES)
 
 
 class _Uncorrected(lp.LowRank):
@@ -121,16 +114,18 @@ ABLATIONS: dict[str, Method] = {
     "m none (b1 = 0)": _adam(b1=0.0, **_DENSE_M),
     "m dense": _adam(**_DENSE_M),
     "bfloat16 factors": _adam(factor_dtype="bfloat16"),
-    "bfloat16 factors, twice the rank": Method(ours(4, factor_dtype="bfloat16"), _HIGH),
+    "bfloat16 factors, twice the rank": Method(
+        ours(4, factor_dtype="bfloat16"), ADAM_RATES
+    ),
     # Embedding and head factored in other ways than in `default_all/8`.
     "embeddings, v along the factor": Method(
-        ours(8), _HIGH, embeddings=ours(8, second_moment=lp.RotatedRankOne())
+        ours(8), ADAM_RATES, embeddings=ours(8, second_moment=lp.RotatedRankOne())
     ),
     "embeddings, v along the width": Method(
-        ours(8), _HIGH, embeddings=_along_the_width
+        ours(8), ADAM_RATES, embeddings=_along_the_width
     ),
-    "embeddings, m dense": Method(ours(8), _HIGH, embeddings=ours(8, **_DENSE_M)),
-    "embeddings at rank/2": Method(ours(8), _HIGH, embeddings=rank_one(2)),
+    "embeddings, m dense": Method(ours(8), ADAM_RATES, embeddings=ours(8, **_DENSE_M)),
+    "embeddings at rank/2": Method(ours(8), ADAM_RATES, embeddings=rank_one(2)),
     "muon, no nesterov": _muon(nesterov=False),
     **{f"muon, gain {gain}": _muon(moment=_gain(gain)) for gain in (0.3, 0.45, 1.0)},
 }

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from benchmarks.quality.conditions import Condition
-from benchmarks.quality.methods import Method, adam
+from benchmarks.quality.rules import Method, adam
 from benchmarks.quality.scales import Scale, Texts
 from examples.llama.data.batches import train_batches
 from examples.llama.data.rows import Batch, PackedRows, held_out_batches

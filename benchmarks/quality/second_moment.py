@@ -18,7 +18,8 @@ import lorapre_jax as lp
 from benchmarks import _record
 from benchmarks.quality import jobs
 from benchmarks.quality.conditions import Condition
-from benchmarks.quality.methods import B1, B2, METHODS
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.rules import B1, B2
 from benchmarks.quality.run import Race, pick
 from benchmarks.quality.scales import SCALES, load_texts
 from examples.llama.data.batches import train_batches

@@ -19,7 +19,8 @@ import numpy as np
 from benchmarks import _record
 from benchmarks.quality import jobs
 from benchmarks.quality.conditions import Condition
-from benchmarks.quality.methods import METHODS, REFRESH
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.rules import REFRESH
 from benchmarks.quality.run import Race
 from benchmarks.quality.scales import SCALES, load_texts
 from examples.llama.data.batches import train_batches

@@ -1,6 +1,7 @@
 """Gradients for the baselines, and what they make of them."""
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -48,3 +49,9 @@ def wide(x):
 
 def size_in_bytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def defaults(function):
+    """The default values of its parameters, by name."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
