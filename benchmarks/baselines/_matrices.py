@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def check_matrices(params) -> None:
@@ -10,6 +11,20 @@ def check_matrices(params) -> None:
         if jnp.ndim(leaf) != 2:
             name = jax.tree_util.keystr(path)
             raise ValueError(f"params{name} has shape {jnp.shape(leaf)}, not a matrix.")
+
+
+def stateless(direction_of) -> optax.GradientTransformation:
+    """Returns the transform that maps `direction_of(g)` over matrices."""
+
+    def init_fn(params):
+        check_matrices(params)
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None):
+        del params
+        return jax.tree.map(direction_of, updates), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def map_matrices(update_one, updates, states, *trees):

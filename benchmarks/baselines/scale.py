@@ -4,7 +4,6 @@ Glentis et al., "A Minimalist Optimizer Design for LLM Pretraining" (2025), arXi
 2506.16659.
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -20,15 +19,7 @@ def scale_by_scale(eps=1e-8) -> optax.GradientTransformation:
     rates refer. In the paper its norm does, which is a factor of `sqrt(in)` smaller.
     """
 
-    def init_fn(params):
-        _matrices.check_matrices(params)
-        return optax.EmptyState()
-
-    def update_fn(updates, state, params=None):
-        del params
-        return jax.tree.map(lambda g: normalize_columns(g, eps), updates), state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return _matrices.stateless(lambda g: normalize_columns(g, eps))
 
 
 def scale_by_scale_last_layer(b1=0.9, eps=1e-8) -> optax.GradientTransformation:

@@ -4,7 +4,6 @@ Scetbon et al., "Gradient Multi-Normalization for Stateless and Scalable LLM Tra
 (2025), arXiv 2502.06742.
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -20,15 +19,7 @@ def scale_by_sinkgd(iterations=5) -> optax.GradientTransformation:
     nearly hold after five passes.
     """
 
-    def init_fn(params):
-        _matrices.check_matrices(params)
-        return optax.EmptyState()
-
-    def update_fn(updates, state, params=None):
-        del params
-        return jax.tree.map(lambda g: multi_normalize(g, iterations), updates), state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return _matrices.stateless(lambda g: multi_normalize(g, iterations))
 
 
 def multi_normalize(x, iterations):
