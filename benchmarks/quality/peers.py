@@ -1,4 +1,4 @@
-"""The published methods to compare with, at width / 4 where they have a rank."""
+"""The published methods to compare with."""
 
 from collections.abc import Callable
 from typing import Any
@@ -127,13 +127,14 @@ PEERS: dict[str, Method] = {
     "dct/4": Method(
         lambda width, b2: scale_by_dct_adam(width // 4, B1, b2), ADAM_RATES
     ),
-    # Since 2024. Constants are the published ones, b1 and b2 the race's if Adam's.
+    # Published from 2024 on. Constants are the published ones, except that Adams have
+    # the race's b1 and b2.
     "soap": Method(lambda width, b2: scale_by_soap(b2=b2), ADAM_RATES),
     "rmnp": Method(
         lambda width, b2: scale_by_rmnp(MUON_BETA, consistent_rms=MUON_RMS), MUON_RATES
     ),
     "dion/4": Method(_dion(4), MUON_RATES),
-    # The divisors of FOAM are those of the state.
+    # Means of four entries, so a quarter of Adam's state.
     "foam/4": Method(lambda width, b2: scale_by_foam(b1=B1, b2=b2), (2e-3, 4e-3, 8e-3)),
     "foam_squares/4": Method(
         lambda width, b2: scale_by_foam(b1=B1, b2=b2, fold_squares=True),
