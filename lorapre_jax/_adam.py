@@ -235,7 +235,8 @@ class AdamRule:
             return m / (root_v + eps)
 
         if isinstance(second, RotatedRankOne):
-            mu, components, residual = first.split_moment(mu, g, b1, self.seed)
+            basis = second.basis(nu, mu.left, g, b2, self.seed)
+            mu, components, residual = first.split_moment(mu, g, b1, basis)
             (root_v, root_w), nu = second.rotated_moment(
                 nu, g, components, residual, b2
             )
