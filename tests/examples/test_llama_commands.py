@@ -342,6 +342,13 @@ def test_a_recipe_without_its_optimizer_has_the_rest():
     assert (config.optimizer.algorithm, config.optimizer.rank) == ("default", 16)
 
 
+def test_the_papers_muon_has_algorithm_1_and_a_rate_to_choose():
+    options = ["train", "--preset", "60m", "--recipe", "paper"]
+    config = config_of([*options, "--optimizer", "lorapre_muon"])
+    assert (config.optimizer.algorithm, config.optimizer.rank) == ("paper", 128)
+    assert (config.optimizer.learning_rate, config.optimizer.update_scale) == (None, 1)
+
+
 def test_a_size_without_a_recipe_is_refused():
     with pytest.raises(ValueError, match="for the presets 60m, 130m"):
         parse(["train", "--preset", "9m", "--recipe", "paper"])

@@ -7,7 +7,7 @@ from examples.llama.config.optimizer import OptimizerConfig
 
 _LORAPRE = "LoRA-Pre, arXiv 2602.24283"
 _GALORE = "GaLore, arXiv 2403.03507"
-_SCRIPTS = "GaLore's scripts; LoRA-Pre names a grid only, 1e-4 to 1e-2"
+_SCRIPTS = "GaLore's scripts; LoRA-Pre names a grid only"
 
 
 class Setting(NamedTuple):
@@ -28,9 +28,9 @@ _SIZES = {
 def paper(preset: str, optimizer: str | None = None) -> dict[str, Setting]:
     """Returns the paper's settings for ``preset``, by their names.
 
-    With another ``optimizer``, the settings of the paper's optimizer are omitted. The
-    file of the tokenizer, T5's, is not included. Raises ``ValueError`` for a size
-    that was not published.
+    The ``optimizer`` is lorapre_adamw by default. Others have the settings that all
+    share, and lorapre_muon those of Algorithm 1 too. The file of the tokenizer, T5's,
+    is not included. Raises ``ValueError`` for a size that was not published.
     """
     if preset not in _SIZES:
         raise ValueError(
@@ -53,12 +53,17 @@ def paper(preset: str, optimizer: str | None = None) -> dict[str, Setting]:
         "model.param_dtype": Setting("bfloat16", f"{_GALORE}: all in bfloat16"),
         "model.compute_dtype": Setting("bfloat16", f"{_GALORE}: all in bfloat16"),
     }
+    low_rank = {
+        "optimizer.name": Setting(optimizer or "lorapre_adamw", _LORAPRE),
+        "optimizer.algorithm": Setting("paper", f"{_LORAPRE}, Algorithm 1"),
+        "optimizer.rank": Setting(rank, _LORAPRE),
+    }
+    if optimizer == "lorapre_muon":
+        return shared | low_rank
     if optimizer not in (None, "lorapre_adamw"):
         return shared
     return shared | {
-        "optimizer.name": Setting("lorapre_adamw", _LORAPRE),
-        "optimizer.algorithm": Setting("paper", f"{_LORAPRE}, Algorithm 1"),
-        "optimizer.rank": Setting(rank, _LORAPRE),
+        **low_rank,
         "optimizer.update_scale": Setting(0.25, _GALORE),
         "optimizer.learning_rate": Setting(rate, _SCRIPTS),
     }
@@ -71,11 +76,21 @@ UNCLIPPED = (
     "`optimizer.clip_norm: 1` prevents it."
 )
 
+GRID = (1e-2, 5e-3, 1e-3, 5e-4, 1e-4)
+UNTUNED = (
+    "the recipe paper has no learning rate for {}: it was the best of "
+    f"{', '.join(f'{rate:g}' for rate in GRID)}, and not published which. This run has "
+    "the trainer's own; try these as `optimizer.learning_rate`."
+)
+
 
 def notes(recipe: Mapping[str, Setting], optimizer: OptimizerConfig) -> list[str]:
     """Returns notes about the recipe to print at the start of a run."""
+    if not recipe:
+        return []
     unclipped = optimizer.algorithm == "paper" and optimizer.clip_norm is None
-    return [UNCLIPPED] if recipe and unclipped else []
+    untuned = optimizer.learning_rate is None
+    return [UNCLIPPED] * unclipped + [UNTUNED.format(optimizer.name)] * untuned
 
 
 RECIPES = {"paper": paper}
