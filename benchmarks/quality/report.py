@@ -42,6 +42,7 @@ Rows of `{0}`, by `python -m benchmarks.quality.table --scale {1}{2}`;
 held-out text: {3}."""
 
 RESULTS_PAGE = {
+    "soap": ("SOAP", ""),
     "muon": ("optax muon", ""),
     "default_muon/8": ("`lorapre_muon`", "width / 8"),
     "default_muon/32": ("`lorapre_muon`", "width / 32"),

@@ -18,7 +18,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import Key
 from benchmarks.quality.scales import SCALES
 
-DENSE_RATES = {"a": 4e-3, "b": 1.6e-2, "c": 2e-3, "d": 4e-3}
+DENSE_RATES = {"a": 4e-3, "b": 1.6e-2, "c": 2e-3, "d": 4e-3, "e": 4e-3}
 """Peak rate of the embedding, the head and the norms, the same for every method."""
 
 
