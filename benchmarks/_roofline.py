@@ -39,21 +39,16 @@ class Rates(NamedTuple):
     bytes: float
 
 
-def _covariance(p: int, q: int, r: int) -> int:
-    """One step of the factors in Adam (`online_regression.covariance`, `.project`).
-
-    g^T B, g V and g^T B' take 2 p q r each, and A (B^T B') and what B' misses of B
-    three products with an (r, r) matrix. The basis of the (p, r) columns has 5 passes,
-    each with a Gram matrix, a product with (r, r) and 4 steps of 3 products of (r, r)
-    matrices; and a last Gram matrix.
-    """
-    small = 2 * r**2 * (2 * p + q)
-    return 6 * p * q * r + small + 5 * (4 * p * r**2 + 4 * 6 * r**3) + 2 * p * r**2
-
-
 def _subspace(p: int, q: int, r: int) -> int:
-    """One step in Muon (`online_regression.subspace`), which has B (A V) too."""
-    return _covariance(p, q, r) + 2 * r**2 * (p + q)
+    """One step of subspace iteration (`online_regression.subspace`).
+
+    g^T B, g V and g^T B' take 2 p q r each, and B (A V), A (B^T B') and what B' misses
+    of B five products with an (r, r) matrix. The basis of the (p, r) columns has 5
+    passes, each with a Gram matrix, a product with (r, r) and 4 steps of 3 products of
+    (r, r) matrices; and a last Gram matrix.
+    """
+    small = 2 * r**2 * (3 * p + 2 * q)
+    return 6 * p * q * r + small + 5 * (4 * p * r**2 + 4 * 6 * r**3) + 2 * p * r**2
 
 
 def _residual_and_update(p: int, q: int, r: int) -> int:
@@ -83,7 +78,7 @@ def _muon(p: int, q: int, r: int) -> Work:
 
 
 def _lorapre_adam(p: int, q: int, r: int) -> Work:
-    operations = _covariance(p, q, r) + _residual_and_update(p, q, r)
+    operations = _subspace(p, q, r) + _residual_and_update(p, q, r)
     state = r * (p + q) + p + q + r
     return Work(operations, FLOAT_BYTES * (2 * p * q + 2 * state))
 

@@ -235,8 +235,7 @@ class AdamRule:
             return m / (root_v + eps)
 
         if isinstance(second, RotatedRankOne):
-            basis = second.basis(nu, mu.left, g, b2, self.seed)
-            mu, components, residual = first.split_moment(mu, g, b1, basis)
+            mu, components, residual = first.split_moment(mu, g, b1, self.seed)
             (root_v, root_w), nu = second.rotated_moment(
                 nu, g, components, residual, b2
             )

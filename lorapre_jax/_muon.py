@@ -276,8 +276,7 @@ class MuonRule:
         method, beta = leaf.methods[0], jnp.asarray(self.beta, g.dtype)
         if isinstance(method, LowRank):
             decay = unbiased_decay(beta, self.count)
-            basis = method.basis(mu, g, decay, self.seed)
-            mu, _, residual = method.split_moment(mu, g, decay, basis)
+            mu, _, residual = method.split_moment(mu, g, decay, self.seed)
             residual = _share_of_noise(beta, self.count) * residual
             # The norm of the whole average, since B A and sigma R are nearly
             # orthogonal. Divided by its own norm, a residual that is only rounding

@@ -46,25 +46,24 @@ class Regression:
     def product(self):
         return self.b @ self.a
 
-    def follow(self, target, hat_b, b=None):
-        """Fits the factors to X, or A alone to another B, and returns X."""
+    def follow(self, target, hat_b):
+        """Fits the factors to X, and returns X."""
         x = hat_b * self.product + (1 - hat_b) * target
-        if b is None:
-            rows = self.b.T @ x
-            size = np.linalg.norm(rows) or 1.0
-            v = basis((rows / size + 1e-3 * self.noise).T)
-            b = basis(x @ v)
-        self.b, self.a = b, b.T @ x
+        rows = self.b.T @ x
+        size = np.linalg.norm(rows) or 1.0
+        v = basis((rows / size + 1e-3 * self.noise).T)
+        self.b = basis(x @ v)
+        self.a = self.b.T @ x
         return x
 
     def first(self, g, b1, t):
         residual = self.residual(g, b1, t)
         return self.product + self.residual_gain * residual
 
-    def residual(self, g, b1, t, b=None):
+    def residual(self, g, b1, t):
         """R, after a step."""
         hat_b = unbiased_decay(b1, t)
-        x = self.follow(g, hat_b, b)
+        x = self.follow(g, hat_b)
         return (x - self.product) / (1 - hat_b)
 
     def second(self, g, b2, t):
@@ -116,14 +115,6 @@ class Rotated:
     def __init__(self):
         self.d = self.s = self.c = 0.0
 
-    def basis(self, b, noise, g, b2, t):
-        """One step of subspace iteration on C = hat b_2 B diag(q d) B^T + ... g g^T."""
-        hat_b2, q = unbiased_decay(b2, t), g.shape[1]
-        d = self.d / (1 - b2 ** (t - 1)) if t > 1 else np.zeros(b.shape[1])
-        old = b * (hat_b2 * q * d)
-        sketch = g.T @ b + 1e-3 * np.abs(g).max() * noise.T
-        return basis(old + (1 - hat_b2) * g @ sketch)
-
     def roots(self, b, residual, g, b2, t):
         """sqrt(v) and sqrt(w)."""
         components, floor = b.T @ g, 0.05
@@ -161,9 +152,8 @@ def adam(grads, first, second, b1=0.9, b2=0.95, eps=1e-8):
             return m / (np.maximum(root, bound * np.abs(m)) + eps)
 
         if isinstance(second, Rotated):
-            b = second.basis(first.b, first.noise, g, b2, t)
-            residual = first.residual(g, b1, t, b)
-            root_v, root_w = second.roots(b, residual, g, b2, t)
+            residual = first.residual(g, b1, t)
+            root_v, root_w = second.roots(first.b, residual, g, b2, t)
             update = first.b @ divided(first.a, root_v)
             gain = first.residual_gain
             updates.append(update + gain * divided(residual, root_w, one))

@@ -174,23 +174,6 @@ def test_so_it_does_in_the_basis_of_the_left_factor(seed, decay):
             np.testing.assert_allclose(root, magnitude, rtol=2e-2)
 
 
-@hypothesis.given(seed=seeds, decay=st.sampled_from([0.9, 0.95, 0.99]))
-@hypothesis.settings(max_examples=10)
-def test_adams_left_factor_holds_the_directions_of_single_gradients(seed, decay):
-    """In order of their size, though their signs change and their average vanishes."""
-    rng = np.random.default_rng(seed)
-    directions = np.linalg.qr(rng.normal(size=(24, 3)))[0]
-    tx = lp.scale_by_lorapre_adam(3, b2=decay, **BARE)
-    update = jax.jit(tx.update)
-    state = tx.init({"w": jnp.zeros((24, 16))})
-    for _ in range(100):
-        components = rng.normal(size=(3, 16)) * [[8], [4], [2]]
-        g = directions @ components + 0.1 * rng.normal(size=(24, 16))
-        state = update({"w": jnp.asarray(g, "float32")}, state)[1]
-    overlap = np.abs(directions.T @ np.asarray(state.mu_factors["w"].left))
-    np.testing.assert_allclose(overlap.diagonal(), 1, atol=0.02)
-
-
 @hypothesis.given(seeds, st.floats(0, 6), st.sampled_from([1, 4, 8]))
 def test_bases_are_orthonormal_or_empty(seed, decades, rank):
     """For columns of norms over six decades, some of them repeated."""

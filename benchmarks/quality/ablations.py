@@ -18,8 +18,7 @@ from benchmarks.quality.methods import METHODS, our_muon, ours, rank_one
 from benchmarks.quality.rules import ADAM_RATES, B1, Method
 from lorapre_jax import _adam as adam_module
 from lorapre_jax._leaves import map_leaves
-from lorapre_jax._moments import factors, row_column
-from lorapre_jax._numerics import online_regression
+from lorapre_jax._moments import factors, low_rank, row_column
 
 GAINS = (0.5, 1.4, 2.0)
 # Without factors, the only basis is that of the entries.
@@ -66,8 +65,8 @@ def _with(module: ModuleType, **values: Any) -> Method:
 class _Uncorrected(lp.LowRank):
     """Without bias correction."""
 
-    def split_moment(self, state, g, decay, basis):
-        return super().split_moment(state, g, jnp.full_like(decay, B1), basis)
+    def split_moment(self, state, g, decay, seed):
+        return super().split_moment(state, g, jnp.full_like(decay, B1), seed)
 
 
 class _FromRandomDirections(lp.LowRank):
@@ -108,7 +107,7 @@ ABLATIONS: dict[str, Method] = {
     "no bounds on quotients": _with(adam_module, bounded=lambda root_v, least: root_v),
     "no bias correction": _adam(first_moment=_Uncorrected()),
     **{
-        f"{share:g} of noise in the sketch": _with(online_regression, _NOISE=share)
+        f"{share:g} of noise in the sketch": _with(low_rank, _NOISE=share)
         for share in (1e-4, 1e-2)
     },
     "start from random directions": _adam(first_moment=_FromRandomDirections()),

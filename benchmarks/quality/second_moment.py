@@ -55,8 +55,7 @@ def start(g: jax.Array, rank: int) -> dict[str, Any]:
 def look(states: dict[str, Any], g: jax.Array, count: jax.Array):
     """Returns pairs of the estimated and the exact root, and the new states."""
     b1, b2 = (unbiased_decay(jnp.asarray(b, g.dtype), count) for b in (B1, B2))
-    basis = ROTATED.basis(states["rotated"], states["first"].left, g, b2, 0)
-    mu, components, residual = FIRST.split_moment(states["first"], g, b1, basis)
+    mu, components, residual = FIRST.split_moment(states["first"], g, b1, 0)
     (root_v, root_w), nu = ROTATED.rotated_moment(
         states["rotated"], g, components, residual, b2
     )

@@ -7,23 +7,28 @@ import numbers
 import jax.numpy as jnp
 
 from lorapre_jax._moments.factors import FactorPair
+from lorapre_jax._numerics.arrays import sketch_columns
 from lorapre_jax._numerics.averages import blend, one, unbiased_decay
-from lorapre_jax._numerics.online_regression import project, subspace
+from lorapre_jax._numerics.online_regression import subspace
+
+# Norm of the random directions in what the step sketches with, whose norm is one:
+# enough to bring back a direction that vanished and to keep the sketch well-conditioned
+# in float32, too little to disturb the others.
+_NOISE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
     r"""Keeps a moment as a pair of factors, `m = B A`, `r (p + q)` numbers per matrix.
 
-    At each step the factors, `B: (p, r)` and `A: (r, q)`, are fitted to
+    At each step the factors, `B: (p, r)` and `A: (r, q)`, take one orthonormal step of
+    subspace iteration towards
 
     .. math::
       X = \hat b\, B A + (1 - \hat b)\, g, \qquad
       \hat b = b\, \frac{1 - b^{t-1}}{1 - b^t}
 
-    with b the decay rate of the moment. B takes one orthonormal step of subspace
-    iteration, `B = orth(X X^T B)`, and `A = B^T X`. (With a second moment
-    `RotatedRankOne()`, B is that one's.) They thus hold the bias-corrected average
+    with b the decay rate of the moment. They thus hold the bias-corrected average
     itself: gradients that are one constant of rank at most r give that constant at
     every step. What the factors miss is the residual of the fit, with the factors after
     the step,
@@ -90,24 +95,19 @@ class LowRank:
 
     def first_moment(self, state, g, decay, count, seed):
         decay = unbiased_decay(jnp.asarray(decay, g.dtype), count)
-        basis = self.basis(state, g, decay, seed)
-        new, components, missed = _step(state, basis, g, decay)
+        new, components, missed = self._step(state, g, decay, seed)
         gain = self.residual_gain
         right = gain * components - new.right  # So that the sum is B A + gain R.
         m = _less(new.left, right, gain * missed, state.right, decay, gain * g)
         return m, new
 
-    def basis(self, state, target, decay, seed):
-        """Returns the left factor that follows the average, `(p, r)`."""
-        return subspace(state.left, state.right, target, decay, seed)
-
-    def split_moment(self, state, g, decay, basis):
+    def split_moment(self, state, g, decay, seed):
         """Returns the new factors; `g^T B`, `(q, r)`; and the residual R, `(p, q)`.
 
         R has what the factors miss of g and what they drop of the old product. The
-        decay is hat b. B is the `basis`, of this method or of another.
+        decay is hat b.
         """
-        new, components, missed = _step(state, basis, g, decay)
+        new, components, missed = self._step(state, g, decay, seed)
         residual = _less(new.left, components, missed, state.right, decay, g)
         return new, components, residual
 
@@ -117,14 +117,15 @@ class LowRank:
         decay = unbiased_decay(decay, count)
         # Read from the factors before the step: after it, g^2 would count twice.
         before = blend(decay, state.product, g)
-        basis = self.basis(state, target, root_decay, seed)
-        return before, _step(state, basis, target, root_decay)[0]
+        return before, self._step(state, target, root_decay, seed)[0]
 
-
-def _step(state, basis, target, decay):
-    left, right = state
-    right, components, missed = project(left, right, basis, target, decay)
-    return FactorPair(basis, right), components, missed
+    def _step(self, state, target, decay, seed):
+        left, right = state
+        # The same in all leaves of a shape, but an array that they shared would have
+        # one sharding, which the compiler would carry over to their factors.
+        noise = sketch_columns(seed, right.shape, _NOISE, target.dtype)
+        new, components, missed = subspace(left, right, target, decay, noise)
+        return FactorPair(*new), components, missed
 
 
 def _less(left, right, missed, old_right, decay, g):

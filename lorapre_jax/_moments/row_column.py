@@ -8,7 +8,6 @@ from lorapre_jax._moments.factors import RotatedRowColumn, RowColumn
 from lorapre_jax._numerics.arrays import at_least_float32
 from lorapre_jax._numerics.averages import blend_squares, one, unbiased_decay
 from lorapre_jax._numerics.norms import inverse_root, largest, relative
-from lorapre_jax._numerics.online_regression import covariance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +73,10 @@ FLOOR = 0.05
 class RotatedRankOne:
     r"""Keeps second moments in the basis of a first moment's left factor.
 
-    It turns the orthonormal left factor `B: (p, r)` of a first moment `LowRank()`
-    towards the leading directions of the gradients' columns, the strongest first: the
-    eigenvectors of the moving average of `g g^T`. The components of a gradient along
-    them, `B^T g: (r, q)`, and the residual of the factors' fit, `R: (p, q)`, have
-    second moments of their own,
+    The orthonormal left factor `B: (p, r)` of a first moment `LowRank()` comes to hold
+    the leading directions of the gradients' columns, the strongest first. The
+    components of a gradient along them, `B^T g: (r, q)`, and the residual of the
+    factors' fit, `R: (p, q)`, have second moments of their own,
 
     .. math::
       v_{kj} = \frac{d_k c_j}{\mathrm{mean}(c)} \text{ of } B^T g, \qquad
@@ -86,14 +84,8 @@ class RotatedRankOne:
 
     with d, s and c the bias-corrected moving averages of the mean of `(B^T g)^2` over
     each row, of `R^2` over each row, and of `g^2` over each column: `p + q + r` numbers
-    per matrix. At each step,
-
-    .. math::
-      B \leftarrow \mathrm{orth}(C B), \qquad
-      C = \hat{b_2}\, B\, \mathrm{diag}(q d)\, B^T + (1 - \hat{b_2})\, g g^T
-
-    If entries are divided one by one, a few directions with large gradients govern the
-    step; here each direction has its own scale. Which side of a matrix the
+    per matrix. If entries are divided one by one, a few directions with large gradients
+    govern the step; here each direction has its own scale. Which side of a matrix the
     directions belong to is the choice of `MatrixAxes`: its rows. Embeddings and heads
     lose by it, with either side as rows, so their default is `RankOne()`.
 
@@ -119,7 +111,7 @@ class RotatedRankOne:
     References:
       Vyas et al., *SOAP: Improving and Stabilizing Shampoo using Adam*, 2024: `arXiv
       2409.11321 <https://arxiv.org/abs/2409.11321>`_. This is its idea, on one side,
-      with Adafactor's estimate, for the leading directions.
+      with Adafactor's estimate, for the directions of the left factor.
 
     See also:
       `RankOne`; :doc:`the method </method>`; :doc:`which change brings what
@@ -135,10 +127,6 @@ class RotatedRankOne:
         return RotatedRowColumn(
             *(jnp.zeros((*batch_shape, n), dtype) for n in (p, q, rank))
         )
-
-    def basis(self, state, left, g, decay, seed):
-        """Returns the left factor of the gradients' leading directions, `(p, r)`."""
-        return covariance(left, state.direction, g, decay, seed)
 
     def rotated_moment(self, state, g, components, residual, decay):
         """Returns the roots of v, `(q, r)`, and of w, `(p, q)`; and the new state.
