@@ -65,8 +65,8 @@ def _looks(method: Method) -> list[Look]:
 def _looker(tx: optax.GradientTransformation, shapes: Shapes) -> Look:
     """Returns a function from a seed to the numbers of each leaf at `SEEN`.
 
-    These are the size of the update, and its cosine to the gradient. With seed 0 the
-    gradients are exact; other seeds change their last bits.
+    These are the size of the update, and its cosine to the gradient, or 0 if there is
+    no update. With seed 0 the gradients are exact; other seeds change their last bits.
     """
     params, exact = inputs(shapes)
 
@@ -88,7 +88,8 @@ def _looker(tx: optax.GradientTransformation, shapes: Shapes) -> Look:
         for path, moved in jax.device_get(updates(params, grads)).items():
             for t in SEEN:
                 u, g = np.float64(moved[t]), np.float64(exact[path][t])
-                cosine = np.sum(u * g) / np.linalg.norm(u) / np.linalg.norm(g)
+                norms = np.linalg.norm(u) * np.linalg.norm(g)
+                cosine = np.sum(u * g) / norms if norms else 0.0
                 numbers += [np.sqrt(np.mean(u**2)), cosine]
         return np.asarray(numbers)
 

@@ -50,19 +50,21 @@ def test_it_has_every_target_that_ci_runs():
 def test_it_has_the_committed_table():
     by_method = front_page.committed()
     table = front_page.front_table(by_method, seconds_a_step(front_page.SCALE))
-    assert len(table.splitlines()) == 2 + 6
+    assert len(table.splitlines()) == 2 + 7
     assert f"\n\n{table}\n\n" in README
 
 
 def test_the_best_peers_are_in_the_table():
     by_method = front_page.committed()
-    worse = {"muon": 9.0, "fira/4": 9.0}
+    worse = {"soap": 9.0, "muon": 9.5, "fira/4": 9.0}
     for method, loss in worse.items():
         line = by_method[method]
         by_method[method] = dataclasses.replace(line, losses=[loss, loss])
     times = dict.fromkeys(by_method, 1.0)
     table = front_page.front_table(by_method, times)
     assert "AdamW, b1 = 0.5" in table
+    assert "SOAP" in table
+    assert "`optax.contrib.muon`" not in table
     assert "| GaLore | width / 4 |" in table
     assert "Fira" not in table
 

@@ -53,6 +53,8 @@ RESULTS_PAGE = {
     "default_all/32": ("`lorapre_adamw`, embedding and head too", "width / 32"),
     "fira/4": ("Fira", "width / 4"),
     "adamw": ("AdamW", ""),
+    "racs": ("RACS", ""),
+    "scale": ("SCALE", ""),
     "adafactor": ("Adafactor", ""),
     "apollo/4": ("APOLLO", "width / 4"),
     "galore_published/4": ("GaLore", "width / 4"),
